@@ -1,0 +1,656 @@
+"""What both experiments and the tools share: data, training on a synthetic set, accuracy, random streams, run files.
+
+Nothing here takes a decision about the method; that stands in the two ROME scripts.
+"""
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from attacks import PGD_STEPS, attack_images
+from augment import dsa_apply, dsa_draw, unpack
+from networks import eval_pool, get_network
+
+SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used; the message names the value and the choices."""
+
+
+# --------------------------------------------------------------------------------------------------------- random streams
+def stream_seed(seed, *key):
+    """The seed of one named random stream.
+
+    seed: int >= 0, the --seed of the run. key: strings and non-negative ints that name the stream, such as
+    ("attack", experiment). Different keys give independent streams; none depends on how much another was used.
+    """
+    spawn_key = tuple(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key)
+    return int(np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def stream(seed, *key, device="cpu"):
+    """A torch.Generator on `device` for the stream `key` (see stream_seed)."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, *key))
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+# mean, std: per-channel constants of the normalisation, pixels in [0, 1]. Source: SPEC 1.5 for CIFAR (its std is the
+# field's habit, not the pixel std); Digits: measured on its training images.
+DATASETS = {
+    "CIFAR10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)},
+    "CIFAR100": {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "Digits": {"mean": (0.3054,) * 3, "std": (0.3237,) * 3},
+}
+ZCA_EPS = 0.1
+
+
+class Dataset:
+    """Images that stay as uint8 on the device and are normalised batch by batch.
+
+    images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, ...}; both on one device.
+    mean, std: per-channel floats, pixels in [0, 1]. With `fit_zca` the normalisation includes a ZCA whitening.
+    """
+
+    def __init__(self, name, images, labels, classes, mean, std, device="cpu"):
+        self.name, self.classes, self.num_classes = name, list(classes), len(classes)
+        self.device = torch.device(device)
+        self.images = {split: x.to(self.device) for split, x in images.items()}
+        self.labels = {split: y.to(self.device) for split, y in labels.items()}
+        self.channel, self.size = self.images["train"].shape[1], tuple(self.images["train"].shape[2:])
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
+        self._std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
+        self._zca = None
+        train_labels = self.labels["train"].cpu()
+        self._class_index = [(train_labels == c).nonzero().flatten() for c in range(self.num_classes)]  # CPU
+
+    def fit_zca(self):
+        """Add ZCA whitening, fitted on the normalised training images, to `normalize` and `denormalize`."""
+        import kornia
+        zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
+        self._zca = zca.fit(self.normalize(self.images["train"].float() / 255))
+
+    def normalize(self, pixels):
+        """(N, C, H, W) pixels in [0, 1] -> normalised units."""
+        x = (pixels - self._mean) / self._std
+        return self._zca(x) if self._zca else x
+
+    def denormalize(self, x):
+        """(N, C, H, W) normalised units -> pixels; outside [0, 1] where x is no image. Inverse of `normalize`."""
+        x = self._zca.inverse_transform(x) if self._zca else x
+        return x * self._std + self._mean
+
+    def take(self, split, index):
+        """Normalised images and labels. index: (n,) int64 or a slice. Returns ((n, C, H, W), (n,))."""
+        if isinstance(index, torch.Tensor):
+            index = index.to(self.device)
+        return self.normalize(self.images[split][index].float() / 255), self.labels[split][index]
+
+    def class_size(self, c):
+        """How many training images class c has."""
+        return len(self._class_index[c])
+
+    def sample_class(self, c, n, generator):
+        """n training images of class c without replacement; the whole class, shuffled, if it is smaller."""
+        order = torch.randperm(self.class_size(c), generator=generator)[:n]
+        return self.take("train", self._class_index[c][order])[0]
+
+    def sample(self, n, generator):
+        """n training images of all classes without replacement, with labels; the whole set if it is smaller."""
+        return self.take("train", torch.randperm(len(self.labels["train"]), generator=generator)[:n])
+
+
+def load_dataset(name, data_path, device="cpu"):
+    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
+
+    Returns a Dataset on `device`. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    arrays = _digits() if name == "Digits" else _cifar(name, Path(data_path))
+    images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
+    labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
+    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, **DATASETS[name])
+
+
+def _digits():
+    """scikit-learn's 1 797 real 8x8 digits as 32x32 RGB, a fifth of each class as test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    large = F.interpolate(small, scale_factor=4, mode="bilinear", align_corners=False)  # (1797, 1, 32, 32)
+    x = (large * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()  # (1797, 32, 32, 3)
+    x_train, x_test, y_train, y_test = train_test_split(x, digits.target, test_size=0.2, random_state=0,
+                                                        stratify=digits.target)
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
+            "classes": digits.target_names.astype(str)}
+
+
+def _cifar(name, folder):
+    path = folder / f"{name.lower()}.npz"
+    if not path.exists():
+        _download_cifar(name, folder, path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged or no data file of ours ({error}); delete it to have it made again") from None
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or y.shape != (len(x),) or len(x) == 0:
+            raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape} with labels {y.shape}; "
+                             "expected uint8 (N, 32, 32, 3) and (N,)")
+        if not np.issubdtype(y.dtype, np.integer) or set(np.unique(y)) - set(range(len(arrays["classes"]))):
+            raise InputError(f"{path}: y_{split} has labels outside 0..{len(arrays['classes']) - 1}")
+    return arrays
+
+
+def _download_cifar(name, folder, path):
+    """Fetch with torchvision and keep the result as `path`."""
+    import torchvision
+    try:
+        splits = {s: getattr(torchvision.datasets, name)(folder, train=s == "train", download=True)
+                  for s in ("train", "test")}
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once where there is internet "
+                         f"access, or put {path.name} (uint8 arrays x_train, y_train, x_test, y_test, classes; see README, "
+                         f"Data) into {folder}") from None
+    arrays = {"classes": np.array(splits["train"].classes)}
+    for split, images in splits.items():
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images.data, np.array(images.targets, dtype=np.uint8)
+    write_atomically(path, lambda partial: np.savez(partial, **arrays))
+
+
+# -------------------------------------------------------------------------------------------------------- pool of networks
+@dataclass
+class PoolMember:
+    """A network of the pool, its optimiser, and its running count of right answers on the batches it was trained on."""
+
+    net: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    correct: torch.Tensor  # () float, on the device
+    seen: int = 0
+
+    def record(self, logits, labels):
+        """Count the right answers of one training batch. logits: (N, num_classes), labels: (N,)."""
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.seen += len(labels)
+
+    def running_accuracy(self):
+        """Percent, 0 to 100, as a () tensor; 0 before the first batch (w_f of SPEC 1)."""
+        return 100 * self.correct / max(self.seen, 1)
+
+
+class NetPool:
+    """The networks that the robust prior is made with: at most `limit`, the oldest leave first. Source: SPEC 1.1.
+
+    make_net: int (how many were made before) -> network; make_optimizer: network -> optimiser.
+    """
+
+    def __init__(self, make_net, make_optimizer, limit, start=3):
+        self.make_net, self.make_optimizer, self.limit = make_net, make_optimizer, limit
+        self.members, self.made = [], 0
+        self.push(start)
+
+    def push(self, count):
+        """Add `count` fresh networks and drop the oldest beyond the limit."""
+        for _ in range(count):
+            net = self.make_net(self.made)
+            device = next(net.parameters()).device
+            self.members.append(PoolMember(net, self.make_optimizer(net), torch.zeros((), device=device)))
+            self.made += 1
+        del self.members[:-self.limit]
+
+    def choose(self, count, generator, begin=0, end=None):
+        """`count` different members at random (all, shuffled, if there are fewer).
+
+        begin, end: choose from this slice of the pool, oldest first, if it holds more than 10 members.
+        """
+        sliced = self.members[begin:end]
+        candidates = sliced if len(sliced) > 10 else self.members
+        order = torch.randperm(len(candidates), generator=generator)[:count]
+        return [candidates[i] for i in order.tolist()]
+
+    def reset_running_accuracy(self):
+        for member in self.members:
+            member.correct.zero_()
+            member.seen = 0
+
+
+# ------------------------------------------------------------------------------------------- training on a synthetic set
+def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator):
+    """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
+
+    images: (N, C, H, W) normalised, already unpacked; labels: (N,). epochs: `epochs` + 1 are run, as published.
+    lr_net: of SGD with momentum 0.9 and weight decay 5e-4. generator: CPU, for the order and the augmentation.
+    """
+    def new_optimizer(lr):
+        return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+    net.train()
+    optimizer = new_optimizer(lr_net)
+    for epoch in range(epochs + 1):
+        for index in torch.randperm(len(images), generator=generator).split(batch_train):
+            batch = images[index.to(images.device)]
+            draw = dsa_draw(dsa_strategy, batch.shape[2:], generator, n=len(batch))  # one draw an image: not siamese
+            loss = F.cross_entropy(net(dsa_apply(batch, draw)), labels[index.to(labels.device)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if epoch == epochs // 2 + 1:
+            optimizer = new_optimizer(lr_net * 0.1)  # QUIRK (published): a new optimiser, so the momentum is lost
+    net.eval()
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, chunk=1024):
+    """The fraction of normalised images (N, C, H, W) that `net`, in eval mode, classifies as labels (N,)."""
+    was_training = net.training
+    net.eval()
+    correct = sum((net(x).argmax(1) == y).sum() for x, y in zip(images.split(chunk), labels.split(chunk)))
+    net.train(was_training)
+    return float(correct) / len(labels)
+
+
+def robust_accuracy(net, images, labels, threat, generator):
+    """Accuracy (fraction) under targeted PGD, 10 steps, random start (SPEC 3.1). Arguments as in `accuracy`."""
+    return accuracy(net, attack_images(net, images, labels, threat, generator), labels)
+
+
+class Evaluator:
+    """Trains fresh networks on a synthetic set and measures them (SPEC 3.1), as the flags of a run say.
+
+    args: the flags eval_mode, model, num_eval, test_limit, select, seed and those of `train_on_set`.
+    """
+
+    def __init__(self, args, data, threat):
+        self.data, self.threat, self.seed, self.num_eval = data, threat, args.seed, args.num_eval
+        self.models = eval_pool(args.eval_mode, args.model)
+        self.protocol = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
+                         "dsa_strategy": args.dsa_strategy}
+        self.test_set = data.take("test", slice(args.test_limit or None))
+        self.select_set = None
+        if args.select == "train":  # the same images for every run of a data set, so no seed enters
+            order = torch.randperm(len(data.labels["train"]), generator=stream(0, "select"))
+            self.select_set = data.take("train", order[:SELECT_IMAGES])
+
+    def __call__(self, images, labels, packed, *key, select=False):
+        """images: (N, C, H, W) normalised, 2x2-packed if `packed`; labels: (N,). key: names the random streams.
+
+        Returns one dict a network: model, clean_acc, clamp_acc (the clamp-only control), robust_acc (targeted PGD), all
+        fractions of the n test images; select_acc (like robust_acc, on the selection images; None unless `select` and
+        there are some); seconds.
+        """
+        if packed:
+            images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W), (4N,)
+        return [self._one_network(images, labels, model, ("evaluate", *key, model, i), select and self.select_set)
+                for model in self.models for i in range(self.num_eval)]
+
+    def _one_network(self, images, labels, model, key, select_set):
+        start, data, threat = time.perf_counter(), self.data, self.threat
+        net = get_network(model, data.channel, data.num_classes, data.size, stream_seed(self.seed, *key, "init"), data.device)
+        train_on_set(net, images, labels, generator=stream(self.seed, *key, "train"), **self.protocol)
+        rng = stream(self.seed, *key, "attack", device=data.device)
+        test_images, test_labels = self.test_set
+        return {
+            "model": model,
+            "clean_acc": accuracy(net, test_images, test_labels),
+            "clamp_acc": accuracy(net, threat.clamp_only(test_images), test_labels),
+            "robust_acc": robust_accuracy(net, test_images, test_labels, threat, rng),
+            "select_acc": robust_accuracy(net, *select_set, threat, rng) if select_set else None,
+            "n": len(test_labels),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+
+
+def percent(values):
+    """'mean +- std' of fractions, in percent; the population standard deviation, as the field reports it."""
+    return f"{100 * np.mean(values):5.2f} +- {100 * np.std(values):4.2f}"
+
+
+def check_finite(values):
+    """Raise FloatingPointError naming the first of {name: float} that is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss '{name}' is {value}")
+
+
+# ------------------------------------------------------------------------------------------------------------- run files
+def write_atomically(path, write):
+    """Call `write(partial path)` and then give the file its name, so that `path` is never half written.
+
+    The partial name ends as `path` does, since some writers look at the ending.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def versions():
+    """The versions that a result depends on, as plain strings."""
+    import torchvision
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "threads": str(torch.get_num_threads())}
+
+
+def save_synset(path, sets, rows, meta):
+    """Write synthetic sets in the DC layout plus `meta`; read it with torch.load(path, weights_only=True).
+
+    sets: one (images (N, C, H, W) normalised, labels (N,)) an experiment. rows: of an Evaluator; their robust accuracy is
+    `accs_all_exps`, as in the published files, the clean one is in `meta`. meta: plain Python values. Source: SPEC 3.5.
+    """
+    accs = {key: {model: columns[key] for model, columns in by_model(rows).items()} for key in ("robust_acc", "clean_acc")}
+    data = [[images.detach().float().cpu().clone(), labels.cpu().clone()] for images, labels in sets]
+    write_atomically(path, lambda partial: torch.save(
+        {"data": data, "accs_all_exps": accs["robust_acc"], "meta": {**meta, "clean_accs": accs["clean_acc"]}}, partial))
+
+
+def save_grid(path, images, data, per_row):
+    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to at least 640 pixels of width."""
+    from torchvision.utils import make_grid, save_image
+    grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)  # (C, H', W')
+    factor = math.ceil(640 / grid.shape[2])
+    grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    write_atomically(path, lambda partial: save_image(grid, partial))
+
+
+class Run:
+    """What one run writes.
+
+    <save_path>/<run>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, grids as PNG
+    <save_path>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: the distilled sets, at the end
+    <checkpoint_path>/<run>/best_exp<k>.pt: the best set of experiment k so far
+    An earlier run's folder of the same name is kept beside the new one as <run>.1, <run>.2, ...
+    """
+
+    def __init__(self, args, data):
+        self.args, self.data = args, data
+        self.name = f"{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
+        self.folder = Path(args.save_path) / self.name
+        self.checkpoint_folder = Path(args.checkpoint_path) / self.name
+        self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
+        self.start = time.perf_counter()
+        self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+        earlier = self._set_aside() if self.folder.exists() else None
+        self.folder.mkdir(parents=True)
+        (self.folder / "flags.json").write_text(json.dumps({"flags": vars(args), "versions": versions()}, indent=1) + "\n")
+        self._log = open(self.folder / "log.txt", "a")
+        self._metrics = open(self.folder / "metrics.jsonl", "a")
+        if earlier:
+            self.say(f"{self.folder} held an earlier run, now in {earlier}")
+        if self.result_file.exists():
+            self.say(f"{self.result_file} exists and will be replaced at the end")
+
+    def _set_aside(self):
+        number = 1
+        while (target := self.folder.with_name(f"{self.name}.{number}")).exists():
+            number += 1
+        os.replace(self.folder, target)
+        return target
+
+    def say(self, text):
+        """A line for the reader: on the screen, above a progress bar if there is one, and in log.txt."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        print(text, file=self._log, flush=True)
+
+    def metric(self, event, **values):
+        """A line for programs, in metrics.jsonl."""
+        line = {"event": event, "seconds": round(time.perf_counter() - self.start, 2), **values}
+        print(json.dumps(line), file=self._metrics, flush=True)
+
+    def report_evaluation(self, rows, **values):
+        """Rows of an Evaluator, for each network name: one line on the screen, one in metrics.jsonl."""
+        where = " ".join(f"{name} {value}" for name, value in values.items())
+        for model, columns in by_model(rows).items():
+            self.metric("evaluation", **values, model=model, **columns)
+            self.say(f"{where}, {model}: clean {percent(columns['clean_acc'])}  clamp-only {percent(columns['clamp_acc'])}  "
+                     f"robust {percent(columns['robust_acc'])}"
+                     + (f"  select {percent(columns['select_acc'])}" if None not in columns["select_acc"] else ""))
+
+    def save_grids(self, name, images):
+        """PNG grids, a row a class (ten images a row at ipc 1); a packed set also with its sub-images."""
+        ipc = self.args.ipc
+        save_grid(self.folder / f"{name}.png", images, self.data, per_row=ipc if ipc > 1 else 10)
+        if self.args.aug:
+            parts = torch.stack(unpack(images).chunk(4), dim=1).flatten(0, 1)  # (C*ipc*4, 3, H, W): class-major again
+            save_grid(self.folder / f"{name}_unpacked.png", parts, self.data, per_row=4 * ipc)
+
+    def _meta(self, **more):
+        args, data = self.args, self.data
+        return {"dataset": args.dataset, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
+                "packed": args.aug, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
+                "flags": vars(args), "versions": versions(), "device": device_name(data.device), **more}
+
+    def save_best(self, exp, best):
+        """best: dict of images, labels, iteration, rows."""
+        save_synset(self.checkpoint_folder / f"best_exp{exp}.pt", [(best["images"], best["labels"])], best["rows"],
+                    self._meta(iteration=best["iteration"]))
+
+    def save_result(self, sets, table):
+        """The final file and the final table. sets: (images, labels) an experiment; table: {set name: rows}."""
+        save_synset(self.result_file, sets, table["ROME"], self._meta())
+        args = self.args
+        self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
+                 f"{args.num_eval} network(s), {table['ROME'][0]['n']} test images; accuracy in percent, mean +- std\n"
+                 f"{'set':<24} {'network':<12} {'clean':>15} {'clamp-only':>15} {'robust':>15}")
+        for name, rows in table.items():
+            for model, columns in by_model(rows).items():
+                self.metric("final", set=name, model=model, **columns)
+                self.say(f"{name:<24} {model:<12} " + " ".join(
+                    f"{percent(columns[key]):>15}" for key in ("clean_acc", "clamp_acc", "robust_acc")))
+        self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
+
+
+def by_model(rows):
+    """Rows of an Evaluator -> {network name: {column: list, n: int}}."""
+    models = {}
+    for row in rows:
+        columns = models.setdefault(row["model"], {"n": row["n"]})
+        for key in ("clean_acc", "clamp_acc", "robust_acc", "select_acc"):
+            columns.setdefault(key, []).append(row[key])
+    return models
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+def add_switch(parser, name, default, text):
+    """A pair of flags --name and --no_name."""
+    group, state = parser.add_mutually_exclusive_group(), "on" if default else "off"
+    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{text} (default: {state})")
+    group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+
+def add_compatibility_flags(parser):
+    """The flags of the published scripts that nothing reads or that had a single legal value. Source: SPEC 1.2."""
+    group = parser.add_argument_group("accepted for compatibility, without effect")
+    group.add_argument("--net_train_real", action="store_true")
+    for name in ("mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight", "conf_path", "last",
+                 "dis_metric", "ij_selection", "aug_num"):
+        group.add_argument(f"--{name}", metavar="X")
+
+
+def at_least(low, kind=int):
+    """An argparse type: a finite number of `kind` that is >= low."""
+    def parse(text):
+        value = kind(text)
+        if not (value >= low and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def get_device(name):
+    """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device. Raises InputError if it is not there."""
+    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(found[-1] if len(found) == 1 else "cuda:0")
+    if name not in found + ["cuda"] * (len(found) > 1):
+        raise InputError(f"--device {name} is not available here; choose auto or one of {', '.join(found)}")
+    return torch.device(name)
+
+
+def reuse_freed_memory():
+    """Let glibc keep freed blocks instead of returning them to the system: *performance-impacting*, CPU only.
+
+    A network's activations are tens of megabytes that come and go at every layer; returned each time, their page faults
+    cost a third of the run. No effect where the C library is another one.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        pass
+
+
+def run_script(main):
+    """Run `main()`; turn the errors that a user can mend into one line and a non-zero exit status."""
+    reuse_freed_memory()
+    try:
+        main()
+    except (InputError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------------ time and cost
+class Clock:
+    """How long the phases of a run take and what is left; str() of it is "1.2 s/iteration, 30 s/evaluation, ETA 3 min".
+
+    `expect` announces a phase; `lap` ends one. A phase that never ended counts with its estimate.
+    """
+
+    def __init__(self):
+        self.total, self.estimate, self.done, self.spent = {}, {}, {}, {}
+        self.bar = None  # a tqdm bar of iterations
+        self._last = time.perf_counter()
+
+    def expect(self, phase, total, estimate):
+        """`total` phases of that name will follow, of `estimate` seconds each. Starts the first lap."""
+        self.total[phase], self.estimate[phase] = total, estimate
+        self.done[phase], self.spent[phase] = 0, 0.0
+        self._last = time.perf_counter()
+
+    def lap(self, phase):
+        """The time since the last lap was one phase of that name."""
+        now = time.perf_counter()
+        self.done[phase] += 1
+        self.spent[phase] += now - self._last
+        self._last = now
+        if self.bar is not None and phase == "iteration":
+            self.bar.update()
+            self.bar.set_postfix_str(f"ETA {duration(self.eta())}")
+
+    def seconds(self, phase):
+        """Seconds of one such phase: measured if one has ended, else estimated."""
+        return self.spent[phase] / self.done[phase] if self.done[phase] else self.estimate[phase]
+
+    def eta(self):
+        """Seconds to the end of the run."""
+        return sum(max(self.total[p] - self.done[p], 0) * self.seconds(p) for p in self.total)
+
+    def __str__(self):
+        each = ", ".join(f"{duration(self.seconds(p))}/{p}" for p in self.total)
+        return f"{each}, ETA {duration(self.eta())}"
+
+
+def duration(seconds):
+    """'4.5 s', '12 min' or '3.4 h'."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def device_name(device):
+    """What the run computes on, for a reader."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def forward_flops(net, channel, size):
+    """Floating-point operations of one forward pass of one image (a multiply-add counts as two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    counter = FlopCounterMode(display=False)
+    net.eval()
+    with counter, torch.no_grad():
+        net(torch.zeros(1, channel, *size, device=next(net.parameters()).device))
+    return counter.get_total_flops()
+
+
+def image_gradients_per_second(net, data, threat):
+    """Measure the speed of attacks: (images x PGD steps) a second on real images. Takes about a second."""
+    images, labels = data.take("train", slice(128))
+    generator = torch.Generator(data.device).manual_seed(0)
+    for steps in (1, 4):  # the first is the warm-up
+        start = time.perf_counter()
+        attack_images(net, images, labels, threat, generator, steps=steps)  # its audit synchronises the device
+    return len(images) * steps / (time.perf_counter() - start)
+
+
+def print_plan(args, data, threat, run, clock, evaluations):
+    """Say what the run is about to do and, from a short measurement, how long it will take; tell `clock` the same.
+
+    evaluations: how many each experiment makes.
+    """
+    per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
+    train_size, test_size = len(data.labels["train"]), len(data.labels["test"])
+    # Image-gradients: (images x PGD steps), and one more for a training step. Source: SPEC 4.
+    gradients = (PGD_STEPS * args.outer_loop * args.train_net_num * sum(per_class) + (PGD_STEPS + 1) * args.inner_loop
+                 * args.fetch_net_num * args.model_train_steps * min(args.trained_bs, train_size))
+    stored = args.ipc * data.num_classes
+    trained_on = stored * (4 if args.aug else 1)
+    tested = (args.test_limit or test_size) + (min(SELECT_IMAGES, train_size) if args.select == "train" else 0)
+    models = eval_pool(args.eval_mode, args.model)
+    # A training step costs 1.5 image-gradients: it has the gradient of the weights as well.
+    gradients_eval = len(models) * args.num_eval * (1.5 * trained_on * (args.epoch_eval_train + 1) + (PGD_STEPS + 1) * tested)
+
+    net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
+    flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
+    rate = image_gradients_per_second(net, data, threat)
+    clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
+    clock.expect("evaluation", evaluations * args.num_exp, gradients_eval / rate)
+    run.say(f"{run.name} on {device_name(data.device)}: {train_size} training, {test_size} test images of {data.num_classes} "
+            f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
+    run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.aug else "")
+            + f", {args.Iteration} iterations each, {evaluations} evaluations each of {len(models) * args.num_eval} network(s)")
+    run.say(f"an iteration: {gradients} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
+            f"measured {rate:.0f} image-gradients/s; estimated {clock}")
+    small = sum(n < args.batch_real for n in per_class)
+    if small:
+        run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
+
+
+def check_sizes(args, data):
+    """Raise InputError for sizes that this data set cannot serve."""
+    needed = args.ipc * (4 if args.aug else 1)
+    for c in range(data.num_classes):
+        if data.class_size(c) < needed and (args.init == "real" or args.baseline):
+            raise InputError(f"--ipc {args.ipc}" + (" with --aug" if args.aug else "") + f" takes {needed} real images of each "
+                             f"class; class {data.classes[c]} has {data.class_size(c)}: choose a smaller --ipc, or "
+                             "--init noise --no_baseline")
+    if args.test_limit > len(data.labels["test"]):
+        raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
