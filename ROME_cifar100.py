@@ -1,0 +1,303 @@
+"""ROME on CIFAR-100: distil a data set into a few images a class that train accurate and adversarially robust networks.
+
+    python ROME_cifar100.py --ipc 1 --aug --batch_real 5000 ...     the published commands stand in command.txt
+
+Source: "ROME is Forged in Adversity: Robust Distilled Datasets via Information Bottleneck", ICML 2025; the order of one
+outer iteration, its quirks included, is that of the code published with it. Distributed under the MIT licence.
+"""
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from attacks import THREAT_MODELS, attack_images, get_threat_model
+from augment import dsa_apply, dsa_draw, pack, parse_dsa_strategy, unpack
+from networks import EVAL_MODES, NETWORKS, get_network
+from utils import at_least, stream, stream_seed
+
+# ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
+DATASET_DEFAULTS = {"dataset": "CIFAR100", "num_eval": 20, "syn_ce": False, "ce_weight": 0.1}
+CE_ONLY_WHILE_WRONG = False  # the published CIFAR-100 script applies the performance-aligned term always
+# ---- end of the dataset block --------------------------------------------------------------------------------------
+
+REAL_KEPT = 2560  # at ipc 1 without --aug: the real images of lowest loss that are kept of a class's batch
+LOG_INTERVAL = 10  # outer iterations
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=utils.DATASETS, help="real data set")
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--save_path", default="./result", help="folder for the final set and the run's own folder")
+    add("--checkpoint_path", default="./checkpoints", help="folder for the best set so far")
+    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
+    add("--ipc", type=at_least(1), default=50, help="images per class")
+    add("--init", choices=("real", "noise"), default="real", help="where the synthetic images start")
+    add("--method", choices=("ROME",), default="ROME", help="name in the result file")
+    add("--seed", type=at_least(0), default=0, help="governs everything that is random")
+    add("--threat_model", choices=THREAT_MODELS, default="published",
+        help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    utils.add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
+    utils.add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
+    add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
+
+    loss = parser.add_argument_group("losses and the synthetic images")
+    add = loss.add_argument
+    add("--align_weight", type=at_least(0, float), default=0.2, help="robustness- against performance-aligned term, 0 to 1")
+    utils.add_switch(loss, "syn_ce", True, "use the performance-aligned term")
+    add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
+    add("--embed_last", type=int, default=-1, help="layers that make the embedding; -1, or more than there are: all")
+    add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
+    add("--outer_loop", type=at_least(1), default=1, help="updates of the images per outer iteration")
+    add("--batch_real", type=at_least(1), default=256, help="real images of each class per update")
+    add("--lr_img", type=at_least(0, float), default=1.0, help="learning rate of the images")
+    add("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser of the images; sgd has momentum 0.5")
+
+    pool = parser.add_argument_group("the pool of networks")
+    add = pool.add_argument
+    add("--net_num", type=at_least(1), default=100, help="most networks in the pool")
+    add("--net_push_num", type=at_least(0), default=1, help="fresh networks pushed at a time")
+    add("--net_generate_interval", type=at_least(1), default=30, help="outer iterations between two pushes")
+    add("--net_begin", type=at_least(0), default=0, help="first pool network to choose from, if more than 10 remain")
+    add("--net_end", type=at_least(0), default=100000, help="one past the last pool network to choose from, likewise")
+    add("--train_net_num", type=at_least(1), default=2, help="networks that update the images per outer iteration")
+    add("--fetch_net_num", type=at_least(0), default=2, help="networks that are trained per outer iteration")
+    add("--inner_loop", type=at_least(1), default=1, help="rounds of network training per outer iteration")
+    add("--model_train_steps", type=at_least(0), default=10, help="SGD steps for each of them")
+    add("--trained_bs", type=at_least(1), default=256, help="real images in each of these steps")
+    add("--lr_net", type=at_least(0, float), default=0.01, help="learning rate, here and in evaluation")
+    utils.add_switch(pool, "net_decay", False, "momentum 0.9 and weight decay 5e-4 for the pool")
+
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
+    add("--eval_mode", choices=EVAL_MODES, default="S", help="networks to evaluate with: S the same, M several, W widths, "
+        "D depths, A activations, P poolings, N norms; all but S (SS) at the last iteration only")
+    add("--num_exp", type=at_least(1), default=5, help="synthetic sets to distil")
+    add("--num_eval", type=at_least(1), help="networks trained per evaluation")
+    add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
+    add("--batch_train", type=at_least(1), default=256, help="batch of that training")
+    add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
+    add("--select", choices=("train", "test"), default="train", help="the best set has the highest robust accuracy on "
+        f"{utils.SELECT_IMAGES} fixed training images, or on the test images (what the published code did)")
+    add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
+    utils.add_switch(evaluation, "baseline", True, "evaluate randomly chosen real images at the same ipc too")
+    utils.add_compatibility_flags(parser)
+    parser.set_defaults(**DATASET_DEFAULTS)
+    args = parser.parse_args(argv)
+
+    try:
+        parse_dsa_strategy(args.dsa_strategy)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.align_weight > 1:
+        parser.error(f"--align_weight {args.align_weight} is not between 0 and 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- the two losses
+def robustness_aligned_loss(emb_syn, emb_adv_mean):
+    """Squared total variation between mean embeddings. emb_syn: (N, D); emb_adv_mean: (D,). Source: SPEC 1, L_rob."""
+    return (0.5 * (emb_syn.mean(0) - emb_adv_mean).abs().sum()) ** 2
+
+
+def performance_aligned_loss(logits, c, only_while_wrong):
+    """Cross-entropy of synthetic images of class c; 0 for one that is right already if `only_while_wrong`.
+
+    logits: (N, num_classes). Source: SPEC 1, L_perf.
+    """
+    loss = F.cross_entropy(logits, torch.full((len(logits),), c, device=logits.device), reduction="none")  # (N,)
+    if only_while_wrong:
+        loss = loss * (logits.argmax(1) != c)
+    return loss.mean()
+
+
+# ----------------------------------------------------------------------------------------------------- the outer iteration
+def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
+    """Step 3 for one pool network: every class takes its turn, and each turn is one optimiser step on the whole set.
+
+    image_syn: (C*ipc, 3, H, W), changed in place. Returns (mean robustness-, mean performance-aligned loss), () tensors.
+    """
+    net, single = member.net, args.ipc == 1 and not args.aug
+    # The real side first, for all classes: it does not depend on the synthetic images.
+    img_real, draws = [], []
+    for c in range(data.num_classes):
+        img_c = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
+        if single and len(img_c) > REAL_KEPT:
+            img_c = lowest_loss(net, img_c, c, REAL_KEPT)
+        draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))  # shared by the real and the synthetic batch
+        img_real.append(dsa_apply(img_c, draws[c]))
+    sizes = torch.tensor([len(img_c) for img_c in img_real])
+    label_real = torch.arange(data.num_classes).repeat_interleave(sizes).to(data.device)
+    img_adv = attack_images(net, torch.cat(img_real), label_real, threat, rng["attack"])  # the robust prior
+    emb_adv = mean_embeddings(net, img_adv.split(sizes.tolist()), args.embed_last)  # (C, D)
+
+    total_rob, total_perf = torch.zeros(2, device=data.device)
+    for c in range(data.num_classes):
+        img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
+        if args.aug:
+            img_syn = unpack(img_syn)  # (4*ipc, 3, H, W)
+        emb_syn, logits = net.embed_and_classify(dsa_apply(img_syn, draws[c]), args.embed_last)
+        loss_rob = robustness_aligned_loss(emb_syn, emb_adv[c])
+        loss = args.align_weight * loss_rob
+        if args.syn_ce:
+            loss_perf = performance_aligned_loss(logits, c, CE_ONLY_WHILE_WRONG and single)
+            loss = loss + (1 - args.align_weight) * args.ce_weight * member.running_accuracy() * loss_perf
+            total_perf += loss_perf.detach()
+        total_rob += loss_rob.detach()
+        (image_syn.grad,) = torch.autograd.grad(loss, image_syn)  # zero outside class c ...
+        optimizer_img.step()  # ... whose images move by their momentum all the same
+    return total_rob / data.num_classes, total_perf / data.num_classes
+
+
+@torch.no_grad()
+def mean_embeddings(net, batches, embed_last, chunk=512):
+    """The mean embedding of each batch. batches: C tensors (n, 3, H, W). Returns (C, D)."""
+    return torch.stack([torch.cat([net.embed_and_classify(part, embed_last)[0] for part in batch.split(chunk)]).mean(0)
+                        for batch in batches])
+
+
+@torch.no_grad()
+def lowest_loss(net, img_real, c, count):
+    """The `count` images of class c on which `net` has the lowest cross-entropy. img_real: (n, 3, H, W)."""
+    logits = torch.cat([net(part) for part in img_real.split(512)])
+    return img_real[(-F.log_softmax(logits, dim=1)[:, c]).topk(count, largest=False).indices]
+
+
+def train_pool(pool, data, threat, args, rng):
+    """Step 4: train random pool networks on attacked real images. Returns the mean loss, a () tensor."""
+    losses = [torch.zeros((), device=data.device)]
+    for member in pool.choose(args.fetch_net_num, rng["pool"]):
+        for _ in range(args.model_train_steps):
+            img_real, label_real = data.sample(args.trained_bs, rng["data"])
+            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"])
+            logits = member.net(img_adv)
+            losses.append(F.cross_entropy(logits, label_real))
+            member.optimizer.zero_grad()
+            losses[-1].backward()
+            member.optimizer.step()
+            member.record(logits, label_real)
+    return torch.stack([loss.detach() for loss in losses]).sum() / max(len(losses) - 1, 1)
+
+
+def distill(args, exp, data, threat, evaluate, run, clock):
+    """One experiment: distil a set; returns the best one as a dict of images, labels, iteration and evaluation rows."""
+    rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
+    rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
+    image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.aug)
+    image_syn.requires_grad_()
+    optimizer_img = (torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5) if args.optim == "sgd"
+                     else torch.optim.Adam([image_syn], lr=args.lr_img))
+    pool = utils.NetPool(
+        make_net=lambda k: get_network(args.model, data.channel, data.num_classes, data.size,
+                                       stream_seed(args.seed, exp, "pool", k), data.device),
+        make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **(
+            {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {})),
+        limit=args.net_num)
+    best, best_acc = None, -1.0
+
+    for it in range(args.Iteration + 1):
+        # 1. Evaluate, keep the best set, start the running accuracies anew.
+        if it in evaluation_iterations(args):
+            rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
+            select_acc = np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows])
+            run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best=bool(select_acc > best_acc))
+            run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
+            if select_acc > best_acc:
+                best_acc = select_acc
+                best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
+                run.save_best(exp, best)
+            pool.reset_running_accuracy()
+            clock.lap("evaluation")
+        if it == args.Iteration:
+            break
+        # 2. Renew the pool.
+        if it % args.net_generate_interval == 0:
+            pool.push(args.net_push_num)
+        try:
+            # 3. Match the synthetic images to the robust prior of random pool networks.
+            for _ in range(args.outer_loop):
+                for member in pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end):
+                    loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
+                    w_f = member.running_accuracy()
+            # 4. Train random pool networks on attacked real images.
+            for _ in range(args.inner_loop):
+                loss_net = train_pool(pool, data, threat, args, rng)
+            losses = dict(zip(("robustness", "performance", "w_f", "pool"),
+                              torch.stack([loss_rob, loss_perf, w_f, loss_net]).tolist()))
+            utils.check_finite(losses)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (experiment {exp}, iteration {it}; --lr_img {args.lr_img} --optim {args.optim} "
+                                     f"--ce_weight {args.ce_weight} --align_weight {args.align_weight} --lr_net {args.lr_net}"
+                                     "); smaller learning rates may help") from None
+        clock.lap("iteration")
+        if it % LOG_INTERVAL == 0:
+            run.metric("iteration", exp=exp, iteration=it, loss_robustness=losses["robustness"],
+                       loss_performance=losses["performance"], w_f=losses["w_f"], loss_pool=losses["pool"])
+            run.say(f"exp {exp} it {it}/{args.Iteration}  robustness-aligned {losses['robustness']:.4g}  performance-aligned "
+                    f"{losses['performance']:.4g}  w_f {losses['w_f']:.2f} %  pool {losses['pool']:.4g}  {clock}")
+
+    run.save_grids(f"best_exp{exp}", best["images"])
+    if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
+        best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
+        clock.lap("evaluation")
+    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set="ROME, best")
+    return best
+
+
+def evaluation_iterations(args):
+    """The outer iterations at whose start the set is evaluated. Deviation: the published code misses the last one."""
+    regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
+    return {*regular, args.Iteration}
+
+
+def initial_set(args, data, generator, init, packed):
+    """Class-major images (C*ipc, 3, H, W), normalised, and labels (C*ipc,).
+
+    init: "real" for random training images, four to a stored image if `packed`; "noise" for standard normal values.
+    """
+    label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(args.ipc)
+    if init == "noise":
+        return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
+    images = [data.sample_class(c, args.ipc * (4 if packed else 1), generator) for c in range(data.num_classes)]
+    return torch.cat([pack(img_c) if packed else img_c for img_c in images]), label_syn
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+def main():
+    args = parse_args()
+    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
+    utils.check_sizes(args, data)
+    if args.zca:
+        data.fit_zca()
+    threat = get_threat_model(args.threat_model, data)
+    run, clock = utils.Run(args, data), utils.Clock()
+    evaluate = utils.Evaluator(args, data, threat)
+    baselines = {"random real": False, "random real, 2x2 packed": True} if args.aug else {"random real": False}
+    if not args.baseline:
+        baselines = {}
+    utils.print_plan(args, data, threat, run, clock,
+                     evaluations=len(evaluation_iterations(args)) + len(baselines) + (args.select == "train"))
+
+    table, sets = {}, []  # evaluation rows by name of the set; the distilled sets
+    with tqdm(total=args.Iteration * args.num_exp, disable=None, unit="it") as clock.bar:
+        for exp in range(args.num_exp):
+            for name, packed in baselines.items():
+                image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, name), "real", packed)
+                rows = evaluate(image_syn, label_syn, packed, exp, name)
+                run.report_evaluation(rows, exp=exp, set=name)
+                table.setdefault(name, []).extend(rows)
+                clock.lap("evaluation")
+            best = distill(args, exp, data, threat, evaluate, run, clock)
+            sets.append((best["images"], best["labels"]))
+            table.setdefault("ROME", []).extend(best["rows"])
+    run.save_result(sets, table)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,57 @@
+"""Fixtures. The suite needs no network and no data file; what lies in ../shared or data/ is used where it is there."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import utils  # noqa: E402
+
+
+def random_dataset(num_classes=10, per_class=8, seed=0):
+    """A Dataset of random images, with CIFAR's normalisation."""
+    rng = np.random.default_rng(seed)
+    labels = torch.arange(num_classes).repeat(per_class)
+    images = {s: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)) for s in ("train", "test")}
+    return utils.Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
+                         **utils.DATASETS["CIFAR10"])
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return utils.load_dataset("Digits", "no folder needed")
+
+
+@pytest.fixture(scope="session")
+def cifar_like(tmp_path_factory):
+    """A data folder with a cifar10.npz of 200 training and 100 test images of ten crudely separable classes."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    arrays = {"classes": np.array([f"class{c}" for c in range(10)])}
+    base = rng.integers(40, 216, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (10, 32, 32, 3)
+    for split, n in (("train", 200), ("test", 100)):
+        y = np.arange(n) % 10
+        arrays[f"x_{split}"] = (base[y] + rng.integers(-40, 40, (n, 32, 32, 3))).astype(np.uint8)
+        arrays[f"y_{split}"] = y.astype(np.uint8)
+    np.savez(folder / "cifar10.npz", **arrays)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_npz(tmp_path_factory):
+    """The folder of the real cifar10.npz, unpacked from ../shared if need be; skips where there is neither."""
+    if (ROOT / "data" / "cifar10.npz").exists():
+        return ROOT / "data"
+    if not (SHARED / "data" / "unpack.py").exists():
+        pytest.skip("no data/cifar10.npz and no ../shared/data here")
+    import subprocess
+    folder = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, SHARED / "data" / "unpack.py", "--out", folder, "--dataset", "cifar10"], check=True)
+    return folder

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+from conftest import SHARED
+
+import utils
+from networks import EVAL_MODES, NETWORKS, eval_pool, get_network
+
+RELEASED = sorted((SHARED / "models").glob("*.pth"))
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_network(model):
+    net = get_network(model, 3, 7, (32, 32), seed=0)
+    x = torch.randn(2, 3, 32, 32)
+    scores = net(x)
+    scores.sum().backward()
+    assert scores.shape == (2, 7)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    embedding, same = net.eval().embed_and_classify(x)
+    assert torch.allclose(same, net(x), atol=1e-5)
+    assert torch.allclose(net.classifier(embedding), same, atol=1e-5)
+    has_batchnorm = any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    assert has_batchnorm == model.endswith("BN")
+
+
+def test_convnet_is_the_one_of_the_specification():
+    net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
+    assert utils.forward_flops(net, 3, (32, 32)) == pytest.approx(2 * 50.6e6, rel=0.005)
+    assert net.embed_and_classify(torch.zeros(1, 3, 32, 32))[0].shape == (1, 2048)
+    assert set(net.state_dict()) == {f"features.{i}.{kind}" for i in (0, 1, 4, 5, 8, 9) for kind in ("weight", "bias")} | {
+        "classifier.weight", "classifier.bias"}
+
+
+def test_embed_last():
+    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    full, scores = net.embed_and_classify(x, -1)
+    for last in (1000, 12):
+        assert torch.equal(net.embed_and_classify(x, last)[0], full)
+    first_block, same = net.embed_and_classify(x, 4)
+    assert first_block.shape == (2, 32 * 16 * 16) and torch.allclose(same, scores, atol=1e-5)
+    assert torch.equal(first_block, net.features[:4](x).flatten(1))
+
+
+def test_instance_norm_against_pytorchs():
+    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0)
+    x = torch.randn(4, 32, 8, 8)
+    assert torch.allclose(net.features[1](x), torch.nn.InstanceNorm2d(32)(x), atol=1e-5)
+
+
+def test_seed_and_global_generator():
+    state = torch.get_rng_state()
+    weights = [get_network("ConvNetW32", 3, 10, (32, 32), seed).classifier.weight for seed in (5, 5, 6)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_eval_pools():
+    assert eval_pool("S", "ConvNetBN") == ("ConvNetBN",)
+    for mode in EVAL_MODES:
+        assert set(eval_pool(mode, "ConvNet")) <= set(NETWORKS), mode
+    with pytest.raises(ValueError, match="'X'.*S, SS, M"):
+        eval_pool("X", "ConvNet")
+
+
+def test_unknown_and_impossible():
+    with pytest.raises(ValueError, match="'ConvNett'.*MLP.*ConvNetGN"):
+        get_network("ConvNett", 3, 10, (32, 32), 0)
+    with pytest.raises(ValueError, match="too small"):
+        get_network("VGG11", 3, 10, (16, 16), 0)
+
+
+@pytest.mark.skipif(not RELEASED, reason="no ../shared/models here: the released networks are not redistributed")
+@pytest.mark.parametrize("path", RELEASED, ids=lambda p: p.name.split("_")[0])
+def test_released_networks_reach_their_published_accuracy(path, cifar10_npz):
+    """Architecture, normalisation and data together: clean accuracy within 0.1 points on all 10 000 test images."""
+    published = json.loads((SHARED / "golden" / "published.json").read_text())
+    figure = published["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]["Clean"]["targeted"][path.name.split("_")[0]]
+    data = utils.load_dataset("CIFAR10", cifar10_npz)
+    net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    assert abs(utils.accuracy(net, *data.take("test", slice(None)), chunk=250) - figure) <= 0.001
+
+
