@@ -420,7 +420,7 @@ class Run:
 
     def report_evaluation(self, rows, **values):
         """Rows of an Evaluator, for each network name: one line on the screen, one in metrics.jsonl."""
-        where = " ".join(f"{name} {value}" for name, value in values.items())
+        where = " ".join(name if value is True else f"{name} {value}" for name, value in values.items() if value is not False)
         for model, columns in by_model(rows).items():
             self.metric("evaluation", **values, model=model, **columns)
             self.say(f"{where}, {model}: clean {percent(columns['clean_acc'])}  clamp-only {percent(columns['clamp_acc'])}  "
