@@ -389,9 +389,13 @@ class Run:
         self.checkpoint_folder = Path(args.checkpoint_path) / self.name
         self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
         self.start = time.perf_counter()
-        self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+        for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", self.checkpoint_folder)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
         earlier = self._set_aside() if self.folder.exists() else None
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir()
         (self.folder / "flags.json").write_text(json.dumps({"flags": vars(args), "versions": versions()}, indent=1) + "\n")
         self._log = open(self.folder / "log.txt", "a")
         self._metrics = open(self.folder / "metrics.jsonl", "a")
@@ -474,8 +478,8 @@ def by_model(rows):
 # ----------------------------------------------------------------------------------------------------------- command line
 def add_switch(parser, name, default, text):
     """A pair of flags --name and --no_name."""
-    group, state = parser.add_mutually_exclusive_group(), "on" if default else "off"
-    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{text} (default: {state})")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{text}; --no_{name} turns it off")
     group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
 
 

@@ -22,16 +22,18 @@ def rank_one_network(num_classes, best, worst):
 
 @pytest.mark.parametrize("num_classes", [10, 100])
 @pytest.mark.parametrize("targeted", [False, True])
-@pytest.mark.parametrize("attack", [fgsm, lambda *a, **k: pgd(*a, step_size=2 / 255, random_start=False, **k),
-                                    lambda *a, **k: pgd(*a, step_size=2 / 255, generator=torch.Generator().manual_seed(0), **k)],
-                         ids=["FGSM", "PGD", "PGD random start"])
-def test_closed_form_on_a_linear_network(attack, targeted, num_classes):
+@pytest.mark.parametrize("attack, options", [
+    (fgsm, {}),
+    (pgd, {"step_size": 2 / 255, "random_start": False}),
+    (pgd, {"step_size": 2 / 255, "generator": torch.Generator().manual_seed(0)}),
+], ids=["FGSM", "PGD", "PGD random start"])
+def test_closed_form_on_a_linear_network(attack, options, targeted, num_classes):
     best, worst = 3, num_classes - 1
     net, v = rank_one_network(num_classes, best, worst)
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     labels = torch.full((6,), worst if targeted else best)  # away from `best`, or towards `worst`: both along -v
     expected = (x - 8 / 255 * v.sign()).clamp(0, 1)
-    assert torch.allclose(attack(net, x, labels, eps=8 / 255, targeted=targeted), expected, atol=1e-6)
+    assert torch.allclose(attack(net, x, labels, eps=8 / 255, targeted=targeted, **options), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("targeted", [False, True])

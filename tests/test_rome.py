@@ -159,8 +159,9 @@ def test_momentum_moves_the_other_classes():
     steps = []
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(image_syn.detach().clone()))
-    rome.update_images(image_syn, optimizer, utils.PoolMember(net, None, torch.zeros(())), data, get_threat_model("pixel", data),
-                       args, {name: torch.Generator().manual_seed(0) for name in ("data", "dsa", "attack")})
+    member = utils.PoolMember(net, None, torch.zeros(()))
+    rome.update_images(image_syn, optimizer, member, data, get_threat_model("pixel", data), args,
+                       {name: torch.Generator().manual_seed(0) for name in ("data", "dsa", "attack")})
     first, second = steps[1][0] - steps[0][0], steps[2][0] - steps[1][0]
     assert len(steps) == 3 and first.abs().max() > 0 and torch.allclose(second, 0.5 * first)
 
@@ -286,8 +287,8 @@ def fails(capsys, monkeypatch, folder, *flags):
     (["--ipc", "40", "--aug"], "--ipc 40 with --aug takes 160"),
     (["--test_limit", "361"], "361.*360 test images"),
     (["--dataset", "CIFAR10", "--data_path", "damaged"], "damaged/cifar10.npz is damaged"),
-    (["--save_path", "a_file/result"], "a_file"),
-    (["--checkpoint_path", "a_file/checkpoints"], "a_file"),
+    (["--save_path", "a_file/result"], "--save_path a_file/result.*choose another"),
+    (["--checkpoint_path", "a_file/checkpoints"], "--checkpoint_path a_file/checkpoints.*choose another"),
     pytest.param(["--device", "cuda"], "--device cuda.*auto.*cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
     (["--device", "tpu"], "--device tpu.*cpu"),
@@ -320,7 +321,8 @@ def run(folder, *flags, threads="1"):
 
 
 def test_digits_run_leaves_what_is_promised(tmp_path):
-    done = run(tmp_path, *SMALL, "--aug", "--Iteration", "3", "--eval_interval", "2", "--num_exp", "2", "--threat_model", "pixel")
+    done = run(tmp_path, *SMALL, "--aug", "--Iteration", "3", "--eval_interval", "2", "--num_exp", "2",
+               "--threat_model", "pixel")
     assert done.returncode == 0, done.stderr
     name = "ROME_Digits_ConvNetW32_1ipc_pixel_seed0"
     folder = tmp_path / "result" / name
@@ -335,7 +337,8 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
     assert file["data"][0][1].tolist() == list(range(10)) and not torch.equal(file["data"][0][0], file["data"][1][0])
     meta = file["meta"]
     assert (meta["packed"], meta["zca"], meta["threat_model"], meta["seed"]) == (True, False, "pixel", 0)
-    assert meta["mean"] == list(utils.DATASETS["Digits"]["mean"]) and meta["flags"]["Iteration"] == 3 and meta["versions"]["torch"]
+    assert meta["mean"] == list(utils.DATASETS["Digits"]["mean"])
+    assert meta["flags"]["Iteration"] == 3 and meta["versions"]["torch"]
     for exp in (0, 1):
         best = torch.load(tmp_path / "checkpoints" / name / f"best_exp{exp}.pt", weights_only=True)
         assert torch.equal(best["data"][0][0], file["data"][exp][0]) and best["meta"]["iteration"] in (2, 3)
@@ -356,12 +359,13 @@ def test_same_seed_same_bits_in_two_processes(tmp_path):
         (tmp_path / folder).mkdir()
         assert run(tmp_path / folder, *SMALL, "--Iteration", "3", "--no_baseline", "--seed", seed).returncode == 0
         sets.append(torch.load(next((tmp_path / folder).glob("result/*.pt")), weights_only=True))
-    assert torch.equal(sets[0]["data"][0][0], sets[1]["data"][0][0]) and not torch.equal(sets[0]["data"][0][0], sets[2]["data"][0][0])
+    images = [file["data"][0][0] for file in sets]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     assert sets[0]["accs_all_exps"] == sets[1]["accs_all_exps"]
 
 
 def test_cifar_like_run_and_a_second_one(tmp_path, cifar_like):
-    """A 200-image npz, unpacked ipc 1, a batch larger than the class, noise, Adam, several networks to evaluate with; and once more."""
+    """A 200-image npz, a batch larger than the class, noise, Adam, several networks to evaluate with; and once more."""
     flags = [*SMALL, "--dataset", "CIFAR10", "--data_path", str(cifar_like), "--batch_real", "64", "--Iteration", "2",
              "--eval_mode", "A", "--init", "noise", "--optim", "adam", "--no_baseline", "--test_limit", "5", "--lr_img", "0.01"]
     done = run(tmp_path, *flags)
