@@ -190,15 +190,8 @@ def distill(args, exp, data, threat, evaluate, run, clock):
     rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
     rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
     image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.aug)
-    image_syn.requires_grad_()
-    optimizer_img = (torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5) if args.optim == "sgd"
-                     else torch.optim.Adam([image_syn], lr=args.lr_img))
-    pool = utils.NetPool(
-        make_net=lambda k: get_network(args.model, data.channel, data.num_classes, data.size,
-                                       stream_seed(args.seed, exp, "pool", k), data.device),
-        make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **(
-            {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {})),
-        limit=args.net_num)
+    optimizer_img = image_optimizer(args, image_syn.requires_grad_())
+    pool = new_pool(args, exp, data)
     best, best_acc = None, -1.0
 
     for it in range(args.Iteration + 1):
@@ -206,7 +199,7 @@ def distill(args, exp, data, threat, evaluate, run, clock):
         if it in evaluation_iterations(args):
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
             select_acc = np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows])
-            run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best=bool(select_acc > best_acc))
+            run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best_so_far=bool(select_acc > best_acc))
             run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
             if select_acc > best_acc:
                 best_acc = select_acc
@@ -246,8 +239,25 @@ def distill(args, exp, data, threat, evaluate, run, clock):
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
         clock.lap("evaluation")
-    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set="ROME, best")
+    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set="ROME", final=True)
     return best
+
+
+def image_optimizer(args, image_syn):
+    """The optimiser of the synthetic images. Source: SPEC 1.1."""
+    if args.optim == "sgd":
+        return torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5)
+    return torch.optim.Adam([image_syn], lr=args.lr_img)
+
+
+def new_pool(args, exp, data):
+    """The pool of networks that the robust prior is made with."""
+    decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
+    return utils.NetPool(
+        make_net=lambda k: get_network(args.model, data.channel, data.num_classes, data.size,
+                                       stream_seed(args.seed, exp, "pool", k), data.device),
+        make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **decay),
+        limit=args.net_num)
 
 
 def evaluation_iterations(args):

@@ -365,10 +365,10 @@ def save_synset(path, sets, rows, meta):
 
 
 def save_grid(path, images, data, per_row):
-    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to at least 640 pixels of width."""
+    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to at least 960 pixels of width."""
     from torchvision.utils import make_grid, save_image
     grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)  # (C, H', W')
-    factor = math.ceil(640 / grid.shape[2])
+    factor = math.ceil(960 / grid.shape[2])
     grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     write_atomically(path, lambda partial: save_image(grid, partial))
 
@@ -429,7 +429,7 @@ class Run:
             self.metric("evaluation", **values, model=model, **columns)
             self.say(f"{where}, {model}: clean {percent(columns['clean_acc'])}  clamp-only {percent(columns['clamp_acc'])}  "
                      f"robust {percent(columns['robust_acc'])}"
-                     + (f"  select {percent(columns['select_acc'])}" if None not in columns["select_acc"] else ""))
+                     + (f"  select {percent(columns['select_acc'])}" if "select_acc" in columns else ""))
 
     def save_grids(self, name, images):
         """PNG grids, a row a class (ten images a row at ipc 1); a packed set also with its sub-images."""
@@ -466,12 +466,13 @@ class Run:
 
 
 def by_model(rows):
-    """Rows of an Evaluator -> {network name: {column: list, n: int}}."""
+    """Rows of an Evaluator -> {network name: {column: list, n: int}}; a column that was not measured is left out."""
     models = {}
     for row in rows:
         columns = models.setdefault(row["model"], {"n": row["n"]})
         for key in ("clean_acc", "clamp_acc", "robust_acc", "select_acc"):
-            columns.setdefault(key, []).append(row[key])
+            if row[key] is not None:
+                columns.setdefault(key, []).append(row[key])
     return models
 
 

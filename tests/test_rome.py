@@ -127,7 +127,7 @@ def test_update_against_the_literal_loop(threat, ipc, aug, syn_ce):
     data, net = SmallData(), small_network()
     data.num_classes = 3
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="color_crop_cutout_flip")
+                           embed_last=-1, dsa_strategy="color_crop_cutout_flip", optim="sgd")
     model = get_threat_model(threat, data)
     if threat == "published":  # ten target classes by quirk; this network has three, and classes 1 and 2 aim at 2 and 3
         net_three = net
@@ -142,7 +142,7 @@ def test_update_against_the_literal_loop(threat, ipc, aug, syn_ce):
 
     image_syn, rng = start.clone().requires_grad_(), streams()
     member = utils.PoolMember(net, None, torch.tensor(4.0, dtype=torch.float64), seen=10)  # w_f = 40 percent
-    optimizer = torch.optim.SGD([image_syn], lr=0.2, momentum=0.5)
+    optimizer = rome.image_optimizer(args, image_syn)
     for _ in range(passes):
         rome.update_images(image_syn, optimizer, member, data, model, args, rng)
     assert (expected - start).abs().min() > 0  # every image moved
@@ -153,9 +153,9 @@ def test_momentum_moves_the_other_classes():
     """In the second pass class 0's images also move, by momentum alone, while classes 1 and 2 take their steps."""
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=1, aug=False, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="none")
+                           embed_last=-1, dsa_strategy="none", optim="sgd")
     image_syn = torch.randn(3, 1, 8, 8, dtype=torch.float64).requires_grad_()
-    optimizer = torch.optim.SGD([image_syn], lr=0.2, momentum=0.5)
+    optimizer = rome.image_optimizer(args, image_syn)
     steps = []
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(image_syn.detach().clone()))
@@ -177,6 +177,43 @@ def test_train_pool_counts_and_learns(digits):
     assert sum(member.seen for member in pool.members) == 6 * 2 * 3 * 64
     assert losses[0] > 2 and losses[-1] < 0.8 * losses[0]
     assert 15 < max(member.running_accuracy().item() for member in pool.members) < 100
+
+
+def test_the_optimisers_are_the_ones_of_the_flags(digits):
+    plain, decay = (rome.new_pool(rome.parse_args(["--model", "MLP", *flags]), 0, digits).members[0].optimizer.param_groups[0]
+                    for flags in ([], ["--net_decay", "--lr_net", "0.05"]))
+    assert (plain["lr"], plain["momentum"], plain["weight_decay"]) == (0.01, 0, 0)
+    assert (decay["lr"], decay["momentum"], decay["weight_decay"]) == (0.05, 0.9, 5e-4)
+    adam = rome.image_optimizer(rome.parse_args(["--optim", "adam", "--lr_img", "0.3"]), torch.zeros(1).requires_grad_())
+    assert isinstance(adam, torch.optim.Adam) and adam.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("select, evaluations", [("train", [2, 4, 6, "final"]), ("test", [2, 4, 6])])
+def test_distill_evaluates_resets_renews_and_keeps_the_best(digits, monkeypatch, select, evaluations):
+    """The order of SPEC 1.1: evaluation 2 of 3 is the best; the final figures are of fresh networks unless --select test."""
+    args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--Iteration", "6", "--eval_interval", "2",
+                            "--net_generate_interval", "3", "--batch_real", "4", "--trained_bs", "4", "--model_train_steps",
+                            "1", "--lr_img", "0.1", "--select", select])
+    evaluated, saved, pushed, resets = [], [], [], []
+    accs = {2: 0.3, 4: 0.6, 6: 0.5, "final": 0.1}
+
+    def evaluate(images, labels, packed, exp, it, select=False):
+        evaluated.append((it, images.clone()))
+        assert select == (it != "final") and not packed
+        chosen, other = accs[it], 1 - accs[it]
+        return [{"model": "MLP", "robust_acc": chosen if args.select == "test" else other,
+                 "select_acc": other if args.select == "test" else chosen}]
+    monkeypatch.setattr(utils.NetPool, "push", lambda self, n, push=utils.NetPool.push: (pushed.append(n), push(self, n)))
+    monkeypatch.setattr(utils.NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
+    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grids=lambda *a: None, metric=lambda *a, **k: None,
+                           say=lambda text: None, save_best=lambda exp, best: saved.append(best["iteration"]))
+    clock = SimpleNamespace(lap=lambda phase: None)
+    best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), evaluate, run_, clock)
+    assert [it for it, _ in evaluated] == evaluations
+    assert saved == [2, 4] and best["iteration"] == 4 and torch.equal(best["images"], evaluated[1][1])
+    assert resets == [1, 2, 3] and pushed == [3, 1, 1]  # the first three, then at iterations 0 and 3
+    assert not torch.equal(evaluated[0][1], evaluated[1][1])
+    assert best["rows"][0]["robust_acc"] == (0.6 if select == "test" else 0.9)
 
 
 def test_evaluation_iterations():
@@ -330,7 +367,7 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
         f"{stem}{kind}.png" for stem in ("best_exp0", "best_exp1", *(f"syn_exp{e}_it0000{i}" for e in (0, 1) for i in (2, 3)))
         for kind in ("", "_unpacked")}
     assert json.loads((folder / "flags.json").read_text())["flags"]["ipc"] == 1
-    assert Image.open(folder / "best_exp0.png").size[0] >= 640
+    assert Image.open(folder / "best_exp0.png").size[0] >= 960
 
     file = torch.load(tmp_path / "result" / "ROME_res_ROME_Digits_ConvNetW32_1ipc.pt", weights_only=True)
     assert len(file["data"]) == 2 and file["data"][0][0].shape == (10, 3, 32, 32)

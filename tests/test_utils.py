@@ -280,7 +280,7 @@ def test_grid(tmp_path):
     utils.save_grid(tmp_path / "grid.png", data.normalize(pixels), data, per_row=3)
     image = np.asarray(Image.open(tmp_path / "grid.png"))
     factor = image.shape[1] // (3 * 34 + 2)
-    assert image.shape[1] >= 640 and image.shape[0] == factor * (2 * 34 + 2)
+    assert image.shape[1] >= 960 and image.shape[0] == factor * (2 * 34 + 2)
     centres = image[factor * 18::factor * 34, factor * 18::factor * 34, 0]  # (2, 3)
     assert np.allclose(centres.astype(int), [[0, 51, 102], [153, 204, 255]], atol=1)
 
