@@ -27,4 +27,7 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 clean:
 	rm -rf $(VENV)
 
-DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1
+# Small enough for two CPU cores: 25 iterations, little batches, 3 networks an evaluation, the valid threat model.
+DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 25 --eval_interval 25 \
+	--batch_real 32 --trained_bs 32 --model_train_steps 2 --train_net_num 1 --net_generate_interval 5 --lr_img 0.2 \
+	--net_decay --embed_last 1000 --ce_weight 0.5 --num_exp 1 --num_eval 3 --epoch_eval_train 100

@@ -239,7 +239,7 @@ def distill(args, exp, data, threat, evaluate, run, clock):
     run.save_grids(f"best_exp{exp}", best["images"])
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
-        clock.lap("evaluation")
+        clock.lap("report")
     run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set="ROME", final=True)
     return best
 
@@ -293,7 +293,7 @@ def main():
     if not args.baseline:
         baselines = {}
     utils.print_plan(args, data, threat, run, clock,
-                     evaluations=len(evaluation_iterations(args)) + len(baselines) + (args.select == "train"))
+                     evaluations=len(evaluation_iterations(args)), reports=len(baselines) + (args.select == "train"))
 
     table, sets = {}, []  # evaluation rows by name of the set; the distilled sets
     with tqdm(total=args.Iteration * args.num_exp, disable=None, unit="it") as clock.bar:
@@ -303,7 +303,7 @@ def main():
                 rows = evaluate(image_syn, label_syn, packed, exp, name)
                 run.report_evaluation(rows, exp=exp, set=name)
                 table.setdefault(name, []).extend(rows)
-                clock.lap("evaluation")
+                clock.lap("report")
             best = distill(args, exp, data, threat, evaluate, run, clock)
             sets.append((best["images"], best["labels"]))
             table.setdefault("ROME", []).extend(best["rows"])

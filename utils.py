@@ -365,10 +365,10 @@ def save_synset(path, sets, rows, meta):
 
 
 def save_grid(path, images, data, per_row):
-    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to at least 960 pixels of width."""
+    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to about 1000 pixels."""
     from torchvision.utils import make_grid, save_image
     grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)  # (C, H', W')
-    factor = math.ceil(960 / grid.shape[2])
+    factor = max(1, min(math.ceil(960 / grid.shape[2]), 1200 // grid.shape[1]))
     grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     write_atomically(path, lambda partial: save_image(grid, partial))
 
@@ -543,7 +543,7 @@ def run_script(main):
 
 # ------------------------------------------------------------------------------------------------------------ time and cost
 class Clock:
-    """How long the phases of a run take and what is left; str() of it is "1.2 s/iteration, 30 s/evaluation, ETA 3 min".
+    """How long the phases of a run take and what is left; str() of it is "1.2 s/iteration, ETA 3 min".
 
     `expect` announces a phase; `lap` ends one. A phase that never ended counts with its estimate.
     """
@@ -578,8 +578,7 @@ class Clock:
         return sum(max(self.total[p] - self.done[p], 0) * self.seconds(p) for p in self.total)
 
     def __str__(self):
-        each = ", ".join(f"{duration(self.seconds(p))}/{p}" for p in self.total)
-        return f"{each}, ETA {duration(self.eta())}"
+        return f"{duration(self.seconds('iteration'))}/iteration, ETA {duration(self.eta())}"
 
 
 def duration(seconds):
@@ -616,10 +615,10 @@ def image_gradients_per_second(net, data, threat):
     return len(images) * steps / (time.perf_counter() - start)
 
 
-def print_plan(args, data, threat, run, clock, evaluations):
+def print_plan(args, data, threat, run, clock, evaluations, reports):
     """Say what the run is about to do and, from a short measurement, how long it will take; tell `clock` the same.
 
-    evaluations: how many each experiment makes.
+    evaluations: how many sets are evaluated for selection in each experiment; reports: how many more, without selection.
     """
     per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
     train_size, test_size = len(data.labels["train"]), len(data.labels["test"])
@@ -628,22 +627,25 @@ def print_plan(args, data, threat, run, clock, evaluations):
                  * args.fetch_net_num * args.model_train_steps * min(args.trained_bs, train_size))
     stored = args.ipc * data.num_classes
     trained_on = stored * (4 if args.aug else 1)
-    tested = (args.test_limit or test_size) + (min(SELECT_IMAGES, train_size) if args.select == "train" else 0)
     models = eval_pool(args.eval_mode, args.model)
+    networks = len(models) * args.num_eval
     # A training step costs 1.5 image-gradients: it has the gradient of the weights as well.
-    gradients_eval = len(models) * args.num_eval * (1.5 * trained_on * (args.epoch_eval_train + 1) + (PGD_STEPS + 1) * tested)
+    gradients_report = networks * (1.5 * trained_on * (args.epoch_eval_train + 1)
+                                   + (PGD_STEPS + 1) * (args.test_limit or test_size))
+    gradients_select = networks * (PGD_STEPS + 1) * (min(SELECT_IMAGES, train_size) if args.select == "train" else 0)
 
     net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
     flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
     rate = image_gradients_per_second(net, data, threat)
     clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
-    clock.expect("evaluation", evaluations * args.num_exp, gradients_eval / rate)
+    clock.expect("evaluation", evaluations * args.num_exp, (gradients_report + gradients_select) / rate)
+    clock.expect("report", reports * args.num_exp, gradients_report / rate)
     run.say(f"{run.name} on {device_name(data.device)}: {train_size} training, {test_size} test images of {data.num_classes} "
             f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
     run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.aug else "")
-            + f", {args.Iteration} iterations each, {evaluations} evaluations each of {len(models) * args.num_eval} network(s)")
+            + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {networks} network(s)")
     run.say(f"an iteration: {gradients} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
-            f"measured {rate:.0f} image-gradients/s; estimated {clock}")
+            f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
     small = sum(n < args.batch_real for n in per_class)
     if small:
         run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
