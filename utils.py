@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 import zipfile
@@ -114,20 +115,7 @@ class Dataset:
         return self.take("train", torch.randperm(len(self.labels["train"]), generator=generator)[:n])
 
 
-def load_dataset(name, data_path, device="cpu"):
-    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
-
-    Returns a Dataset on `device`. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
-    """
-    if name not in DATASETS:
-        raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
-    arrays = _digits() if name == "Digits" else _cifar(name, Path(data_path))
-    images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
-    labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
-    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, **DATASETS[name])
-
-
-def _digits():
+def _digits(name, folder):
     """scikit-learn's 1 797 real 8x8 digits as 32x32 RGB, a fifth of each class as test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -163,10 +151,13 @@ def _cifar(name, folder):
 def _download_cifar(name, folder, path):
     """Fetch with torchvision and keep the result as `path`."""
     import torchvision
+    new_folder = not folder.exists()
     try:
         splits = {s: getattr(torchvision.datasets, name)(folder, train=s == "train", download=True)
                   for s in ("train", "test")}
     except (OSError, RuntimeError) as error:
+        if new_folder and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()  # torchvision made it
         raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once where there is internet "
                          f"access, or put {path.name} (uint8 arrays x_train, y_train, x_test, y_test, classes; see README, "
                          f"Data) into {folder}") from None
@@ -174,6 +165,22 @@ def _download_cifar(name, folder, path):
     for split, images in splits.items():
         arrays[f"x_{split}"], arrays[f"y_{split}"] = images.data, np.array(images.targets, dtype=np.uint8)
     write_atomically(path, lambda partial: np.savez(partial, **arrays))
+
+
+LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}  # (name, folder) -> arrays as in the npz files
+
+
+def load_dataset(name, data_path, device="cpu"):
+    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
+
+    Returns a Dataset on `device`. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    arrays = LOADERS[name](name, Path(data_path))
+    images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
+    labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
+    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, **DATASETS[name])
 
 
 # -------------------------------------------------------------------------------------------------------- pool of networks
@@ -396,7 +403,9 @@ class Run:
                 raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
         earlier = self._set_aside() if self.folder.exists() else None
         self.folder.mkdir()
-        (self.folder / "flags.json").write_text(json.dumps({"flags": vars(args), "versions": versions()}, indent=1) + "\n")
+        about = {"command": shlex.join(sys.argv), "flags": vars(args), "versions": versions(),
+                 "device": device_name(data.device)}
+        (self.folder / "flags.json").write_text(json.dumps(about, indent=1) + "\n")
         self._log = open(self.folder / "log.txt", "a")
         self._metrics = open(self.folder / "metrics.jsonl", "a")
         if earlier:
@@ -655,6 +664,8 @@ def check_sizes(args, data):
     """Raise InputError for sizes that this data set cannot serve."""
     needed = args.ipc * (4 if args.aug else 1)
     for c in range(data.num_classes):
+        if data.class_size(c) == 0:
+            raise InputError(f"--dataset {args.dataset}: class {data.classes[c]} has no training image")
         if data.class_size(c) < needed and (args.init == "real" or args.baseline):
             raise InputError(f"--ipc {args.ipc}" + (" with --aug" if args.aug else "") + f" takes {needed} real images of each "
                              f"class; class {data.classes[c]} has {data.class_size(c)}: choose a smaller --ipc, or "

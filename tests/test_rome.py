@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,8 +174,8 @@ def test_train_pool_counts_and_learns(digits):
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
     threat = get_threat_model("pixel", digits)
-    losses = [rome.train_pool(pool, digits, threat, args, rng).item() for _ in range(6)]
-    assert sum(member.seen for member in pool.members) == 6 * 2 * 3 * 64
+    losses = [rome.train_pool(pool, digits, threat, args, rng).item() for _ in range(4)]
+    assert sum(member.seen for member in pool.members) == 4 * 2 * 3 * 64
     assert losses[0] > 2 and losses[-1] < 0.8 * losses[0]
     assert 15 < max(member.running_accuracy().item() for member in pool.members) < 100
 
@@ -366,7 +367,8 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
     assert {p.name for p in folder.iterdir()} == {"flags.json", "metrics.jsonl", "log.txt"} | {
         f"{stem}{kind}.png" for stem in ("best_exp0", "best_exp1", *(f"syn_exp{e}_it0000{i}" for e in (0, 1) for i in (2, 3)))
         for kind in ("", "_unpacked")}
-    assert json.loads((folder / "flags.json").read_text())["flags"]["ipc"] == 1
+    about = json.loads((folder / "flags.json").read_text())
+    assert about["flags"]["ipc"] == 1 and about["command"].endswith("--threat_model pixel")
     assert Image.open(folder / "best_exp0.png").size[0] >= 960
 
     file = torch.load(tmp_path / "result" / "ROME_res_ROME_Digits_ConvNetW32_1ipc.pt", weights_only=True)
@@ -391,11 +393,12 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
 
 
 def test_same_seed_same_bits_in_two_processes(tmp_path):
-    sets = []
-    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+    def one(folder, seed):
         (tmp_path / folder).mkdir()
         assert run(tmp_path / folder, *SMALL, "--Iteration", "3", "--no_baseline", "--seed", seed).returncode == 0
-        sets.append(torch.load(next((tmp_path / folder).glob("result/*.pt")), weights_only=True))
+        return torch.load(next((tmp_path / folder).glob("result/*.pt")), weights_only=True)
+    with ThreadPoolExecutor() as executor:
+        sets = list(executor.map(one, "abc", "001"))
     images = [file["data"][0][0] for file in sets]
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
     assert sets[0]["accs_all_exps"] == sets[1]["accs_all_exps"]
@@ -424,4 +427,4 @@ def test_missing_data_as_a_user_sees_it(tmp_path):
                           text=True, timeout=240)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "cifar10.npz" in line and "internet" in line and "Traceback" not in done.stderr
-    assert not (tmp_path / "result").exists()
+    assert list(tmp_path.iterdir()) == []
