@@ -192,11 +192,12 @@ def distill(args, exp, data, threat, evaluate, run, clock):
     image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.aug)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
     pool = new_pool(args, exp, data)
+    evaluated_at = evaluation_iterations(args)
     best, best_acc = None, -1.0
 
     for it in range(args.Iteration + 1):
         # 1. Evaluate, keep the best set, start the running accuracies anew.
-        if it in evaluation_iterations(args):
+        if it in evaluated_at:
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
             select_acc = np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows])
             run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best_so_far=bool(select_acc > best_acc))

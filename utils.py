@@ -517,7 +517,7 @@ def get_device(name):
     """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device. Raises InputError if it is not there."""
     found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name == "auto":
-        return torch.device(found[-1] if len(found) == 1 else "cuda:0")
+        return torch.device("cuda:0" if len(found) > 1 else "cpu")
     if name not in found + ["cuda"] * (len(found) > 1):
         raise InputError(f"--device {name} is not available here; choose auto or one of {', '.join(found)}")
     return torch.device(name)

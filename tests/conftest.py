@@ -1,5 +1,4 @@
 """Fixtures. The suite needs no network and no data file; what lies in ../shared or data/ is used where it is there."""
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 import utils  # noqa: E402
 

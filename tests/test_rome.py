@@ -126,7 +126,6 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
 @pytest.mark.parametrize("ipc, aug, syn_ce", [(2, False, True), (2, True, True), (1, False, True), (1, True, False)])
 def test_update_against_the_literal_loop(threat, ipc, aug, syn_ce):
     data, net = SmallData(), small_network()
-    data.num_classes = 3
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
                            embed_last=-1, dsa_strategy="color_crop_cutout_flip", optim="sgd")
     model = get_threat_model(threat, data)

@@ -143,7 +143,7 @@ def test_streams_are_repeatable_and_differ():
 
 # ------------------------------------------------------------------------------------------------------------------- pool
 def make_pool(limit=100):
-    return utils.NetPool(lambda k: torch.nn.Linear(1, 1, bias=False).requires_grad_(k >= 0),
+    return utils.NetPool(lambda k: torch.nn.Linear(1, 1, bias=False),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit)
 
 
