@@ -8,7 +8,9 @@ space relates to the normalised images that the networks take (SPEC 2):
   about three quarters of the values before any perturbation, and 8/255 is about 1.6/255 in pixels. Kept, bug for bug,
   to reproduce published figures; the `clamp_only` control shows how much of a "robust accuracy" is the clamp.
 """
+import logging
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
 
@@ -16,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
+EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
 PGD_STEPS = 10
 TOLERANCE = 1e-6  # of the audit, attack-space units
+TINY = 1e-10  # keeps a division by a norm finite
 
 
 # --------------------------------------------------------------------------------------------------------- threat models
@@ -73,7 +77,8 @@ def get_threat_model(name, data):
 
 # --------------------------------------------------------------------------------------------------------------- attacks
 # Common arguments. model: callable, attack-space images -> (N, num_classes) logits. x: (N, C, H, W) attack-space images.
-# labels: (N,) int64, the true classes, or with targeted=True the classes to be reached. Returns x_adv like x, in [0, 1].
+# labels: (N,) int64, the true classes, or with targeted=True the classes to be reached. Returns x_adv like x: every image
+# in [0, 1], or, from the attacks that may give up on an image, that image as it came (under `published` outside the box).
 def _input_gradient(model, x, labels, targeted):
     """The gradient in x of the loss that the attack increases, summed over the batch."""
     x = x.detach().requires_grad_()
@@ -104,48 +109,275 @@ def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False
     return x_adv.detach()
 
 
-ATTACKS = {"FGSM": fgsm, "PGD": pgd}
+def pgd_l2(model, x, labels, *, eps=EPS_L2, step_size, steps=PGD_STEPS, targeted=False):
+    """Projected gradient descent, L2, from x itself. eps, step_size: attack-space units. Source: SPEC 3.2."""
+    x_adv = x
+    for _ in range(steps):
+        gradient = _input_gradient(model, x_adv, labels, targeted)
+        x_adv = x_adv + step_size * gradient / (_l2(gradient) + TINY)
+        # Around x, as above. Under `published` the first clamp has moved x_adv so far from x that the projection cancels
+        # nearly all of the attack: its "PGD-L2 accuracy" is that of the clamp alone (SPEC 2).
+        delta = x_adv - x
+        x_adv = (x + delta * (eps / (_l2(delta) + TINY)).clamp(max=1)).clamp(0, 1)
+    return x_adv.detach()
 
 
-def audit(x, x_adv, eps):
-    """Verify an L-inf attack after the fact: finite, inside [0, 1], within eps of the (clamped) image.
+def _l2(x):
+    """(N, C, H, W) -> the L2 norm of each image, (N, 1, 1, 1)."""
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
-    x, x_adv: (N, C, H, W) attack space. Returns the largest L-inf change. Raises FloatingPointError if x_adv is not
-    finite, RuntimeError with the figures if it is out of bounds: a broken attack must never become a result.
+
+def _margin(logits, labels, floor=-torch.inf):
+    """The logit of `labels` minus the largest other one, each at least `floor`. (N, num_classes), (N,) -> (N,)."""
+    own = logits.gather(1, labels[:, None]).squeeze(1).clamp(min=floor)
+    return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1).clamp(min=floor)
+
+
+def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False, logit_floor=-torch.inf):
+    """C&W: the smallest L2 change that reaches the goal, by Adam in tanh space with one constant c.
+
+    Minimises |x_adv - x|^2 + c * max(margin, -kappa). An image is done early, and leaves the batch, once it has
+    reached the goal and its cost no longer falls over a tenth of the steps. Values at 0 or 1 stay there (their tanh-space
+    coordinate is infinite). An image that never reaches the goal comes back as it was. logit_floor: logits count as at least
+    this in the margin; 0 is a QUIRK (published) that blinds the attack while the target's logit is negative.
+    Source: Carlini and Wagner 2017; SPEC 3.2. Deviation: no search over c, as in the published benchmark.
     """
+    x_best, l2_best = x.clone(), x.new_full((len(x),), torch.inf)
+    rows = torch.arange(len(x), device=x.device)  # of the images that are still worked on
+    w = torch.atanh((2 * x - 1).clamp(-1, 1))
+    mean, square = torch.zeros_like(w), torch.zeros_like(w)  # of Adam
+    cost_before = x.new_full((len(x),), torch.inf)
+    for step in range(steps):
+        w.requires_grad_()
+        z = (torch.tanh(w) + 1) / 2
+        l2 = (z - x[rows]).square().sum((1, 2, 3))
+        logits = model(z)
+        margin = _margin(logits, labels[rows], logit_floor)
+        cost = l2 + c * (-margin if targeted else margin).clamp(min=-kappa)
+        (gradient,) = torch.autograd.grad(cost.sum(), w)
+        with torch.no_grad():
+            reached = (logits.argmax(1) == labels[rows]) == targeted
+            better = reached & (l2 < l2_best[rows])
+            l2_best[rows[better]], x_best[rows[better]] = l2[better], z[better]
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.001)
+            w = w - lr * (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            if step % max(steps // 10, 1) == 0:
+                going_on = ~(l2_best[rows].isfinite() & (cost >= cost_before[rows]))
+                cost_before[rows] = cost
+                rows, w, mean, square = rows[going_on], w[going_on], mean[going_on], square[going_on]
+                if len(rows) == 0:
+                    break
+    return x_best
+
+
+def deepfool(model, x, labels, *, steps=50, overshoot=0.02, candidates=None):
+    """DeepFool: step to the nearest linearised decision boundary until the class changes. Minimum-norm, L2, untargeted.
+
+    candidates: how many other classes are considered, those of the largest logits (None: all; the authors take 9). An image
+    that is misclassified from the start comes back as it was. Source: Moosavi-Dezfooli et al. 2016; SPEC 3.2.
+    """
+    x_adv = x.clone()
+    rows = torch.arange(len(x), device=x.device)  # of the images that are still classified right
+    for _ in range(steps):
+        z = x_adv[rows].requires_grad_()
+        logits = model(z)
+        y = labels[rows, None]  # (n, 1)
+        gaps = logits - logits.gather(1, y)  # (n, num_classes), of which the own one is 0
+        others = gaps.detach().scatter(1, y, -torch.inf).argsort(1, descending=True)[:, :-1][:, :candidates]
+        right = logits.argmax(1) == y[:, 0]
+        if not right.any():
+            break
+        nearest = z.new_full((len(z),), torch.inf)
+        move = torch.zeros_like(z)
+        for k in range(others.shape[1]):
+            gap = gaps.gather(1, others[:, k:k + 1])  # (n, 1)
+            (gradient,) = torch.autograd.grad(gap.sum(), z, retain_graph=k + 1 < others.shape[1])
+            norm = _l2(gradient).flatten() + TINY
+            distance = gap.detach().abs().flatten() / norm
+            closer = distance < nearest
+            nearest = torch.where(closer, distance, nearest)
+            move = torch.where(closer.view(-1, 1, 1, 1), gradient * (distance / norm).view(-1, 1, 1, 1), move)
+        rows = rows[right]
+        x_adv[rows] = (z.detach()[right] + (1 + overshoot) * move[right]).clamp(0, 1)
+    return x_adv
+
+
+def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128, targeted=False, generator=None):
+    """SPSA: PGD with a gradient estimated from logits only, at random pairs of points x +- delta * v, v of random signs.
+
+    Adam ascends the margin loss by the estimate; L-inf. samples: pairs a step, so that a step costs 2 * samples queries.
+    Source: Uesato et al. 2018; SPEC 3.2. The published benchmark takes a single step.
+    """
+    x_adv, mean, square = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    with torch.no_grad():
+        for step in range(steps):
+            estimate = torch.zeros_like(x)
+            for _ in range(samples):
+                v = torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
+                difference = _margin(model(x_adv + delta * v), labels) - _margin(model(x_adv - delta * v), labels)
+                estimate += difference.view(-1, 1, 1, 1) * v / (2 * delta * samples)  # 1/v = v
+            gradient = -estimate if targeted else estimate  # of what is to fall: the margin of the true class
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.001)
+            x_adv = x_adv - lr * (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+    return x_adv
+
+
+# AutoAttack and Square are the authors' own implementation, as the package pyautoattack.
+def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None):
+    """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
+
+    L-inf, untargeted.
+    iterations: of each of the first three (the published benchmark had 10). queries: of Square.
+    Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
+    """
+    attack = _pyautoattack().AutoAttack(model, norm="Linf", eps=eps, seed=_draw_seed(generator), device=x.device)
+    for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+        part.n_iter = iterations
+    attack.square.n_queries = queries
+    with _own_global_generator(x.device):
+        return attack.run_standard_evaluation(x, labels, batch_size=len(x))[0]
+
+
+def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, targeted=False, generator=None):
+    """Square: random squares of +-eps, kept where the margin falls. L-inf, logits only.
+
+    queries: at most so many an image. Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package
+    is missing.
+    """
+    attack = _pyautoattack().SquareAttack(model, norm="Linf", eps=eps, n_queries=queries, p_init=p_init, targeted=targeted,
+                                          loss="margin", resc_schedule=False, seed=_draw_seed(generator), device=x.device)
+    with _own_global_generator(x.device), torch.no_grad():
+        return attack.perturb(x, labels)
+
+
+def _pyautoattack():
+    try:
+        import pyautoattack.square
+    except ImportError:
+        raise ValueError("AA and Square need the package pyautoattack (pip install pyautoattack)") from None
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # its advice, batch by batch; evaluate.py has a sanity report
+    pyautoattack.SquareAttack = pyautoattack.square.SquareAttack
+    return pyautoattack
+
+
+def _draw_seed(generator):
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else None))
+
+
+@contextmanager
+def _own_global_generator(device):
+    """pyautoattack seeds the global generators; the caller's are put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack and what is known about it.
+
+    run: with the common arguments above. norm: "Linf" or "L2". eps, step_size: threat model -> default in attack space; an
+    attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees
+    logits only. random: takes a generator. gives_up: returns an image that it cannot attack as it came. options: threat model
+    -> what else it is told.
+    """
+
+    run: Callable
+    norm: str
+    eps: Callable = None
+    step_size: Callable = None
+    targetable: bool = True
+    query: bool = False
+    random: bool = False
+    gives_up: bool = False
+    options: Callable = lambda threat: {}
+
+
+# Source of the settings: SPEC 3.2.
+ATTACKS = {
+    "FGSM": Attack(fgsm, "Linf", eps=lambda t: t.eps),
+    "PGD": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True),
+    "PGD_L2": Attack(pgd_l2, "L2", eps=lambda t: EPS_L2, step_size=lambda t: STEP_SIZE_L2),
+    "CW": Attack(cw, "L2", gives_up=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
+    "Deepfool": Attack(deepfool, "L2", targetable=False, gives_up=True),
+    "AA": Attack(autoattack, "Linf", eps=lambda t: t.eps, targetable=False, random=True, gives_up=True),
+    "Square": Attack(square_attack, "Linf", eps=lambda t: t.eps, query=True, random=True, gives_up=True),
+    "SPSA": Attack(spsa, "Linf", eps=lambda t: t.eps, query=True, random=True),
+}
+
+
+def get_attack(name):
+    """The Attack called `name`. Raises ValueError for an unknown name."""
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
+    return ATTACKS[name]
+
+
+def audit(x, x_adv, norm, eps, gives_up=False):
+    """Verify an attack after the fact: finite, inside [0, 1], within eps of the (clamped) image.
+
+    x, x_adv: (N, C, H, W) attack space. norm: "Linf" or "L2", of eps; eps None: no bound. gives_up: an image that came back
+    as it was is right wherever it lies, and counts as no change.
+    Returns the L-inf and the L2 change of each image, (N,) each. Raises FloatingPointError if x_adv is not finite,
+    RuntimeError with the figures if it is out of bounds: a broken attack must never become a result.
+    """
+    change = x_adv - x.clamp(0, 1)
+    if gives_up:
+        unchanged = (x_adv == x).flatten(1).all(1).view(-1, 1, 1, 1)
+        x_adv, change = (torch.where(unchanged, 0, t) for t in (x_adv, change))
+    linf, l2 = change.flatten(1).abs().amax(1), change.flatten(1).norm(dim=1)  # (N,), (N,)
     if len(x) == 0:
-        return 0.0
-    change = (x_adv - x.clamp(0, 1)).abs().max()
-    low, high, change = torch.stack([x_adv.min(), x_adv.max(), change]).tolist()  # one synchronisation; NaN propagates
-    if not math.isfinite(low + high + change):
+        return linf, l2
+    largest = (linf if norm == "Linf" else l2).max()
+    low, high, largest = torch.stack([x_adv.min(), x_adv.max(), largest]).tolist()  # one synchronisation; NaN propagates
+    if not math.isfinite(low + high + largest):
         raise FloatingPointError("an attack met values that are not finite: the network or the images have diverged")
-    if not (low >= 0 and high <= 1 and change <= eps + TOLERANCE):
-        raise RuntimeError(f"an attack left its bounds: values in [{low:.6g}, {high:.6g}], largest change "
-                           f"{change:.6g}, allowed are [0, 1] and {eps:.6g}")
-    return change
+    if not (low >= 0 and high <= 1 and (eps is None or largest <= eps + TOLERANCE)):
+        raise RuntimeError(f"an attack left its bounds: values in [{low:.6g}, {high:.6g}], largest {norm} change "
+                           f"{largest:.6g}, allowed are [0, 1] and {eps}")
+    return linf, l2
 
 
-def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=256, **options):
+def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, chunk=256, **options):
     """Attack normalised images under a threat model and audit the result.
 
     net: a network on normalised images; attacked in eval mode, afterwards in the mode it was in.
     x: (N, C, H, W) normalised. labels: (N,) true classes; a targeted attack aims at `threat.target_labels` of them.
-    generator: of x's device, for random starts. attack: a name of ATTACKS. chunk: images attacked at a time (memory).
-    options: passed to the attack. Returns (N, C, H, W) normalised adversarial images.
-    Raises ValueError for an unknown attack; RuntimeError if the audit fails, FloatingPointError if values are not finite.
+    attack: a name of ATTACKS. eps: attack-space units; None: that of the threat model. The step size goes with eps.
+    generator: of x's device, for attacks that draw. chunk: images attacked at a time (memory). options: passed to the attack.
+    Returns (N, C, H, W) normalised adversarial images and the L-inf and L2 change of each in attack space, (N,) each.
+    Raises ValueError for an unknown attack, a targeted one that has no such form, or an eps where there is none to set;
+    RuntimeError if the audit fails, FloatingPointError if values are not finite.
     """
-    if attack not in ATTACKS:
-        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(ATTACKS)}")
-    if attack == "PGD":
-        options = {"step_size": threat.step_size, "generator": generator, **options}
+    spec = get_attack(attack)
+    if targeted and not spec.targetable:
+        raise ValueError(f"{attack} has no targeted form")
+    if spec.eps is None and eps is not None:
+        raise ValueError(f"{attack} looks for the smallest change; it has no eps")
+    options = {**spec.options(threat), **options}
+    if spec.eps is not None:
+        eps = eps if eps is not None else spec.eps(threat)
+        options["eps"] = eps
+        if spec.step_size is not None:
+            options.setdefault("step_size", spec.step_size(threat) * eps / spec.eps(threat))
+    if spec.targetable:
+        options["targeted"] = targeted
+    if spec.random:
+        options["generator"] = generator
     was_training = net.training
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
-    adversarial = []
+    parts = []
     for x_part, goal_part in zip(x.split(chunk), goal.split(chunk)):
         z = threat.encode(x_part)
-        z_adv = ATTACKS[attack](lambda z: net(threat.decode(z)), z, goal_part, eps=threat.eps, targeted=targeted, **options)
-        audit(z, z_adv, threat.eps)
-        adversarial.append(threat.decode(z_adv))
+        z_adv = spec.run(lambda z: net(threat.decode(z)), z, goal_part, **options)
+        parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
     net.train(was_training)
-    return torch.cat(adversarial)
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=256, **options):
+    """The adversarial images alone: see `craft`."""
+    return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, chunk=chunk, **options)[0]

@@ -23,13 +23,10 @@ from tqdm import tqdm
 
 from attacks import PGD_STEPS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
+from files import InputError, write_atomically
 from networks import eval_pool, get_network
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
-
-
-class InputError(ValueError):
-    """Something a user gave cannot be used; the message names the value and the choices."""
 
 
 # --------------------------------------------------------------------------------------------------------- random streams
@@ -240,11 +237,12 @@ class NetPool:
 
 
 # ------------------------------------------------------------------------------------------- training on a synthetic set
-def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator):
+def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator, attack=None):
     """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
 
     images: (N, C, H, W) normalised, already unpacked; labels: (N,). epochs: `epochs` + 1 are run, as published.
     lr_net: of SGD with momentum 0.9 and weight decay 5e-4. generator: CPU, for the order and the augmentation.
+    attack: (augmented images, labels) -> attacked ones, for adversarial training.
     """
     def new_optimizer(lr):
         return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -255,7 +253,10 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
         for index in torch.randperm(len(images), generator=generator).split(batch_train):
             batch = images[index.to(images.device)]
             draw = dsa_draw(dsa_strategy, batch.shape[2:], generator, n=len(batch))  # one draw an image: not siamese
-            loss = F.cross_entropy(net(dsa_apply(batch, draw)), labels[index.to(labels.device)])
+            batch, batch_labels = dsa_apply(batch, draw), labels[index.to(labels.device)]
+            if attack:
+                batch = attack(batch, batch_labels)
+            loss = F.cross_entropy(net(batch), batch_labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -325,6 +326,30 @@ class Evaluator:
         }
 
 
+def robustness_metrics(clean_acc, attacked_acc, clean_seconds, attacked_seconds, crei_weight=0.5):
+    """The metrics of BEARD and ROME, in percent. Source: SPEC 3.3.
+
+    clean_acc: accuracies (fractions), one an IPC setting. attacked_acc: all attacked accuracies of all these settings.
+    clean_seconds, attacked_seconds: wall time of the test pass, likewise; of several clean passes of a setting, the fastest.
+    crei_weight: of RR against AE in CREI.
+    Returns {"RR", "I-RR", "AE", "CREI", "I-CREI"}. RR and I-RR exceed 100 where attacks raise the accuracy.
+    Raises ValueError without accuracies, or if the clean accuracy is 0.
+    """
+    if len(clean_acc) == 0 or len(attacked_acc) == 0:
+        raise ValueError("metrics need a clean and an attacked accuracy")
+    clean, mean, worst = np.mean(clean_acc), np.mean(attacked_acc), np.min(attacked_acc)
+    if clean == 0:
+        raise ValueError("metrics are not defined where the clean accuracy is 0")
+    unattacked, slowest = np.mean(clean_seconds), np.max(attacked_seconds)
+    rr = 0.0 if clean == worst else 1 - (clean - mean) / (clean - worst)
+    improved_rr = 1 - (clean - mean) * (clean - worst) / clean**2
+    attack_efficiency = 0.0 if slowest <= unattacked else (np.mean(attacked_seconds) - unattacked) / (slowest - unattacked)
+    metrics = {"RR": rr, "I-RR": improved_rr, "AE": attack_efficiency,
+               "CREI": crei_weight * rr + (1 - crei_weight) * attack_efficiency,
+               "I-CREI": crei_weight * improved_rr + (1 - crei_weight) * attack_efficiency}
+    return {name: float(100 * value) for name, value in metrics.items()}
+
+
 def percent(values):
     """'mean +- std' of fractions, in percent; the population standard deviation, as the field reports it."""
     return f"{100 * np.mean(values):5.2f} +- {100 * np.std(values):4.2f}"
@@ -338,20 +363,6 @@ def check_finite(values):
 
 
 # ------------------------------------------------------------------------------------------------------------- run files
-def write_atomically(path, write):
-    """Call `write(partial path)` and then give the file its name, so that `path` is never half written.
-
-    The partial name ends as `path` does, since some writers look at the ending.
-    """
-    path = Path(path)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def versions():
     """The versions that a result depends on, as plain strings."""
     import torchvision

@@ -1,0 +1,213 @@
+"""Reading files that somebody else wrote, without executing anything in them, and writing ours, never half.
+
+Sets and networks travel as `.pt`, `.pth` and `.pkl` files, which are pickles and may hold code. Here a `.pt` is read by torch's
+restricted loader, a `.pkl` by an unpickler that admits tensors, arrays, numbers and containers; what else is in a file is
+refused by its name. Formats: SPEC 3.5.
+"""
+import collections
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAX_BYTES = 2 << 30  # of a file, packed or unpacked; CIFAR-100 at 50 images a class is 61 MB
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used; the message names the value and the choices."""
+
+
+# ------------------------------------------------------------------------------------------------------ untrusted pickles
+def _numpy_scalar(dtype, data=None):
+    if not isinstance(dtype, np.dtype) or dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy scalar of objects")
+    return np.frombuffer(data, dtype, 1)[0]
+
+
+def _empty_array(kind, shape, typecode):
+    """numpy's first step of reading an array: always empty, the contents follow."""
+    return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _latin1(text, encoding):
+    """How old pickle protocols write bytes."""
+    return text.encode("latin1")
+
+
+def _storage(data):
+    """A tensor's storage inside a pickle is a torch file of its own."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+# What a .pkl may call: (module, name) -> what is called for it.
+ADMITTED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _latin1,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch", "Size"): torch.Size,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return ADMITTED[module, name]
+
+
+def _admitted_in_torch_files():
+    """numpy numbers, which the published files keep their accuracies in."""
+    scalar = np.float64(0).__reduce__()[0]
+    return [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
+            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def _check_declared_sizes(path):
+    """Refuse an empty or too large file, and an archive that would unpack to more than MAX_BYTES."""
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"{path} is empty")
+    declared = size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+    if max(size, declared) > MAX_BYTES:
+        raise InputError(f"{path} would take {max(size, declared) / 2**30:.1f} GiB; more than {MAX_BYTES >> 30} GiB is refused")
+
+
+def read_tensors(path):
+    """The content of a .pt, .pth or .pkl file, on the CPU. Nothing in the file is executed.
+
+    Raises InputError, with what was refused, if the file is missing, damaged, too large, or holds anything but tensors,
+    arrays, numbers, strings and containers.
+    """
+    path = Path(path)
+    try:
+        _check_declared_sizes(path)
+        if path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                return _Unpickler(file).load()
+        with torch.serialization.safe_globals(_admitted_in_torch_files()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused, nothing in it was executed: {_reason(error)}") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {_reason(error)}); it may be damaged, or "
+                         "another kind of file") from None
+
+
+def _reason(error):
+    """The telling line of an error message; torch's run over a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "GLOBAL" in line or "asks for" in line or "Unsupported" in line]
+    return (telling or lines or ["no reason given"])[0][:300]
+
+
+# --------------------------------------------------------------------------------------------------------- sets, networks
+def read_synset(path):
+    """A synthetic set in any of the published formats.
+
+    path: a `.pt` in the DC layout ({'data': [[images, labels], ...]}), a `.pkl` of (images, labels), or a `.pt` of bare images
+    named images*.pt beside its labels*.pt. Returns ([(images (N, C, H, W) float32, labels (N,) int64), ...], meta), with meta
+    an empty dict where the file has none. Raises InputError for anything else. Source: SPEC 3.5.
+    """
+    path = Path(path)
+    content, meta = read_tensors(path), {}
+    if isinstance(content, dict):
+        meta = content.get("meta", {})
+        sets = content.get("data")
+        if not isinstance(sets, (list, tuple)) or not sets or not isinstance(meta, dict):
+            raise InputError(f"{path} is a dict without a list 'data' of [images, labels]; its keys are {_keys(content)}")
+    elif isinstance(content, torch.Tensor) and path.name.startswith("images"):
+        labels = path.with_name("labels" + path.name.removeprefix("images"))
+        sets = [(content, read_tensors(labels))]
+    elif isinstance(content, (tuple, list)) and len(content) == 2:
+        sets = [content]
+    else:
+        raise InputError(f"{path} holds a {type(content).__name__}, no synthetic set; known are the DC layout, a pair (images, "
+                         "labels), and images*.pt beside labels*.pt")
+    return [_checked_set(f"{path}, set {i}", one) for i, one in enumerate(sets)], meta
+
+
+def _checked_set(name, one):
+    try:
+        images, labels = (torch.as_tensor(part) for part in one)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is no pair of images and labels ({_reason(error)})") from None
+    if images.dim() != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or len(labels) == 0:
+        raise InputError(f"{name}: images are {images.dtype} {tuple(images.shape)}, labels {tuple(labels.shape)}; expected "
+                         "floats (N, C, H, W) and (N,)")
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()) or labels.is_complex():
+        raise InputError(f"{name}: labels are no whole numbers; soft labels are not supported")
+    if not images.isfinite().all():
+        raise InputError(f"{name}: {int((~images.isfinite()).sum())} values of the images are not finite")
+    return images.detach().float().contiguous(), labels.long()
+
+
+def read_state_dict(path):
+    """A network's parameters, {name: tensor}; a 'module.' in front of every name (several GPUs) is dropped.
+
+    Raises InputError if the file holds anything else, or values that are not finite.
+    """
+    content = read_tensors(path)
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        what = f"a dict with the keys {_keys(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise InputError(f"{path} holds {what}; expected a state_dict, {{name: tensor}}")
+    for name, value in content.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{path}: {name} has values that are not finite")
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return dict(content)
+
+
+def load_into(net, path):
+    """Put the parameters of a file into `net`. Raises InputError that names what is missing, unknown or of another shape."""
+    given, wanted = read_state_dict(path), net.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in wanted]
+    wrong += [f"{name} is {tuple(given[name].shape)}, expected {tuple(wanted[name].shape)}"
+              for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    if wrong:
+        raise InputError(f"{path} is another network: {'; '.join(wrong[:3])}" + (" ..." if len(wrong) > 3 else ""))
+    net.load_state_dict(given)
+    return net
+
+
+def _keys(content):
+    return ", ".join(map(repr, list(content)[:5])) + (" ..." if len(content) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+def write_atomically(path, write):
+    """Call `write(partial path)` and then give the file its name, so that `path` is never half written.
+
+    The partial name ends as `path` does, since some writers look at the ending.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write `content` as JSON, atomically."""
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))

@@ -1,0 +1,364 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import evaluate
+import utils
+from attacks import ATTACKS, attack_images, get_threat_model
+from files import InputError
+from networks import get_network
+
+ROW_KEYS = {"dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps", "n",
+            "accuracy", "seconds", "forward", "backward", "max_linf", "max_l2", "seed"}
+SMALL = ["--model", "LeNet", "--epoch_eval_train", "60", "--lr_net", "0.02", "--num_eval", "2", "--limit", "40", "--no_sanity"]
+
+
+def run(monkeypatch, out, *arguments):
+    """evaluate.py in this process; returns the content of results.json."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(out), *map(str, arguments)])
+    evaluate.main()
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def digits_set(digits, tmp_path_factory):
+    """Ten real digits a class in the DC layout, as a distillation would leave them."""
+    path = tmp_path_factory.mktemp("set") / "ROME_res_ROME_Digits_LeNet_10ipc.pt"
+    rng = torch.Generator().manual_seed(0)
+    images = torch.cat([digits.sample_class(c, 10, rng) for c in range(10)])
+    torch.save({"data": [[images, torch.arange(10).repeat_interleave(10)]], "accs_all_exps": {},
+                "meta": {"dataset": "Digits", "packed": False, "threat_model": "published"}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits_networks(digits, digits_set, tmp_path_factory):
+    """Two networks trained on that set, under the names of BEARD."""
+    folder = tmp_path_factory.mktemp("networks")
+    images, labels = torch.load(digits_set, weights_only=True)["data"][0]
+    for i, method in enumerate(("DC", "MTT")):
+        net = get_network("LeNet", 3, 10, (32, 32), seed=i)
+        utils.train_on_set(net, images, labels, epochs=40, lr_net=0.05, batch_train=64, dsa_strategy="none",
+                           generator=torch.Generator().manual_seed(i))
+        torch.save(net.state_dict(), folder / f"{method}_LeNet_Digits_10_None_0.8.pth")
+    return sorted(folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+# What the published benchmark logged for BACON on CIFAR-10 at ipc 1, 10, 50: clean (accuracy, seconds of the targeted and of
+# the untargeted pass), then (accuracy, seconds) by attack. Percent.
+BACON_CLEAN = [(44.95, 2.5, 2.25), (61.73, 3.06, 2.29), (69.95, 3.04, 2.31)]
+BACON_TARGETED = [(29.59, 3.01), (30.61, 8.52), (33.73, 8.71), (36.58, 73.94), (39.13, 2.85), (40.1, 8.32), (44.06, 8.5),
+                  (44.93, 73.75), (44.68, 3.01), (45.59, 11.96), (50.81, 12.22), (44.71, 75.82)]
+BACON_UNTARGETED = [(24.51, 3.12), (20.78, 8.79), (33.72, 8.77), (11.49, 1647.63), (13.68, 74.66), (17.64, 762.71),
+                    (33.27, 2.84), (26.45, 8.29), (44.05, 8.46), (16.11, 2102.68), (11.84, 73.91), (23.85, 1086.94),
+                    (38.16, 3.68), (28.86, 12.21), (50.8, 9.18), (18.28, 2374.8), (8.31, 76.49), (27.0, 968.53)]
+
+
+@pytest.mark.parametrize("attacked, expected", [
+    (BACON_TARGETED, {"RR": 36.83, "I-RR": 84.37, "AE": 29.83}),
+    (BACON_UNTARGETED, {"RR": 32.87, "I-RR": 50.49, "AE": 21.53, "CREI": 27.20, "I-CREI": 36.01}),
+])
+def test_golden_metrics(attacked, expected):
+    metrics = utils.robustness_metrics([c[0] / 100 for c in BACON_CLEAN], [a[0] / 100 for a in attacked],
+                                       [min(c[1:]) for c in BACON_CLEAN], [a[1] for a in attacked])
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=0.01), name
+
+
+def test_metrics_at_their_edges():
+    same = utils.robustness_metrics([0.5], [0.5, 0.5], [1.0], [1.0, 1.0])
+    assert same["RR"] == 0 and same["I-RR"] == 100 and same["AE"] == 0
+    assert utils.robustness_metrics([0.5], [0.6, 0.4], [1.0], [2.0, 3.0], crei_weight=1.0)["CREI"] == pytest.approx(100)
+    assert utils.robustness_metrics([0.5], [0.6, 0.58, 0.45], [1.0], [2.0, 3.0, 4.0])["RR"] > 100
+    for clean, attacked in (([], [0.5]), ([0.5], []), ([0.0], [0.0])):
+        with pytest.raises(ValueError):
+            utils.robustness_metrics(clean, attacked, [1.0], [1.0])
+
+
+# ------------------------------------------------------------------------------------------------------------ end to end
+def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
+    """Trains, attacks under both threat models, and every figure can be found again by hand."""
+    monkeypatch.setattr(evaluate, "SLICE", 16)
+    attacks = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool")
+    content = run(monkeypatch, tmp_path / "out", "--synset", digits_set, *SMALL, "--attacks", *attacks)
+    rows = content["rows"]
+    assert all(set(row) == ROW_KEYS for row in rows)
+    names = [f"ROME_LeNet_Digits_10_None_0-{i}.pth" for i in range(2)]
+    wanted = {(name, threat, attack, targeted) for name in names for threat in ("published", "pixel") for attack in attacks
+              for targeted in ((True, False) if ATTACKS[attack].targetable else (False,))}
+    wanted |= {(name, threat, control, None) for name in names for threat in ("published", "pixel")
+               for control in ("Clean", "Clamp-only")}
+    assert {(r["crafted_on"], r["threat_model"], r["attack"], r["targeted"]) for r in rows} == wanted
+    assert len(rows) == len(wanted)
+    assert all(r["evaluated_on"] == r["crafted_on"] and r["n"] == 40 and r["ipc"] == 10 and r["seed"] == 0 for r in rows)
+
+    images, labels = digits.take("test", slice(40))
+    for row in rows:
+        threat = get_threat_model(row["threat_model"], digits)
+        net = get_network("LeNet", 3, 10, (32, 32), seed=0)
+        net.load_state_dict(torch.load(tmp_path / "out" / "networks" / row["crafted_on"], weights_only=True))
+        if row["attack"] == "Clean":
+            x_adv, passes = images, (0, 0)
+        elif row["attack"] == "Clamp-only":
+            x_adv, passes = threat.clamp_only(images), (0, 0)
+        else:
+            options = {"random_start": False} if row["attack"] == "PGD" else {}
+            x_adv = attack_images(net, images, labels, threat, None, row["attack"], row["targeted"], **options)
+            steps = {"FGSM": 1, "PGD": 10, "PGD_L2": 10}.get(row["attack"])
+            passes = (steps, steps) if steps else (row["forward"], row["backward"])
+        # DeepFool leaves images on the boundary, where the size of a batch decides.
+        tolerance = 0.15 if row["attack"] == "Deepfool" else 1e-9
+        assert row["accuracy"] == pytest.approx(utils.accuracy(net, x_adv, labels), abs=tolerance), row
+        assert (row["forward"], row["backward"]) == passes and row["seconds"] > 0
+        assert row["eps"] == {"FGSM": 8 / 255, "PGD": 8 / 255, "PGD_L2": 128 / 255}.get(row["attack"])
+        if row["eps"]:
+            assert 0 < row["max_l2" if row["attack"] == "PGD_L2" else "max_linf"] <= row["eps"] + 1e-6
+    assert utils.accuracy(net.eval(), images, labels) > 0.6
+
+    text = (tmp_path / "out" / "results.md").read_text()
+    for phrase in ("## Threat model published", "## Threat model pixel", "bounded by eps", "minimum norm", "Clamp-only",
+                   "+-", "I-CREI", "missing: AA at ipc 10"):
+        assert phrase in text
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "grid_published.png",
+                                                              "grid_pixel.png", "networks"}
+    (metrics,) = [m for m in content["metrics"] if (m["threat_model"], m["targeted"]) == ("pixel", True)]
+    pixel = [r for r in rows if r["threat_model"] == "pixel"]
+    clean = np.mean([r["accuracy"] for r in pixel if r["attack"] == "Clean"])
+    attacked = [np.mean([r["accuracy"] for r in pixel if r["attack"] == a and r["targeted"]]) for a in attacks[:4]]
+    assert metrics["I-RR"] == pytest.approx(100 * (1 - (clean - np.mean(attacked)) * (clean - min(attacked)) / clean**2))
+    assert content["networks"][names[1]]["seed_init"] != content["networks"][names[0]]["seed_init"]
+
+
+def strip(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
+    """Interrupted at every third slice, again and again: the same rows, and no slice is computed twice."""
+    monkeypatch.setattr(evaluate, "SLICE", 16)
+    arguments = ["--synset", digits_set, *SMALL, "--threat_model", "pixel",
+                 "--attacks", "FGSM", "PGD", "Square", "--queries", 10]
+    undisturbed = run(monkeypatch, tmp_path / "a", *arguments)
+    computed, run_slice, train_on_set = [], evaluate.run_slice, utils.train_on_set
+    trained = []
+
+    def sometimes(job, number, *rest):
+        computed.append((job, number))
+        result = run_slice(job, number, *rest)
+        if len(computed) % 3 == 0:
+            computed.pop()  # killed before it was saved: the only work that may be repeated
+            computed.append("lost")
+            raise KeyboardInterrupt
+        return result
+
+    def count(*a, **k):
+        trained.append(1)
+        return train_on_set(*a, **k)
+    monkeypatch.setattr(evaluate, "run_slice", sometimes)
+    monkeypatch.setattr(utils, "train_on_set", count)
+    for _ in range(40):
+        try:
+            content = run(monkeypatch, tmp_path / "b", *arguments, "--resume")
+            break
+        except KeyboardInterrupt:
+            pass
+    assert strip(content["rows"]) == strip(undisturbed["rows"])
+    done = [c for c in computed if c != "lost"]
+    assert len(done) == len(set(done)) == 3 * len(content["rows"]) and len(trained) == 2
+    assert not (tmp_path / "b" / "unfinished.json").exists()
+
+
+def test_killed_and_resumed_as_a_process(digits_networks, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "evaluate.py", "--networks", *digits_networks, "--out", out, "--no_sanity", "--attacks",
+               "FGSM", "PGD", "CW", "--resume", "--limit", "100"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows, deadline = [], time.time() + 120
+    while len(rows) < 10 and time.time() < deadline:
+        time.sleep(0.05)
+        try:
+            rows = json.loads((out / "results.json").read_text())["rows"]  # never half written
+        except FileNotFoundError:
+            pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = json.loads((out / "results.json").read_text())["rows"]
+    finished = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    after = json.loads((out / "results.json").read_text())["rows"]
+    assert len(after) == 2 * 2 * (2 + 3 * 2) and after[:len(before)] == before
+    assert f"{len(before)} of them done" in finished.stdout
+
+
+def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
+    content = run(monkeypatch, tmp_path / "out", "--networks", *digits_networks, "--transfer", "--attacks", "FGSM", "PGD",
+                  "--threat_model", "pixel", "--untargeted", "--limit", 50, "--no_sanity")
+    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in content["transfer"]}
+    assert set(cells) == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
+    rows = {(r["crafted_on"][:2], r["evaluated_on"][:2], r["attack"]): r["accuracy"] for r in content["rows"]}
+    clean, a = rows["MT", "MT", "Clean"], [rows["DC", "MT", name] for name in ("FGSM", "PGD")]
+    assert cells["DC", "MTT"] == pytest.approx(100 * (1 - (clean - np.mean(a)) * (clean - min(a)) / clean**2))
+    assert cells["DC", "DC"] < cells["DC", "MTT"]  # white box is the stronger
+    assert (tmp_path / "out" / "transfer_pixel_untargeted_ipc_10.png").exists()
+    # By hand: what was crafted on DC, judged by MTT.
+    nets = [get_network("LeNet", 3, 10, (32, 32), 0) for _ in digits_networks]
+    for net, path in zip(nets, digits_networks):
+        net.load_state_dict(torch.load(path, weights_only=True))
+    images, labels = digits.take("test", slice(50))
+    x_adv = attack_images(nets[0], images, labels, get_threat_model("pixel", digits), None, "FGSM", False)
+    assert rows["DC", "MT", "FGSM"] == pytest.approx(utils.accuracy(nets[1], x_adv, labels))
+
+    content = run(monkeypatch, tmp_path / "one", "--networks", *digits_networks, "--transfer", "--attacks", "FGSM",
+                  "--threat_model", "pixel", "--limit", 50, "--no_sanity", "--craft_on", "MTT")
+    assert {r["crafted_on"] for r in content["rows"] if r["attack"] == "FGSM"} == {digits_networks[1].name}
+    assert {r["evaluated_on"] for r in content["rows"] if r["attack"] == "FGSM"} == {p.name for p in digits_networks}
+
+
+def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
+    content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "PGD", "CW", "--untargeted",
+                  "--eps", 0, 8, 32, 128, "--threat_model", "pixel", "--limit", 60, "--no_sanity")
+    curve = [r["accuracy"] for r in content["rows"] if r["attack"] == "PGD"]
+    assert [255 * r["eps"] for r in content["rows"] if r["attack"] == "PGD"] == pytest.approx([0, 8, 32, 128])
+    assert curve == sorted(curve, reverse=True) and curve[0] == content["rows"][0]["accuracy"] and curve[-1] < 0.05
+    assert [r["eps"] for r in content["rows"] if r["attack"] == "CW"] == [None]
+    assert (tmp_path / "out" / "eps_pixel.png").exists()
+    assert {tuple(m["attacks"]) for m in content["metrics"]} == {("PGD", "CW")}  # at the default eps alone
+
+
+def test_a_resumed_run_may_add_attacks(digits_networks, tmp_path, monkeypatch):
+    common = ["--networks", *digits_networks, "--limit", 30, "--no_sanity", "--threat_model", "pixel", "--untargeted"]
+    first = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM")
+    more = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "SPSA", "--transfer", "--resume")
+    assert [r for r in first["rows"] if r["attack"] != "FGSM"] == [r for r in more["rows"] if r["attack"] in evaluate.CONTROLS]
+    assert len([r for r in more["rows"] if r["attack"] == "FGSM"]) == 4  # transfer was not there before
+    assert len(more["rows"]) == len({tuple(map(str, r.values())) for r in more["rows"]}) == 4 + 4 + 4
+
+
+def test_packing_and_adversarial_training(digits, digits_set, tmp_path, monkeypatch):
+    """Packed sets are unpacked, by meta or by flag; --adv_train makes networks for each threat model."""
+    seen = []
+    monkeypatch.setattr(utils, "train_on_set", lambda net, images, labels, attack=None, **k: seen.append(
+        (images.shape, attack and attack(images[:2], labels[:2]))))
+    content = torch.load(digits_set, weights_only=True)
+    for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []), ("theirs", {}, ["--packed"])):
+        torch.save({"data": content["data"], "meta": meta}, tmp_path / f"res_{name}_Digits_LeNet_10ipc.pt")
+        out = run(monkeypatch, tmp_path / name, "--synset", tmp_path / f"res_{name}_Digits_LeNet_10ipc.pt", *SMALL, *flags,
+                  "--attacks", "FGSM", "--adv_train", "--untargeted")
+    assert [shape for shape, _ in seen] == [(400, 3, 32, 32)] * 8
+    images, labels = content["data"][0]
+    from augment import unpack
+    for (_, x_adv), threat in zip(seen, ("published", "published", "pixel", "pixel")):
+        change = (digits.denormalize(x_adv) - digits.denormalize(unpack(images)[:2]).clamp(0, 1)).abs().max()
+        assert (change <= 8 / 255 + 1e-5) == (threat == "pixel")
+    assert {(r["crafted_on"].split("_")[4], r["threat_model"]) for r in out["rows"]} == {
+        ("PGD-published", "published"), ("PGD-pixel", "pixel")}
+
+
+# ------------------------------------------------------------------------------------------------------------- sanity
+class Masked(torch.nn.Module):
+    """A network whose gradients are gone: the logits come in steps."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits.mul(4).round().div(4) + 0 * logits
+
+
+def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch):
+    content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 100,
+                  "--threat_model", "pixel")
+    checks = content["sanity"][digits_networks[0].name]["pixel"]
+    assert len(checks) == 4 and all(check["passed"] for check in checks.values()), checks
+    net = get_network("LeNet", 3, 10, (32, 32), 0).eval()
+    net.load_state_dict(torch.load(digits_networks[0], weights_only=True))
+    victim = evaluate.Victim("masked.pth", "DC", 10, "LeNet", Masked(net).eval())
+    checks = evaluate.check_sanity(victim, get_threat_model("pixel", digits), digits.take("test", slice(100)), digits, 0)
+    assert not checks["large eps"]["passed"]
+    warnings = evaluate.warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [
+        {"method": "DC", "threat_model": "pixel", "targeted": True, "raised": ["FGSM at ipc 10"]}]})
+    assert "large eps" in warnings[0] and "above clean accuracy (FGSM at ipc 10)" in warnings[-1]
+
+
+# ------------------------------------------------------------------------------------------------------- wrong on purpose
+@pytest.mark.parametrize("arguments, message", [
+    ([], "nothing to attack"),
+    (["--networks", "x", "--attacks", "PDG"], "invalid choice: 'PDG'"),
+    (["--networks", "x", "--attacks", "Deepfool", "AA", "--targeted"], "no targeted form"),
+    (["--networks", "x", "--method", "a", "b"], "2 name"),
+    (["--synset", "x", "--dsa_strategy", "colour"], "colour"),
+    (["--networks", "x", "--eps", "-1"], "at least 0"),
+])
+def test_bad_flags(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
+    def refused(message, *arguments):
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, tmp_path / "out", *arguments)
+        assert not (tmp_path / "out").exists()
+
+    first = digits_networks[0]
+    refused("nowhere.pth does not exist", "--networks", tmp_path / "nowhere.pth")
+    refused("is not of CIFAR10", "--networks", first, "--dataset", "CIFAR10")
+    refused("features.0.weight is .*expected|missing", "--networks", first, "--model", "ConvNetW32")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / first.name).write_bytes(first.read_bytes())
+    refused("have the same name", "--networks", first, tmp_path / "copy" / first.name)
+    (tmp_path / "copy" / digits_set.name).write_bytes(digits_set.read_bytes())
+    refused("would be pooled: tell them apart with --method", "--synset", digits_set, tmp_path / "copy" / digits_set.name)
+    refused("--limit 1000 is more than the 360", "--networks", first, "--limit", 1000)
+    refused("--craft_on IDM: the methods here are DC", "--networks", first, "--craft_on", "IDM")
+    images, labels = torch.load(digits_set, weights_only=True)["data"][0]
+    for change, message in (
+            ({"data": [[images, labels + 1]]}, "labels from 1 to 10; Digits has 0 to 9"),
+            ({"data": [[images, labels - 1]]}, "labels from -1 to 8"),
+            ({"data": [[images[:-1], labels[:-1]]]}, "9 to 10 images each"),
+            ({"data": [[images[:, :, :16, :16], labels]]}, r"images are \(3, 16, 16\)"),
+            ({"data": [[images, labels]], "meta": {"mean": [0.1, 0.2, 0.3]}}, r"normalised with mean \[0.1, 0.2, 0.3\]")):
+        torch.save({"meta": {}, **change}, tmp_path / "res_X_Digits_LeNet_10ipc.pt")
+        refused(message, "--synset", tmp_path / "res_X_Digits_LeNet_10ipc.pt", *SMALL)
+
+
+def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
+    common = ["--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 30, "--no_sanity"]
+    before = run(monkeypatch, tmp_path / "out", *common)
+    for arguments, message in ((common, "exists; go on with --resume"),
+                               ([*common, "--seed", 1, "--resume"], "--seed is 1, the run in .* had 0"),
+                               (["--networks", digits_networks[1], *common[2:], "--resume"], "--networks is")):
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, tmp_path / "out", *arguments)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == before["rows"]
+    state = torch.load(digits_networks[0], weights_only=True)
+    changed = tmp_path / digits_networks[0].name
+    torch.save(state, changed)
+    run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:])
+    state["classifier.bias"] += 1
+    torch.save(state, changed)
+    with pytest.raises(InputError, match="not the file that"):
+        run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
+    (tmp_path / "own" / "results.json").write_text('{"rows": [')
+    with pytest.raises(InputError, match="results.json is damaged"):
+        run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
+
+
+def test_one_line_for_the_user(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, ROOT / "evaluate.py", "--networks", "nowhere.pth"], cwd=tmp_path,
+                            capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and result.stderr == "evaluate.py: error: nowhere.pth does not exist\n"
+    assert list(tmp_path.iterdir()) == []

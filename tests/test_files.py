@@ -1,0 +1,218 @@
+import collections
+import io
+import os
+import pickle
+import subprocess
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import files
+from files import InputError, load_into, read_state_dict, read_synset, read_tensors, write_atomically
+from networks import get_network
+
+IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(10).repeat_interleave(2)
+
+
+def dc_layout(meta=None):
+    accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.25)]}
+    return {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]], "accs_all_exps": accuracies, **({"meta": meta} if meta else {})}
+
+
+# ------------------------------------------------------------------------------------------------------- what must load
+@pytest.mark.parametrize("zipped", [True, False])
+def test_dc_layout_with_numpy_numbers(tmp_path, zipped):
+    torch.save(dc_layout(), tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
+    sets, meta = read_synset(tmp_path / "res.pt")
+    assert meta == {} and len(sets) == 2
+    assert torch.equal(sets[1][0], IMAGES + 1) and torch.equal(sets[1][1], LABELS)
+
+
+def test_meta_is_read(tmp_path):
+    torch.save(dc_layout({"packed": True, "mean": [0.1]}), tmp_path / "res.pt")
+    assert read_synset(tmp_path / "res.pt")[1] == {"packed": True, "mean": [0.1]}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
+    """The .pkl of IDM, BACON and ROME: a pickled tuple, its tensors possibly on a GPU that this machine does not have."""
+    with monkeypatch.context() as patch:
+        if cuda:
+            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        content = pickle.dumps((torch.nn.Parameter(IMAGES).detach(), LABELS), protocol)
+    assert not cuda or b"cuda:0" in content
+    (tmp_path / "set.pkl").write_bytes(content)
+    ((images, labels),), meta = read_synset(tmp_path / "set.pkl")
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS) and images.device.type == "cpu" and meta == {}
+
+
+def test_pickled_arrays(tmp_path):
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps((IMAGES.numpy(), LABELS.numpy())))
+    ((images, labels),), _ = read_synset(tmp_path / "set.pkl")
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps(collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])))
+    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
+
+
+def test_two_bare_tensors(tmp_path):
+    torch.save(IMAGES, tmp_path / "images_best.pt")
+    with pytest.raises(InputError, match="labels_best.pt does not exist"):
+        read_synset(tmp_path / "images_best.pt")
+    torch.save(LABELS, tmp_path / "labels_best.pt")
+    ((images, labels),), _ = read_synset(tmp_path / "images_best.pt")
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+
+
+def test_network_trained_on_several_gpus(tmp_path):
+    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=1)
+    torch.save(collections.OrderedDict(("module." + k, v) for k, v in net.state_dict().items()), tmp_path / "net.pth")
+    loaded = load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=2), tmp_path / "net.pth")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------- what must not load
+class Evil:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("where", ["pkl", "pt", "old pt", "storage in pkl", "in a list"])
+def test_code_is_refused_by_name_and_not_executed(tmp_path, where):
+    evil, path = Evil(tmp_path / "executed"), tmp_path / ("set.pkl" if "pkl" in where else "set.pt")
+    if where == "pkl":
+        path.write_bytes(pickle.dumps((IMAGES, evil)))
+    elif where == "storage in pkl":
+        inner = io.BytesIO()
+        torch.save(evil, inner)
+
+        class Storage:
+            def __reduce__(self):
+                return torch.storage._load_from_bytes, (inner.getvalue(),)
+        path.write_bytes(pickle.dumps((Storage(), LABELS)))
+    else:
+        content = {"data": [[IMAGES, LABELS]], "evil": [evil] if where == "in a list" else evil}
+        torch.save(content, path, _use_new_zipfile_serialization=where != "old pt")
+    with pytest.raises(InputError, match=r"set\.(pkl|pt) .*(posix|nt)\.system"):
+        read_tensors(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("function, arguments", [
+    (eval, ("1+1",)), (getattr, (1, "real")), (torch.load, ("x",)), (np.fromfile, ("x",)), (subprocess.Popen, (["true"],)),
+])
+def test_nothing_but_data_is_admitted(tmp_path, function, arguments):
+    class Call:
+        def __reduce__(self):
+            return function, arguments
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Call()))
+    with pytest.raises(InputError, match=f"refused.*{function.__name__}"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+def test_an_array_cannot_ask_for_memory(tmp_path):
+    """numpy's reconstruction step takes a shape; ours is always empty until the bytes are there."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+
+    class Huge:
+        def __reduce__(self):
+            return reconstruct, (np.ndarray, (1 << 40,), b"b")
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
+    assert read_tensors(tmp_path / "set.pkl").size == 0
+
+
+def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\0" * (8 << 20))
+    assert (tmp_path / "bomb.pt").stat().st_size < 1 << 20
+    with pytest.raises(InputError, match="bomb.pt would take"):
+        read_tensors(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.pt", b"", "empty.pt is empty"),
+    ("text.pt", b"hello, I am a text file\n", "text.pt"),
+    ("text.pkl", b"hello, I am a text file\n", "text.pkl"),
+    ("picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(50), "picture.pth"),
+])
+def test_other_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_tensors(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
+        read_tensors(tmp_path / "nowhere.pt")
+
+
+def test_truncated_and_flipped(tmp_path):
+    torch.save(dc_layout(), tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        bad = bytearray(good[:rng.integers(1, len(good))] if i % 2 else good)
+        for at in rng.integers(0, len(bad), 20 if i % 2 == 0 else 0):
+            bad[at] ^= 1 << rng.integers(8)
+        (tmp_path / "bad.pt").write_bytes(bad)
+        try:
+            sets, _ = read_synset(tmp_path / "bad.pt")
+            assert sets[0][0].isfinite().all()
+        except InputError as error:
+            assert "bad.pt" in str(error)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"dat": []}, "without a list 'data'.*'dat'"),
+    ({"data": []}, "without a list 'data'"),
+    ({"data": [[IMAGES[0], LABELS]]}, r"\(3, 32, 32\)"),
+    ({"data": [[IMAGES, LABELS[:-1]]]}, r"labels \(19,\)"),
+    ({"data": [[IMAGES.long(), LABELS]]}, "int64"),
+    ({"data": [[IMAGES, torch.rand(20)]]}, "soft labels"),
+    ({"data": [["a", "b"]]}, "no pair"),
+    ({"data": [[IMAGES.index_fill(0, torch.tensor(3), float("nan")), LABELS]]}, "3072 values .* not finite"),
+    (IMAGES, "no synthetic set"),
+    ([1, 2, 3], "no synthetic set"),
+])
+def test_wrong_sets(tmp_path, content, message):
+    torch.save(content, tmp_path / "set.pt")
+    with pytest.raises(InputError, match=f"set.pt.*{message}"):
+        read_synset(tmp_path / "set.pt")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
+    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
+    (lambda d: d.update({"classifier.bias": torch.zeros(100)}), r"classifier.bias is \(100,\), expected \(10,\)"),
+    (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not finite"),
+    (lambda d: d.update(epoch=3), "expected a state_dict"),
+])
+def test_wrong_networks(tmp_path, change, message):
+    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0)
+    content = net.state_dict()
+    change(content)
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=f"net.pth.*{message}"):
+        load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=0), tmp_path / "net.pth")
+    torch.save([1], tmp_path / "net.pth")
+    with pytest.raises(InputError, match="a list; expected a state_dict"):
+        read_state_dict(tmp_path / "net.pth")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    write_atomically(path, lambda partial: partial.write_text("old"))
+
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
