@@ -1,16 +1,20 @@
 # make demo   install into .venv and distil the embedded digits (3 minutes on two CPU cores)
 # make test   install into .venv and run the tests
+# make test-slow   the tests marked slow: ten kills of a real run, a full pool saved
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/python ROME_cifar10.py $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {v} found: make PYTHON=python3.12")'

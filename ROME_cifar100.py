@@ -43,6 +43,10 @@ def parse_args(argv=None):
     add("--threat_model", choices=THREAT_MODELS, default="published",
         help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
+        "saving takes 1 %% of the time")
+    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
+    add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
     utils.add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
     utils.add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
     add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
@@ -185,6 +189,25 @@ def train_pool(pool, data, threat, args, rng):
     return torch.stack([loss.detach() for loss in losses]).sum() / max(len(losses) - 1, 1)
 
 
+def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng):
+    """Steps 2 to 4. Returns the mean losses and w_f as floats; raises FloatingPointError if one is not finite."""
+    # 2. Renew the pool.
+    if it % args.net_generate_interval == 0:
+        pool.push(args.net_push_num)
+    # 3. Match the synthetic images to the robust prior of random pool networks.
+    for _ in range(args.outer_loop):
+        for member in pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end):
+            loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
+            w_f = member.running_accuracy()
+    # 4. Train random pool networks on attacked real images.
+    for _ in range(args.inner_loop):
+        loss_net = train_pool(pool, data, threat, args, rng)
+    losses = dict(zip(("loss_robustness", "loss_performance", "w_f", "loss_pool"),
+                      torch.stack([loss_rob, loss_perf, w_f, loss_net]).tolist()))
+    utils.check_finite(losses)
+    return losses
+
+
 def distill(args, exp, data, threat, evaluate, run, clock):
     """One experiment: distil a set; returns the best one as a dict of images, labels, iteration and evaluation rows."""
     rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
@@ -193,48 +216,60 @@ def distill(args, exp, data, threat, evaluate, run, clock):
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
     pool = new_pool(args, exp, data)
     evaluated_at = evaluation_iterations(args)
-    best, best_acc = None, -1.0
+    best, best_acc, it, evaluated = None, -1.0, 0, -1  # evaluated: the last iteration at which the set was
 
-    for it in range(args.Iteration + 1):
+    def state():
+        """All that the rest of the experiment depends on."""
+        return {"it": it, "evaluated": evaluated, "best": best, "best_acc": best_acc, "image_syn": image_syn.detach(),
+                "optimizer_img": optimizer_img.state_dict(), "pool": pool.state_dict(),
+                "rng": {name: generator.get_state() for name, generator in rng.items()}}
+
+    if run.experiment:  # an interrupted run has saved it
+        saved = run.experiment
+        it, evaluated, best, best_acc = (saved[key] for key in ("it", "evaluated", "best", "best_acc"))
+        image_syn.data.copy_(saved["image_syn"])
+        optimizer_img.load_state_dict(saved["optimizer_img"])
+        pool.load_state_dict(saved["pool"])
+        for name, generator in rng.items():
+            generator.set_state(saved["rng"][name])
+        clock.skip("iteration", it)
+        clock.skip("evaluation", sum(i <= evaluated for i in evaluated_at))
+    run.watch(state)
+
+    while True:
+        run.checkpoint(it)
         # 1. Evaluate, keep the best set, start the running accuracies anew.
-        if it in evaluated_at:
+        if it in evaluated_at and it != evaluated:
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
-            select_acc = np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows])
-            run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best_so_far=bool(select_acc > best_acc))
-            run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
-            if select_acc > best_acc:
-                best_acc = select_acc
-                best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
-                run.save_best(exp, best)
-            pool.reset_running_accuracy()
+            with run.uninterrupted():
+                select_acc = float(np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows]))
+                run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best_so_far=select_acc > best_acc)
+                run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
+                if select_acc > best_acc:
+                    best_acc = select_acc
+                    best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
+                    run.save_best(exp, best)
+                pool.reset_running_accuracy()
+                evaluated = it
             clock.lap("evaluation")
+            run.checkpoint(it)
         if it == args.Iteration:
             break
-        # 2. Renew the pool.
-        if it % args.net_generate_interval == 0:
-            pool.push(args.net_push_num)
-        try:
-            # 3. Match the synthetic images to the robust prior of random pool networks.
-            for _ in range(args.outer_loop):
-                for member in pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end):
-                    loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
-                    w_f = member.running_accuracy()
-            # 4. Train random pool networks on attacked real images.
-            for _ in range(args.inner_loop):
-                loss_net = train_pool(pool, data, threat, args, rng)
-            losses = dict(zip(("robustness", "performance", "w_f", "pool"),
-                              torch.stack([loss_rob, loss_perf, w_f, loss_net]).tolist()))
-            utils.check_finite(losses)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} (experiment {exp}, iteration {it}; --lr_img {args.lr_img} --optim {args.optim} "
-                                     f"--ce_weight {args.ce_weight} --align_weight {args.align_weight} --lr_net {args.lr_net}"
-                                     "); smaller learning rates may help") from None
-        clock.lap("iteration")
-        if it % LOG_INTERVAL == 0:
-            run.metric("iteration", exp=exp, iteration=it, loss_robustness=losses["robustness"],
-                       loss_performance=losses["performance"], w_f=losses["w_f"], loss_pool=losses["pool"])
-            run.say(f"exp {exp} it {it}/{args.Iteration}  robustness-aligned {losses['robustness']:.4g}  performance-aligned "
-                    f"{losses['performance']:.4g}  w_f {losses['w_f']:.2f} %  pool {losses['pool']:.4g}  {clock}")
+        with run.uninterrupted():
+            try:
+                losses = outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"{error} (experiment {exp}, iteration {it}; --lr_img {args.lr_img} --optim {args.optim} --ce_weight "
+                    f"{args.ce_weight} --align_weight {args.align_weight} --lr_net {args.lr_net}); smaller learning rates may "
+                    "help, with --fresh: the state saved before is kept, but the same flags lead from there to here") from None
+            clock.lap("iteration")
+            if it % LOG_INTERVAL == 0:
+                run.metric("iteration", exp=exp, iteration=it, **losses)
+                run.say(f"exp {exp} it {it}/{args.Iteration}  robustness-aligned {losses['loss_robustness']:.4g}  "
+                        f"performance-aligned {losses['loss_performance']:.4g}  w_f {losses['w_f']:.2f} %  "
+                        f"pool {losses['loss_pool']:.4g}  {clock}")
+            it += 1
 
     run.save_grids(f"best_exp{exp}", best["images"])
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
@@ -282,12 +317,18 @@ def initial_set(args, data, generator, init, packed):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
+    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device, args.deterministic))
     utils.check_sizes(args, data)
     if args.zca:
         data.fit_zca()
     threat = get_threat_model(args.threat_model, data)
-    run, clock = utils.Run(args, data), utils.Clock()
+    with utils.Run(args, data) as run:
+        if not run.finished:
+            run_experiments(args, data, threat, run, utils.Clock())
+
+
+def run_experiments(args, data, threat, run, clock):
+    """--num_exp sets and their baselines, from where an interrupted run has stopped."""
     evaluate = utils.Evaluator(args, data, threat)
     baselines = {"random real": False, "random real, 2x2 packed": True} if args.aug else {"random real": False}
     if not args.baseline:
@@ -295,19 +336,26 @@ def main():
     utils.print_plan(args, data, threat, run, clock,
                      evaluations=len(evaluation_iterations(args)), reports=len(baselines) + (args.select == "train"))
 
-    table, sets = {}, []  # evaluation rows by name of the set; the distilled sets
+    # Evaluation rows by name of the set; the distilled sets. Both are saved with the state of the run.
+    table, sets = (run.progress.setdefault(key, kind()) for key, kind in (("table", dict), ("sets", list)))
     with tqdm(total=args.Iteration * args.num_exp, disable=None, unit="it") as clock.bar:
-        for exp in range(args.num_exp):
+        clock.skip("iteration", len(sets) * args.Iteration)
+        for exp in range(len(sets), args.num_exp):
             for name, packed in baselines.items():
+                if len(table.get(name, [])) > exp * evaluate.networks:
+                    continue  # done before the interruption
                 image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, name), "real", packed)
                 rows = evaluate(image_syn, label_syn, packed, exp, name)
                 run.report_evaluation(rows, exp=exp, set=name)
-                table.setdefault(name, []).extend(rows)
+                table[name] = table.get(name, []) + rows
                 clock.lap("report")
             best = distill(args, exp, data, threat, evaluate, run, clock)
-            sets.append((best["images"], best["labels"]))
-            table.setdefault("ROME", []).extend(best["rows"])
+            with run.uninterrupted():
+                sets.append((best["images"], best["labels"]))
+                table["ROME"] = table.get("ROME", []) + best["rows"]
+                run.watch(None)
     run.save_result(sets, table)
+    run.finish()
 
 
 if __name__ == "__main__":

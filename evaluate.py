@@ -23,9 +23,10 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 import utils
-from attacks import ATTACKS, THREAT_MODELS, attack_images, craft, get_threat_model
+from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
 from augment import parse_dsa_strategy, unpack
-from files import InputError, load_into, read_synset, write_atomically, write_json
+from checkpoint import lock
+from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors
 from networks import NETWORKS, get_network
 from utils import at_least, stream, stream_seed
 
@@ -101,7 +102,8 @@ def parse_args(argv=None):
         args.attacks += [name for name in QUERY if name not in args.attacks]
     if args.targeted and not args.untargeted and not any(ATTACKS[name].targetable for name in args.attacks):
         parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
-    args.attacks, args.threat_model = list(dict.fromkeys(args.attacks)), list(dict.fromkeys(args.threat_model))
+    for name in ("attacks", "threat_model", "eps"):  # named twice is named once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args
 
 
@@ -247,8 +249,7 @@ def victims_of_set(args, source, data, folder):
                                    generator=torch.Generator().manual_seed(about["seed_train"]))
                 _synchronise(data.device)
                 about["train_seconds"] = round(time.perf_counter() - start, 2)
-                write_atomically(folder / name, lambda partial: torch.save(
-                    {k: v.cpu() for k, v in net.state_dict().items()}, partial))
+                write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
                 about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
                 write_json(notes, about)
             else:
@@ -332,6 +333,14 @@ def attack_options(args, attack):
             "Square": {"queries": args.queries}, "SPSA": {"steps": args.spsa_steps}}.get(attack, {})
 
 
+def typical_cost(args, attack):
+    """Image-gradients that an image takes, for the estimate at the start; what gives up images early varies widely."""
+    forward = 0.45  # of an image-gradient
+    return {"FGSM": 1, "PGD": PGD_STEPS, "PGD_L2": PGD_STEPS, "CW": 60, "Deepfool": 30,
+            "AA": 10 * args.aa_iterations + 0.2 * forward * args.queries, "Square": 0.5 * forward * args.queries,
+            "SPSA": 256 * forward * args.spsa_steps}.get(attack, forward)
+
+
 def run_slice(job, number, x, labels, victims, threat, args):
     """One slice of test images: attack, evaluate, measure.
 
@@ -410,6 +419,8 @@ class Results:
     def __init__(self, args, flags, device):
         self.folder = Path(args.out)
         self.path, self.unfinished_path = self.folder / "results.json", self.folder / "unfinished.json"
+        if self.folder.exists():
+            self._lock = lock(self.folder)
         self.content = {"rows": [], "metrics": [], "sanity": {}, "networks": {}, "flags": flags,
                         "versions": utils.versions(), "device": utils.device_name(device)}
         if self.path.exists():
@@ -422,8 +433,14 @@ class Results:
                     raise InputError(f"--{name} is {flags[name]}, the run in {self.folder} had {earlier.get(name)}; "
                                      "choose another --out")
             self.content["flags"] = flags
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            self._lock = lock(self.folder)
         self.save()
+
+    def close(self):
+        """Let another process have the folder."""
+        self._lock.close()
 
     def _read(self, path):
         try:
@@ -452,16 +469,17 @@ class Results:
     def save(self):
         write_json(self.path, self.content)
 
-    def slices(self, job):
-        """The finished slices of `job`, if it is the one that was interrupted."""
+    def slices(self, job, victims):
+        """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks."""
         try:
             unfinished = json.loads(self.unfinished_path.read_text())
-        except (OSError, ValueError):
+            same = unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in victims]
+            return unfinished["slices"] if same else []
+        except (OSError, ValueError, KeyError, TypeError):
             return []
-        return unfinished["slices"] if unfinished["job"] == str(job) else []
 
-    def save_slices(self, job, slices):
-        write_json(self.unfinished_path, {"job": str(job), "slices": slices})
+    def save_slices(self, job, victims, slices):
+        write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in victims], "slices": slices})
 
 
 def groups_of(rows):
@@ -494,9 +512,9 @@ def metrics_of(rows, threats, crei_weight):
                 grid = [a for a in grid if not targeted or (ATTACKS[a].targetable and a != "AA")]
                 keys = [(a, targeted, ATTACKS[a].eps(threat) if ATTACKS[a].eps else None) for a in grid]
                 there = [(ipc, key) for ipc, cells in settings.items() for key in keys if key in cells]
-                if not there:
-                    continue
                 clean = [settings[ipc]["Clean", None, None] for ipc in settings]
+                if not there or not any(mean_of(cell) for cell in clean):  # nothing pooled, or metrics not defined
+                    continue
                 attacked = [settings[ipc][key] for ipc, key in there]
                 entries.append({
                     "dataset": rows[0]["dataset"], "method": method, "threat_model": name, "targeted": targeted, "kind": kind,
@@ -523,7 +541,7 @@ def transfer_of(rows, threats):
     for row in rows:
         spec = ATTACKS.get(row["attack"])
         evaluated = (row["threat_model"], row["evaluated_on"])
-        if spec is None or evaluated not in clean or row["crafted_on"] not in methods:
+        if spec is None or not clean.get(evaluated) or row["crafted_on"] not in methods:
             continue
         if spec.eps is None or row["eps"] == spec.eps(threats[row["threat_model"]]):
             (crafted_method, crafted_ipc), (method, ipc) = methods[row["crafted_on"]], methods[row["evaluated_on"]]
@@ -711,8 +729,11 @@ def main():
     test = data.take("test", slice(args.limit or None))
     jobs = plan(args, victims, threats)
     waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
+    rate = utils.image_gradients_per_second(victims[0].net, data, next(iter(threats.values())))
+    cost = sum(typical_cost(args, job.attack) for job in waiting) * len(test[1])
     print(f"{len(victims)} network(s) on {utils.device_name(device)}, {len(test[1])} test images of {data.name}: {len(jobs)} "
-          f"attacks and controls, {len(jobs) - len(waiting)} of them done; results in {results.folder}")
+          f"attacks and controls, {len(jobs) - len(waiting)} of them done, about {utils.duration(cost / rate)} to go; results "
+          f"in {results.folder}", flush=True)
     with tqdm(total=len(waiting) * len(test[1]), unit="img", disable=None) as bar:
         for job in waiting:
             bar.set_description(str(job))
@@ -724,25 +745,28 @@ def main():
             results.save()
 
     content = results.content
+    threats = {name: get_threat_model(name, data) for name in THREAT_MODELS
+               if any(row["threat_model"] == name for row in content["rows"])}  # an earlier part of the run may have had more
     content["metrics"] = metrics_of(content["rows"], threats, args.crei_weight)
     content["transfer"] = transfer_of(content["rows"], threats)
     results.save()
     text = markdown(content, threats)
     write_atomically(results.folder / "results.md", lambda partial: partial.write_text(text))
     pictures(content, threats, results.folder)
+    results.close()
     print(text)
 
 
 def run_job(job, victims, test, threat, data, args, results, bar):
     """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
-    slices = results.slices(job)
+    slices = results.slices(job, victims)
     parts = list(zip(*(tensor.split(SLICE) for tensor in test)))
     bar.update(sum(len(labels) for _, labels in parts[:len(slices)]))
     with torch.no_grad():
         victims[0].net(parts[0][0])  # warm-up
     for number in range(len(slices), len(parts)):
         slices.append(run_slice(job, number, *parts[number], victims, threat, args))
-        results.save_slices(job, slices)
+        results.save_slices(job, victims, slices)
         bar.update(len(parts[number][1]))
     rows = rows_of(job, slices, victims, data, args)
     results.add(job, rows)

@@ -7,8 +7,10 @@ refused by its name. Formats: SPEC 3.5.
 import collections
 import io
 import json
+import math
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -72,33 +74,55 @@ def _admitted_in_torch_files():
             *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def _check_declared_sizes(path):
-    """Refuse an empty or too large file, and an archive that would unpack to more than MAX_BYTES."""
+def _bytes_of_tensors(content):
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, (list, tuple)):
+        return 0
+    return sum(map(_bytes_of_tensors, content))
+
+
+def _check_archive(path, max_bytes):
+    """Refuse an empty or too large file, an archive that would unpack to more than max_bytes, and one with wrong checksums
+    (torch does not look at them)."""
     size = path.stat().st_size
     if size == 0:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path} is damaged: it is empty")
     declared = size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())
-    if max(size, declared) > MAX_BYTES:
-        raise InputError(f"{path} would take {max(size, declared) / 2**30:.1f} GiB; more than {MAX_BYTES >> 30} GiB is refused")
+    if max(size, declared) > max_bytes:
+        raise InputError(f"{path} would take {max(size, declared) / 2**30:.1f} GiB; more than {max_bytes >> 30} GiB is refused")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong:
+            raise InputError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
 
 
-def read_tensors(path):
+def read_tensors(path, max_bytes=None):
     """The content of a .pt, .pth or .pkl file, on the CPU. Nothing in the file is executed.
 
+    max_bytes: of the file, packed or unpacked; default MAX_BYTES.
     Raises InputError, with what was refused, if the file is missing, damaged, too large, or holds anything but tensors,
     arrays, numbers, strings and containers.
     """
     path = Path(path)
     try:
-        _check_declared_sizes(path)
+        _check_archive(path, max_bytes or MAX_BYTES)
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
-                return _Unpickler(file).load()
-        with torch.serialization.safe_globals(_admitted_in_torch_files()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+                content = _Unpickler(file).load()
+        else:
+            with torch.serialization.safe_globals(_admitted_in_torch_files()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        claimed = _bytes_of_tensors(content)
+        if claimed > (max_bytes or MAX_BYTES):  # strides of 0 make much of little
+            raise InputError(f"{path} is refused: its tensors would take {claimed / 2**30:.1f} GiB")
+        return content
     except InputError:
         raise
     except FileNotFoundError:
@@ -108,6 +132,31 @@ def read_tensors(path):
     except Exception as error:  # a damaged pickle may raise anything
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {_reason(error)}); it may be damaged, or "
                          "another kind of file") from None
+
+
+def read_npz(path, names, max_bytes=None):
+    """The arrays called `names` of a .npz file, {name: array}. Raises InputError if it is damaged, has not all of them, holds
+    objects, or declares another size than it has."""
+    path = Path(path)
+    try:
+        _check_archive(path, max_bytes or MAX_BYTES)
+        arrays = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                with archive.open(f"{name}.npy") as member:
+                    version = np.lib.format.read_magic(member)
+                    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, dtype = read_header[version](member)
+                    size = archive.getinfo(f"{name}.npy").file_size - member.tell()
+                    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
+                        raise ValueError(f"{name} is declared as {dtype} {shape}, {size} bytes follow")
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+        return arrays
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive may raise anything
+        raise InputError(f"{path} is damaged or no data file of ours ({_reason(error)})") from None
 
 
 def _reason(error):
@@ -206,6 +255,24 @@ def write_atomically(path, write):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path, content):
+    """torch.save, atomically, with the same bytes for the same content: torch puts the name of a file into it, and pickle
+    which equal strings are one object."""
+    def write(partial):
+        with open(partial, "wb") as file:
+            torch.save(_canonical(content), file)
+    write_atomically(path, write)
+
+
+def _canonical(content):
+    """Fresh containers, one object for equal strings."""
+    if isinstance(content, dict):
+        return {_canonical(key): _canonical(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_canonical(value) for value in content)
+    return sys.intern(content) if isinstance(content, str) else content
 
 
 def write_json(path, content):

@@ -4,6 +4,7 @@ Nothing here takes a decision about the method; that stands in the two ROME scri
 """
 import argparse
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,6 @@ import platform
 import shlex
 import sys
 import time
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from attacks import PGD_STEPS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
-from files import InputError, write_atomically
+from checkpoint import Interrupted, Interrupts, StateFile, lock
+from files import InputError, read_npz, write_atomically, write_json, write_tensors
 from networks import eval_pool, get_network
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
@@ -75,6 +76,13 @@ class Dataset:
         self._zca = None
         train_labels = self.labels["train"].cpu()
         self._class_index = [(train_labels == c).nonzero().flatten() for c in range(self.num_classes)]  # CPU
+
+    def fingerprint(self):
+        """SHA-256 of all images and labels."""
+        digest = hashlib.sha256()
+        for part in (*self.images.values(), *self.labels.values()):
+            digest.update(part.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def fit_zca(self):
         """Add ZCA whitening, fitted on the normalised training images, to `normalize` and `denormalize`."""
@@ -131,10 +139,9 @@ def _cifar(name, folder):
     if not path.exists():
         _download_cifar(name, folder, path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged or no data file of ours ({error}); delete it to have it made again") from None
+        arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test", "classes"))
+    except InputError as error:
+        raise InputError(f"{error}; delete it to have it made again") from None
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or y.shape != (len(x),) or len(x) == 0:
@@ -235,6 +242,21 @@ class NetPool:
             member.correct.zero_()
             member.seen = 0
 
+    def state_dict(self):
+        """The whole pool, as plain values and tensors."""
+        return {"made": self.made, "members": [{"net": m.net.state_dict(), "optimizer": m.optimizer.state_dict(),
+                                                "correct": m.correct, "seen": m.seen} for m in self.members]}
+
+    def load_state_dict(self, state):
+        """Become the pool of a `state_dict`."""
+        self.members, self.made = [], state["made"] - len(state["members"])
+        self.push(len(state["members"]))
+        for member, saved in zip(self.members, state["members"]):
+            member.net.load_state_dict(saved["net"])
+            member.optimizer.load_state_dict(saved["optimizer"])
+            member.correct.copy_(saved["correct"])
+            member.seen = saved["seen"]
+
 
 # ------------------------------------------------------------------------------------------- training on a synthetic set
 def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator, attack=None):
@@ -289,6 +311,7 @@ class Evaluator:
     def __init__(self, args, data, threat):
         self.data, self.threat, self.seed, self.num_eval = data, threat, args.seed, args.num_eval
         self.models = eval_pool(args.eval_mode, args.model)
+        self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
         self.protocol = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
                          "dsa_strategy": args.dsa_strategy}
         self.test_set = data.take("test", slice(args.test_limit or None))
@@ -359,7 +382,7 @@ def check_finite(values):
     """Raise FloatingPointError naming the first of {name: float} that is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss '{name}' is {value}")
+            raise FloatingPointError(f"{name} is {value}")
 
 
 # ------------------------------------------------------------------------------------------------------------- run files
@@ -378,8 +401,7 @@ def save_synset(path, sets, rows, meta):
     """
     accs = {key: {model: columns[key] for model, columns in by_model(rows).items()} for key in ("robust_acc", "clean_acc")}
     data = [[images.detach().float().cpu().clone(), labels.cpu().clone()] for images, labels in sets]
-    write_atomically(path, lambda partial: torch.save(
-        {"data": data, "accs_all_exps": accs["robust_acc"], "meta": {**meta, "clean_accs": accs["clean_acc"]}}, partial))
+    write_tensors(path, {"data": data, "accs_all_exps": accs["robust_acc"], "meta": {**meta, "clean_accs": accs["clean_acc"]}})
 
 
 def save_grid(path, images, data, per_row):
@@ -391,13 +413,22 @@ def save_grid(path, images, data, per_row):
     write_atomically(path, lambda partial: save_image(grid, partial))
 
 
+# Flags that a run that goes on may change.
+MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
+
+
 class Run:
-    """What one run writes.
+    """What one run writes, and what it goes on from.
 
     <save_path>/<run>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, grids as PNG
     <save_path>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: the distilled sets, at the end
     <checkpoint_path>/<run>/best_exp<k>.pt: the best set of experiment k so far
-    An earlier run's folder of the same name is kept beside the new one as <run>.1, <run>.2, ...
+    <checkpoint_path>/<run>/state.pt, state.previous.pt: the last two saved states
+
+    A context manager: SIGINT and SIGTERM inside it save the state and raise `Interrupted`. With a saved state the run goes on
+    from it; `progress` and `experiment` then hold what was saved. Without one, or with --fresh, a folder of that name is
+    kept beside the new one as <run>.1, <run>.2, ...
+    progress: dict of plain values and tensors that is saved as it is. experiment: the part that `watch` described, or None.
     """
 
     def __init__(self, args, data):
@@ -406,19 +437,62 @@ class Run:
         self.folder = Path(args.save_path) / self.name
         self.checkpoint_folder = Path(args.checkpoint_path) / self.name
         self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
-        self.start = time.perf_counter()
         for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", self.checkpoint_folder)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
-        earlier = self._set_aside() if self.folder.exists() else None
-        self.folder.mkdir()
-        about = {"command": shlex.join(sys.argv), "flags": vars(args), "versions": versions(),
-                 "device": device_name(data.device)}
-        (self.folder / "flags.json").write_text(json.dumps(about, indent=1) + "\n")
+        self._lock = lock(self.checkpoint_folder)
+        self._state_file = StateFile(self.checkpoint_folder, args.save_interval)
+        self._same = {"flags": vars(args), "versions": versions(), "device": device_name(data.device),
+                      "data": data.fingerprint()}
+        saved, damage = (None, None) if args.fresh else self._state_file.load()
+        if saved:
+            self._check_saved(saved)
+        else:
+            self._state_file.remove()
+        saved = saved or {"progress": {}, "experiment": None, "seconds": 0.0, "metrics_bytes": 0, "finished": False}
+        self.progress, self.experiment, self.finished = saved["progress"], saved["experiment"], saved["finished"]
+        self._describe = None
+        self._open(saved)
+        if damage:
+            self.say(damage)
+
+    def _check_saved(self, saved):
+        flags, where = saved["flags"], f"the run saved in {self.checkpoint_folder}"
+        for name, value in vars(self.args).items():
+            if name not in MAY_CHANGE and flags.get(name) != value:
+                raise InputError(f"--{name} is {value}, {where} has {flags.get(name)}. Give the same flags to go on with it "
+                                 f"(only {', '.join(MAY_CHANGE[:-1])} may change), --fresh to start over, or another "
+                                 "--checkpoint_path")
+        if saved["data"] != self._same["data"]:
+            raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
+        if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
+            raise InputError(f"{where} ran on {saved['device']}, this is {self._same['device']}")
+        if saved["experiment"] and saved["experiment"]["it"] > self.args.Iteration:
+            raise InputError(f"--Iteration {self.args.Iteration}: {where} is at iteration {saved['experiment']['it']} already")
+
+    def _open(self, saved):
+        """Begin, or go on with, the files of the run folder."""
+        going_on = bool(saved.get("flags"))
+        earlier = self._set_aside() if self.folder.exists() and not going_on else None
+        self.folder.mkdir(exist_ok=True)
         self._log = open(self.folder / "log.txt", "a")
         self._metrics = open(self.folder / "metrics.jsonl", "a")
+        self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later lines come again
+        self.start = time.perf_counter() - saved["seconds"]
+        if self.finished:
+            self.say(f"{self.name} is finished: {self.result_file}, {self.folder}; --fresh starts over")
+            return
+        about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")}}
+        write_json(self.folder / "flags.json", about)
+        if going_on:
+            where = f"experiment {len(self.progress.get('sets', []))}"
+            where += f", iteration {self.experiment['it']}" if self.experiment else ""
+            self.say(f"going on with {self.name} at {where}, after {duration(saved['seconds'])}")
+            if saved["versions"] != self._same["versions"] or saved["device"] != self._same["device"]:
+                self.say(f"the saved part ran with {saved['versions']} on {saved['device']}, this is {self._same['versions']} "
+                         f"on {self._same['device']}: the result may differ in the last bits from that of an undisturbed run")
         if earlier:
             self.say(f"{self.folder} held an earlier run, now in {earlier}")
         if self.result_file.exists():
@@ -431,6 +505,47 @@ class Run:
         os.replace(self.folder, target)
         return target
 
+    def __enter__(self):
+        self._interrupts = Interrupts(self.say)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, Interrupted) and error.whole and not self.finished:
+                self.save_state()
+        finally:
+            self._interrupts.restore()
+            for file in (self._log, self._metrics, self._lock):
+                file.close()
+
+    # ------------------------------------------------------------------------------------------------------ saved state
+    def watch(self, describe):
+        """From now on a saved state has `describe()` as its `experiment`; None: no experiment is under way."""
+        self._describe, self.experiment = describe, None
+
+    def uninterrupted(self):
+        """A context in which signals wait, because the state of the run is not whole."""
+        return self._interrupts.deferred()
+
+    def checkpoint(self, it):
+        """Before iteration `it`, with the state whole: save it if it is time to, or stop if a signal asked for it."""
+        self._interrupts.check()
+        if self._state_file.due(it):
+            self.save_state()
+
+    def save_state(self, finished=False):
+        self._metrics.flush()
+        self._state_file.save({**self._same, "progress": self.progress, "experiment": self._describe and self._describe(),
+                               "seconds": time.perf_counter() - self.start, "metrics_bytes": self._metrics.tell(),
+                               "finished": finished})
+
+    def finish(self):
+        """The results are written: only the fact stays in the saved state."""
+        self.progress, self._describe, self.finished = {}, None, True
+        self._state_file.remove()
+        self.save_state(finished=True)
+
+    # ------------------------------------------------------------------------------------------------------------ reports
     def say(self, text):
         """A line for the reader: on the screen, above a progress bar if there is one, and in log.txt."""
         tqdm.write(text, file=sys.stdout)
@@ -463,7 +578,8 @@ class Run:
         args, data = self.args, self.data
         return {"dataset": args.dataset, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
                 "packed": args.aug, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
-                "flags": vars(args), "versions": versions(), "device": device_name(data.device), **more}
+                "flags": {name: value for name, value in vars(args).items() if name not in ("fresh", "save_interval")},
+                "versions": versions(), "device": device_name(data.device), **more}
 
     def save_best(self, exp, best):
         """best: dict of images, labels, iteration, rows."""
@@ -524,8 +640,14 @@ def at_least(low, kind=int):
     return parse
 
 
-def get_device(name):
-    """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device. Raises InputError if it is not there."""
+def get_device(name, deterministic=False):
+    """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device. Raises InputError if it is not there.
+
+    deterministic: let PyTorch refuse operations whose result depends on the order of threads (CUDA has some; CPU none here).
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name == "auto":
         return torch.device("cuda:0" if len(found) > 1 else "cpu")
@@ -556,6 +678,10 @@ def run_script(main):
         main()
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except Interrupted as stop:
+        rest = "the same command goes on from here" if stop.whole else "the same command goes on from the last saved state"
+        print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {rest}", file=sys.stderr)
+        sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -578,6 +704,12 @@ class Clock:
         self.total[phase], self.estimate[phase] = total, estimate
         self.done[phase], self.spent[phase] = 0, 0.0
         self._last = time.perf_counter()
+
+    def skip(self, phase, count=1):
+        """`count` phases of that name were done by an earlier part of the run."""
+        self.total[phase] -= count
+        if self.bar is not None and phase == "iteration":
+            self.bar.update(count)
 
     def lap(self, phase):
         """The time since the last lap was one phase of that name."""

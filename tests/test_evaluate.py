@@ -13,6 +13,7 @@ from conftest import ROOT
 import evaluate
 import utils
 from attacks import ATTACKS, attack_images, get_threat_model
+from checkpoint import lock
 from files import InputError
 from networks import get_network
 
@@ -129,7 +130,7 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
                    "+-", "I-CREI", "missing: AA at ipc 10"):
         assert phrase in text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "grid_published.png",
-                                                              "grid_pixel.png", "networks"}
+                                                              "grid_pixel.png", "networks", ".lock"}
     (metrics,) = [m for m in content["metrics"] if (m["threat_model"], m["targeted"]) == ("pixel", True)]
     pixel = [r for r in rows if r["threat_model"] == "pixel"]
     clean = np.mean([r["accuracy"] for r in pixel if r["attack"] == "Clean"])
@@ -354,6 +355,13 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     (tmp_path / "own" / "results.json").write_text('{"rows": [')
     with pytest.raises(InputError, match="results.json is damaged"):
         run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
+
+
+def test_two_evaluations_in_one_folder(digits_networks, tmp_path, monkeypatch):
+    first = lock(tmp_path)
+    with pytest.raises(InputError, match=f"another run .process {os.getpid()}"):
+        run(monkeypatch, tmp_path, "--networks", digits_networks[0])
+    first.close()
 
 
 def test_one_line_for_the_user(tmp_path):

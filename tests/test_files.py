@@ -139,7 +139,7 @@ def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("empty.pt", b"", "empty.pt is empty"),
+    ("empty.pt", b"", "empty.pt is damaged: it is empty"),
     ("text.pt", b"hello, I am a text file\n", "text.pt"),
     ("text.pkl", b"hello, I am a text file\n", "text.pkl"),
     ("picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(50), "picture.pth"),
@@ -176,6 +176,7 @@ def test_truncated_and_flipped(tmp_path):
     ({"data": [[IMAGES.long(), LABELS]]}, "int64"),
     ({"data": [[IMAGES, torch.rand(20)]]}, "soft labels"),
     ({"data": [["a", "b"]]}, "no pair"),
+    ({"data": [[torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)]]}, "would take 12.0 GiB"),
     ({"data": [[IMAGES.index_fill(0, torch.tensor(3), float("nan")), LABELS]]}, "3072 values .* not finite"),
     (IMAGES, "no synthetic set"),
     ([1, 2, 3], "no synthetic set"),
@@ -216,3 +217,72 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
+
+
+# ------------------------------------------------------------------------------------------------------ 2 000 damaged files
+def damaged(content, rng):
+    """A random mutation of some bytes: cut, flips, noise, a piece moved, doubled or zeroed."""
+    bad = bytearray(content)
+    at, length = int(rng.integers(len(bad))), int(rng.integers(1, 200))
+    kind = rng.integers(6)
+    if kind == 0:
+        del bad[at:]
+    elif kind == 1:
+        for i in rng.integers(0, len(bad), rng.integers(1, 9)):
+            bad[i] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        bad[at:at + length] = rng.bytes(length)
+    elif kind == 3:
+        bad[at:at] = bad[at // 2:at // 2 + length]
+    elif kind == 4:
+        del bad[at:at + length]
+    else:
+        bad[at:at + length] = bytes(len(bad[at:at + length]))
+    return bytes(bad)
+
+
+def test_two_thousand_damaged_files(tmp_path):
+    """Every loader, every format: a clear error or a correct load, in less than 5 s and 1 GB."""
+    import resource
+    import time
+
+    import utils
+    from checkpoint import StateFile
+    images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
+    net = get_network("MLP", 3, 10, (8, 8), seed=0)
+    torch.save({"data": [[images, labels]], "accs_all_exps": {"MLP": [np.float64(0.5)]}}, tmp_path / "set.pt")
+    torch.save({"data": [[images, labels]]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps((images, labels)))
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps((images.numpy(), labels.numpy())))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    torch.save(net.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"x": images, "progress": {}}, tmp_path / "state.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    arrays = {"x_train": pixels, "x_test": pixels[:5], "y_train": np.arange(20) % 10, "y_test": np.arange(5),
+              "classes": np.array(list("abcdefghij"))}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    loaders = {
+        "set.pt": read_synset, "old.pt": read_synset, "set.pkl": read_synset, "arrays.pkl": read_synset,
+        "net.pth": lambda path: load_into(net, path), "old.pth": lambda path: load_into(net, path),
+        "state.pt": lambda path: StateFile(path.parent).load(),
+        "cifar10.npz": lambda path: utils.load_dataset("CIFAR10", path.parent),
+    }
+    rng, before = np.random.default_rng(1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = dict.fromkeys(loaders, 0)
+    for name, load in loaders.items():
+        content = (tmp_path / name).read_bytes()
+        load(tmp_path / name)
+        for _ in range(250):
+            (folder / name).write_bytes(damaged(content, rng))
+            start = time.perf_counter()
+            try:
+                load(folder / name)
+            except InputError as error:
+                refused[name] += 1
+                assert name in str(error) and "\n" not in str(error)
+            assert time.perf_counter() - start < 5
+        (folder / name).unlink()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    assert all(count > 25 for count in refused.values()), refused  # what has checksums refuses nearly all, a bare pickle less

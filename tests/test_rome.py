@@ -1,4 +1,5 @@
 """The method: losses, one outer iteration against a slow literal loop, and the script as its users run it."""
+import contextlib
 import json
 import os
 import re
@@ -206,7 +207,9 @@ def test_distill_evaluates_resets_renews_and_keeps_the_best(digits, monkeypatch,
     monkeypatch.setattr(utils.NetPool, "push", lambda self, n, push=utils.NetPool.push: (pushed.append(n), push(self, n)))
     monkeypatch.setattr(utils.NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
     run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grids=lambda *a: None, metric=lambda *a, **k: None,
-                           say=lambda text: None, save_best=lambda exp, best: saved.append(best["iteration"]))
+                           say=lambda text: None, save_best=lambda exp, best: saved.append(best["iteration"]),
+                           experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
+                           uninterrupted=contextlib.nullcontext)
     clock = SimpleNamespace(lap=lambda phase: None)
     best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), evaluate, run_, clock)
     assert [it for it, _ in evaluated] == evaluations
@@ -412,7 +415,9 @@ def test_cifar_like_run_and_a_second_one(tmp_path, cifar_like):
     assert "--batch_real 64 is more than 10 of the classes have" in done.stdout
     for model in ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"):
         assert f"ROME                     {model}" in done.stdout
-    again = run(tmp_path, *flags, "--Iteration", "0")
+    again = run(tmp_path, *flags)
+    assert again.returncode == 0 and "is finished" in again.stdout and len(again.stdout.splitlines()) == 1
+    again = run(tmp_path, *flags, "--Iteration", "0", "--fresh")
     assert again.returncode == 0, again.stderr
     assert "held an earlier run, now in" in again.stdout and "will be replaced" in again.stdout
     name = "ROME_CIFAR10_ConvNetW32_1ipc_published_seed0"

@@ -1,0 +1,136 @@
+"""The saved state of a run: a kill at any moment leaves a good one behind, and a damaged one is noticed.
+
+Nothing here knows what a state holds; the ROME scripts and pretrain.py say that, each in one function.
+"""
+import os
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from files import InputError, read_tensors, write_atomically
+
+MAX_STATE_BYTES = 64 << 30
+SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0
+LEAST_SECONDS = 5.0  # between two saves then
+
+
+class Interrupted(BaseException):
+    """The user or the queue asked the run to stop. whole: whether its state is fit to be saved."""
+
+    def __init__(self, signum, whole):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status, self.whole = 128 + signum, whole
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into `Interrupted`: at once, or inside `deferred()` at the next `check()`.
+
+    A second signal in such a stretch stops the run at once; what was saved before is what remains.
+    """
+
+    def __init__(self, say):
+        self.say, self.pending, self.defer = say, None, False
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        """Put the handlers back that were there before."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        if not self.defer or self.pending:
+            raise Interrupted(signum, whole=not self.defer)
+        self.pending = signum
+        self.say("stopping after this iteration; a second signal stops at once, back to the last saved state")
+
+    @contextmanager
+    def deferred(self):
+        """A stretch after which the state of the run is whole again."""
+        self.defer = True
+        try:
+            yield
+        finally:
+            self.defer = False
+
+    def check(self):
+        if self.pending:
+            raise Interrupted(self.pending, whole=True)
+
+
+def lock(folder):
+    """Make sure that no other run writes to `folder`. Returns an open file; closing it, or dying, gives the lock back.
+
+    Raises InputError that names the process that holds it.
+    """
+    import fcntl
+    file = open(Path(folder) / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise InputError(f"another run (process {holder}) is writing to {folder}; wait for it, or choose another "
+                         "folder") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+class StateFile:
+    """`state.pt` and `state.previous.pt` in a folder."""
+
+    def __init__(self, folder, save_interval=0):
+        self.newest, self.previous = Path(folder) / "state.pt", Path(folder) / "state.previous.pt"
+        self.save_interval, self.seconds, self._last = save_interval, 0.0, time.perf_counter()
+
+    def due(self, it):
+        """Whether a state is to be saved before iteration `it`."""
+        if self.save_interval:
+            return it > 0 and it % self.save_interval == 0
+        return time.perf_counter() - self._last >= max(LEAST_SECONDS, self.seconds / SAVE_SHARE)
+
+    def save(self, state):
+        """Write `state`; the one before stays as `state.previous.pt`. Raises InputError if it cannot be written."""
+        start = time.perf_counter()
+
+        def write(partial):
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.newest.exists():
+                os.replace(self.newest, self.previous)
+        try:
+            write_atomically(self.newest, write)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise InputError(f"cannot save the state as {self.newest} ({reason}); the state before it is intact") from None
+        self._last = time.perf_counter()
+        self.seconds = self._last - start
+
+    def load(self):
+        """The newest state that can be read, or None if there never was one, and a line about what was damaged, or None.
+
+        Raises InputError if there are states and none can be read.
+        """
+        damaged = []
+        for path in (self.newest, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = read_tensors(path, MAX_STATE_BYTES)
+                return state, f"{'; '.join(damaged)}; going on from {path.name}" if damaged else None
+            except InputError as error:
+                damaged.append(str(error))
+        if damaged:
+            raise InputError(f"{'; '.join(damaged)}; start over with --fresh")
+        return None, None
+
+    def remove(self):
+        for path in (self.newest, self.previous):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,374 @@
+"""Runs that are stopped, killed, damaged, doubled and starved, against runs that nobody disturbed."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import ROME_cifar10 as rome
+import utils
+from checkpoint import Interrupted, Interrupts, StateFile, lock
+from files import InputError
+from networks import get_network
+
+NAME = "ROME_Digits_MLP_1ipc_pixel_seed0"
+RESULT = "ROME_res_ROME_Digits_MLP_1ipc.pt"
+FLAGS = ["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "8",
+         "--trained_bs", "16", "--model_train_steps", "1", "--num_exp", "2", "--num_eval", "2", "--epoch_eval_train", "3",
+         "--test_limit", "40", "--lr_img", "0.2", "--net_decay", "--embed_last", "1000", "--net_generate_interval", "2",
+         "--net_num", "5", "--Iteration", "9", "--eval_interval", "4"]
+
+
+def main(monkeypatch, folder, *flags):
+    """ROME_cifar10.py in this process, its files under `folder`."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *FLAGS, *flags])
+    rome.main()
+
+
+def final_files(folder):
+    """The bytes of every file that holds a result."""
+    paths = [folder / "result" / RESULT, *sorted((folder / "checkpoints" / NAME).glob("best_exp*.pt")),
+             *sorted((folder / "result" / NAME).glob("*.png"))]
+    assert len(paths) == 1 + 2 + 2 * 2 * (3 + 1)
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def events(folder, name):
+    lines = [json.loads(line) for line in (folder / "result" / NAME / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if line["event"] == name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        main(patch, folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["outer_iteration", "train_on_set", "save_grids", "save_result"])
+def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, monkeypatch, where, signum):
+    """A signal at every call of a function, one run after the other, until a run gets through."""
+    owner = {"outer_iteration": rome, "train_on_set": utils, "save_grids": utils.Run, "save_result": utils.Run}[where]
+    function, calls = getattr(owner, where), []
+
+    def disturbed(*args, **options):
+        calls.append(1)
+        if len(calls) % 5 == 3:
+            os.kill(os.getpid(), signum)
+        return function(*args, **options)
+    monkeypatch.setattr(owner, where, disturbed)
+    before = signal.getsignal(signum)
+    stops = 0
+    for _ in range(60):
+        try:
+            main(monkeypatch, tmp_path)
+            break
+        except Interrupted as stop:
+            stops += 1
+            assert stop.whole and stop.exit_status == 128 + signum
+        if where == "save_result":
+            break
+    assert signal.getsignal(signum) is before
+    if where == "save_result":  # called once in a run: never the third call
+        assert stops == 0
+    else:
+        assert stops >= 2
+    assert final_files(tmp_path) == final_files(undisturbed)
+    for event in ("iteration", "evaluation", "final"):
+        assert events(tmp_path, event) == events(undisturbed, event), event
+    log = (tmp_path / "result" / NAME / "log.txt").read_text()
+    assert log.count("going on with") == stops
+
+
+def test_a_finished_run_is_finished(undisturbed, monkeypatch, capsys):
+    before = final_files(undisturbed)
+    main(monkeypatch, undisturbed)
+    assert "is finished" in capsys.readouterr().out and final_files(undisturbed) == before
+    state = torch.load(undisturbed / "checkpoints" / NAME / "state.pt", weights_only=True)
+    assert state["finished"] and state["experiment"] is None and state["progress"] == {}
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that was stopped in its first experiment, with two saved states."""
+    outer_iteration, calls = rome.outer_iteration, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outer_iteration(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(rome, "outer_iteration", disturbed)
+        with pytest.raises(Interrupted):
+            main(patch, tmp_path, "--save_interval", "3")
+    folder = tmp_path / "checkpoints" / NAME
+    assert {p.name for p in folder.iterdir()} == {"state.pt", "state.previous.pt", ".lock", "best_exp0.pt"}
+    its = [torch.load(folder / name, weights_only=True)["experiment"]["it"] for name in ("state.pt", "state.previous.pt")]
+    assert its == [7, 6]  # at the signal, after the iteration under way; and at the interval before
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "missing"])
+def test_a_damaged_state_falls_back_to_the_one_before(stopped, undisturbed, monkeypatch, capsys, damage):
+    newest = stopped / "checkpoints" / NAME / "state.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 4
+    newest.write_bytes(content[:{"truncated": len(content) // 2, "empty": 0}.get(damage, len(content))])
+    if damage == "missing":  # killed between the two renamings of a save
+        newest.unlink()
+    main(monkeypatch, stopped)
+    out = capsys.readouterr().out
+    assert "iteration 6" in out and ("state.pt is damaged" in out or "state.pt cannot be read" in out) == (damage != "missing")
+    assert final_files(stopped) == final_files(undisturbed)
+    assert events(stopped, "iteration") == events(undisturbed, "iteration")
+
+
+def test_both_states_damaged(stopped, monkeypatch):
+    for path in (stopped / "checkpoints" / NAME).glob("state*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="state.pt .*state.previous.pt .*--fresh"):
+        main(monkeypatch, stopped)
+
+
+def test_contradicting_flags_are_refused_by_name(stopped, undisturbed, monkeypatch):
+    for flags, message in ((["--lr_img", "0.3"], r"--lr_img is 0.3, .* has 0.2.*may change.*--fresh"),
+                           (["--net_num", "6"], "--net_num is 6"), (["--optim", "adam"], "--optim is adam"),
+                           (["--Iteration", "5"], "--Iteration 5: .* is at iteration 7 already")):
+        with pytest.raises(InputError, match=message):
+            main(monkeypatch, stopped, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Dataset, "fingerprint", lambda self: "other")
+        with pytest.raises(InputError, match="began with other data"):
+            main(patch, stopped)
+    main(monkeypatch, stopped, "--save_interval", "1")  # this one may change
+    assert final_files(stopped).keys() == final_files(undisturbed).keys()
+
+
+def test_flags_that_may_change(stopped, monkeypatch):
+    main(monkeypatch, stopped, "--Iteration", "10", "--eval_interval", "5", "--save_path", "elsewhere")
+    assert (stopped / "elsewhere" / RESULT).exists()
+    lines = [json.loads(line) for line in (stopped / "elsewhere" / NAME / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["exp"], line["iteration"]) for line in lines if line["event"] == "evaluation" and "best_so_far" in line} == {
+        (0, 10), (1, 5), (1, 10)}
+
+
+def test_fresh_starts_over(stopped, undisturbed, monkeypatch, capsys):
+    main(monkeypatch, stopped, "--fresh")
+    assert "held an earlier run" in capsys.readouterr().out
+    assert final_files(stopped) == final_files(undisturbed)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    """The iteration under way is not finished, and the last saved state stays what it was."""
+    outer_iteration, calls = rome.outer_iteration, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not stopped")
+        return outer_iteration(*args)
+    monkeypatch.setattr(rome, "outer_iteration", disturbed)
+    with pytest.raises(Interrupted) as stop:
+        main(monkeypatch, tmp_path, "--save_interval", "2")
+    assert not stop.value.whole
+    state = torch.load(tmp_path / "checkpoints" / NAME / "state.pt", weights_only=True)
+    assert state["experiment"]["it"] == 4
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_before(tmp_path, monkeypatch):
+    outer_iteration = rome.outer_iteration
+
+    def diverging(it, *args):
+        if it == 5:
+            args[0].data.fill_(float("nan"))
+        return outer_iteration(it, *args)
+    monkeypatch.setattr(rome, "outer_iteration", diverging)
+    with pytest.raises(FloatingPointError, match="iteration 5.*--lr_img 0.2.*smaller learning rates.*--fresh.*is kept"):
+        main(monkeypatch, tmp_path, "--save_interval", "2")
+    state = torch.load(tmp_path / "checkpoints" / NAME / "state.pt", weights_only=True)
+    assert state["experiment"]["it"] == 4 and state["experiment"]["image_syn"].isfinite().all()
+
+
+def test_the_callers_generators_are_untouched(tmp_path, monkeypatch):
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    main(monkeypatch, tmp_path)
+    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
+    assert states[2] == random.getstate()
+
+
+# --------------------------------------------------------------------------------------------------------- the pieces
+def test_two_runs_in_one_folder(tmp_path):
+    first = lock(tmp_path)
+    with pytest.raises(InputError, match=f"process {os.getpid()}"):
+        lock(tmp_path)
+    first.close()
+    lock(tmp_path).close()
+
+
+def test_when_a_state_is_due(tmp_path, monkeypatch):
+    every_third = StateFile(tmp_path, save_interval=3)
+    assert [it for it in range(8) if every_third.due(it)] == [3, 6]
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    automatic = StateFile(tmp_path)
+    automatic.seconds = 0.2  # a save takes 0.2 s: at 1 percent of the time, every 20 s
+    due = []
+    for it in range(60):
+        now[0] += 1
+        if automatic.due(it):
+            due.append(it)
+            automatic._last = now[0]
+    assert due == [19, 39, 59]
+
+
+def test_a_full_disk_during_a_save(tmp_path):
+    """A limit on the size of files stands for it: one line with the name, the good states intact, nothing half written."""
+    states = StateFile(tmp_path)
+    for value in (1.0, 2.0):
+        states.save({"x": torch.full((1000,), value)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="state.pt .*the state before it is intact"):
+            states.save({"x": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
+    assert states.load()[0]["x"][0] == 2 and torch.load(states.previous, weights_only=True)["x"][0] == 1
+
+
+def test_interrupts_wait_while_deferred():
+    said = []
+    interrupts = Interrupts(said.append)
+    try:
+        with interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached = True
+        assert reached and len(said) == 1
+        with pytest.raises(Interrupted, match="SIGTERM") as stop:
+            interrupts.check()
+        assert stop.value.exit_status == 143
+    finally:
+        interrupts.restore()
+
+
+def test_pool_round_trip():
+    def pool():
+        return utils.NetPool(lambda k: get_network("MLP", 3, 10, (8, 8), seed=k),
+                             lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), limit=4, start=6)
+    first = pool()
+    for member in first.members:
+        member.net(torch.ones(2, 3, 8, 8)).sum().backward()
+        member.optimizer.step()
+        member.record(torch.eye(10)[:2], torch.tensor([0, 5]))
+    second = pool()
+    second.push(3)
+    second.load_state_dict(first.state_dict())
+    assert second.made == 6 and [m.seen for m in second.members] == [2] * 4
+    for a, b in zip(first.members, second.members):
+        for member in (a, b):
+            member.optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters()))
+        assert a.running_accuracy() == b.running_accuracy() == 50
+
+
+# ------------------------------------------------------------------------------------------------------ real processes
+def start(folder, *flags):
+    return subprocess.Popen([sys.executable, ROOT / "ROME_cifar10.py", *FLAGS, "--save_interval", "1", *flags], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_iterations(process, folder):
+    """Until the run has begun its iterations; whatever it does then."""
+    state, before = folder / "checkpoints" / NAME / "state.pt", None
+    if state.exists():
+        before = state.stat().st_mtime_ns
+    while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+
+
+def undisturbed_process(folder):
+    folder.mkdir()
+    process = start(folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return final_files(folder)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path):
+    """SIGKILL, also while a state is being written: the final files are those of a run that nobody killed."""
+    expected = undisturbed_process(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        process = start(tmp_path / "b")
+        wait_for_iterations(process, tmp_path / "b")
+        time.sleep(rng.uniform(0, 0.15))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    assert kills >= 8
+    process = start(tmp_path / "b")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert final_files(tmp_path / "b") == expected
+
+
+def test_killed_interrupted_and_doubled_as_processes(tmp_path):
+    """SIGKILL, then SIGINT, beside a second run that refuses; then to the end."""
+    expected = undisturbed_process(tmp_path / "a")
+    folder = tmp_path / "b"
+    folder.mkdir()
+    process = start(folder)
+    wait_for_iterations(process, folder)
+    second = start(folder)
+    os.kill(process.pid, signal.SIGSTOP)  # it holds the lock while it stands still
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 1 and f"another run (process {process.pid})" in err and len(err.splitlines()) == 1
+    process.kill()
+    process.communicate()
+    process = start(folder)
+    wait_for_iterations(process, folder)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and len(err.strip().splitlines()) == 1 and "stopped by SIGINT" in err, err
+    process = start(folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "going on with" in out, err
+    assert final_files(folder) == expected
+
+
+@pytest.mark.slow
+def test_a_full_pool_is_saved_in_seconds(tmp_path):
+    """100 ConvNets with momentum, 256 MB. Measured: 1.1 to 1.2 s on the developers' machine."""
+    pool = utils.NetPool(lambda k: get_network("ConvNet", 3, 10, (32, 32), seed=k),
+                         lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), limit=100, start=100)
+    for member in pool.members:
+        for parameter in member.net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        member.optimizer.step()
+    states = StateFile(tmp_path)
+    states.save({"pool": pool.state_dict()})
+    assert states.newest.stat().st_size > 250e6 and states.seconds < 5
