@@ -44,6 +44,7 @@ def parse_args(argv=None):
     add("--threat_model", choices=THREAT_MODELS, default="published",
         help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--chunk", type=at_least(0), default=0, help="real images attacked at a time; 0: by the memory at hand")
     add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
         "saving takes 1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
@@ -56,6 +57,9 @@ def parse_args(argv=None):
     add = loss.add_argument
     add("--align_weight", type=at_least(0, float), default=0.2, help="robustness- against performance-aligned term, 0 to 1")
     utils.add_switch(loss, "syn_ce", True, "use the performance-aligned term")
+    add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation, or "
+        "squared Euclidean distance")
+    utils.add_switch(loss, "attack_prior", True, "match to attacked real images, not to clean ones")
     add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
     add("--embed_last", type=int, default=-1, help="layers that make the embedding; -1, or more than there are: all")
     add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
@@ -66,6 +70,9 @@ def parse_args(argv=None):
 
     pool = parser.add_argument_group("the pool of networks")
     add = pool.add_argument
+    add("--robust_prior", nargs="+", default=[], metavar="FILE", help="networks of pretrain.py, used as they are instead of "
+        "the pool")
+    utils.add_switch(pool, "attack_pool", True, "train the pool on attacked real images, not on clean ones")
     add("--net_num", type=at_least(1), default=100, help="most networks in the pool")
     add("--net_push_num", type=at_least(0), default=1, help="fresh networks pushed at a time")
     add("--net_generate_interval", type=at_least(1), default=30, help="outer iterations between two pushes")
@@ -106,9 +113,13 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- the two losses
-def robustness_aligned_loss(emb_syn, emb_adv_mean):
-    """Squared total variation between mean embeddings. emb_syn: (N, D); emb_adv_mean: (D,). Source: SPEC 1, L_rob."""
-    return (0.5 * (emb_syn.mean(0) - emb_adv_mean).abs().sum()) ** 2
+def robustness_aligned_loss(emb_syn, emb_adv_mean, distance="tv"):
+    """Distance between mean embeddings. emb_syn: (N, D); emb_adv_mean: (D,).
+
+    distance: "tv", squared total variation (Source: SPEC 1, L_rob), or "l2", the squared Euclidean distance that DM has.
+    """
+    difference = emb_syn.mean(0) - emb_adv_mean
+    return (0.5 * difference.abs().sum()) ** 2 if distance == "tv" else difference.square().sum()
 
 
 def performance_aligned_loss(logits, c, only_while_wrong):
@@ -129,26 +140,14 @@ def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
     image_syn: (C*ipc, 3, H, W), changed in place. Returns (mean robustness-, mean performance-aligned loss), () tensors.
     """
     net, single = member.net, args.ipc == 1 and not args.aug
-    # The real side first, for all classes: it does not depend on the synthetic images.
-    img_real, draws = [], []
-    for c in range(data.num_classes):
-        img_c = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
-        if single and len(img_c) > REAL_KEPT:
-            img_c = lowest_loss(net, img_c, c, REAL_KEPT)
-        draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))  # shared by the real and the synthetic batch
-        img_real.append(dsa_apply(img_c, draws[c]))
-    sizes = torch.tensor([len(img_c) for img_c in img_real])
-    label_real = torch.arange(data.num_classes).repeat_interleave(sizes).to(data.device)
-    img_adv = attack_images(net, torch.cat(img_real), label_real, threat, rng["attack"])  # the robust prior
-    emb_adv = mean_embeddings(net, img_adv.split(sizes.tolist()), args.embed_last)  # (C, D)
-
+    draws, emb_adv = robust_prior(net, data, threat, args, rng)  # it does not depend on the synthetic images: all classes first
     total_rob, total_perf = torch.zeros(2, device=data.device)
     for c in range(data.num_classes):
         img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
         if args.aug:
             img_syn = unpack(img_syn)  # (4*ipc, 3, H, W)
         emb_syn, logits = net.embed_and_classify(dsa_apply(img_syn, draws[c]), args.embed_last)
-        loss_rob = robustness_aligned_loss(emb_syn, emb_adv[c])
+        loss_rob = robustness_aligned_loss(emb_syn, emb_adv[c], args.align_distance)
         loss = args.align_weight * loss_rob
         if args.syn_ce:
             loss_perf = performance_aligned_loss(logits, c, CE_ONLY_WHILE_WRONG and single)
@@ -160,11 +159,29 @@ def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
     return total_rob / data.num_classes, total_perf / data.num_classes
 
 
-@torch.no_grad()
-def mean_embeddings(net, batches, embed_last, chunk=512):
-    """The mean embedding of each batch. batches: C tensors (n, 3, H, W). Returns (C, D)."""
-    return torch.stack([torch.cat([net.embed_and_classify(part, embed_last)[0] for part in batch.split(chunk)]).mean(0)
-                        for batch in batches])
+def robust_prior(net, data, threat, args, rng):
+    """Real batches of every class, augmented, attacked on `net`, and their mean embeddings.
+
+    Returns the DSA draw of each class, shared with its synthetic images, and the embeddings, (C, D).
+    """
+    draws, emb_adv, chunk = [], [], utils.attack_chunk(args, data.device)
+    for classes in utils.class_groups(args, data):  # as many at a time as the memory allows
+        batches = []
+        for c in classes:
+            img_real = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
+            if args.ipc == 1 and not args.aug and len(img_real) > REAL_KEPT:
+                img_real = lowest_loss(net, img_real, c, REAL_KEPT)
+            draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))
+            batches.append(dsa_apply(img_real, draws[c]))
+        sizes = [len(batch) for batch in batches]
+        img_adv = torch.cat(batches)  # (sum of sizes, 3, H, W)
+        if args.attack_prior:
+            label_real = torch.tensor(classes).repeat_interleave(torch.tensor(sizes)).to(data.device)
+            img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=chunk)
+        with torch.no_grad():
+            embeddings = torch.cat([net.embed_and_classify(x, args.embed_last)[0] for x in img_adv.split(chunk)])
+        emb_adv += [embedding.mean(0) for embedding in embeddings.split(sizes)]  # (D,) a class
+    return draws, torch.stack(emb_adv)
 
 
 @torch.no_grad()
@@ -175,13 +192,17 @@ def lowest_loss(net, img_real, c, count):
 
 
 def train_pool(pool, data, threat, args, rng):
-    """Step 4: train random pool networks on attacked real images. Returns the mean loss, a () tensor."""
+    """Step 4: train random pool networks on attacked real images. Returns the mean loss, a () tensor; 0 for a fixed pool."""
     losses = [torch.zeros((), device=data.device)]
+    if pool.fixed:
+        return losses[0]
     for member in pool.choose(args.fetch_net_num, rng["pool"]):
         for _ in range(args.model_train_steps):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
-            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"])
-            logits = member.net(img_adv)
+            if args.attack_pool:
+                img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"],
+                                         chunk=utils.attack_chunk(args, data.device))
+            logits = member.net(img_real)
             losses.append(F.cross_entropy(logits, label_real))
             member.optimizer.zero_grad()
             losses[-1].backward()
@@ -209,13 +230,13 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
     return losses
 
 
-def distill(args, exp, data, threat, evaluate, run, clock):
+def distill(args, exp, data, threat, prior, evaluate, run, clock):
     """One experiment: distil a set; returns the best one as a dict of images, labels, iteration and evaluation rows."""
     rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
     rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
     image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.aug)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
-    pool = new_pool(args, exp, data)
+    pool = new_pool(args, exp, data, prior)
     evaluated_at = evaluation_iterations(args)
     best, best_acc, it, evaluated = None, -1.0, 0, -1  # evaluated: the last iteration at which the set was
 
@@ -287,8 +308,10 @@ def image_optimizer(args, image_syn):
     return torch.optim.Adam([image_syn], lr=args.lr_img)
 
 
-def new_pool(args, exp, data):
-    """The pool of networks that the robust prior is made with."""
+def new_pool(args, exp, data, prior):
+    """The pool of networks that the robust prior is made with: those of --robust_prior, or one that is trained on the way."""
+    if prior:
+        return utils.FixedPool(prior)
     decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
     return utils.NetPool(
         make_net=lambda k: get_network(args.model, data.channel, data.num_classes, data.size,
@@ -323,12 +346,13 @@ def main():
     if args.zca:
         data.fit_zca()
     threat = get_threat_model(args.threat_model, data)
+    prior = utils.load_robust_prior(args, data)
     with utils.Run(args, data) as run:
         if not run.finished:
-            run_experiments(args, data, threat, run, utils.Clock())
+            run_experiments(args, data, threat, prior, run, utils.Clock())
 
 
-def run_experiments(args, data, threat, run, clock):
+def run_experiments(args, data, threat, prior, run, clock):
     """--num_exp sets and their baselines, from where an interrupted run has stopped."""
     evaluate = utils.Evaluator(args, data, threat)
     baselines = {"random real": False, "random real, 2x2 packed": True} if args.aug else {"random real": False}
@@ -350,7 +374,7 @@ def run_experiments(args, data, threat, run, clock):
                 run.report_evaluation(rows, exp=exp, set=name)
                 table[name] = table.get(name, []) + rows
                 clock.lap("report")
-            best = distill(args, exp, data, threat, evaluate, run, clock)
+            best = distill(args, exp, data, threat, prior, evaluate, run, clock)
             with run.uninterrupted():
                 sets.append((best["images"], best["labels"]))
                 table["ROME"] = table.get("ROME", []) + best["rows"]

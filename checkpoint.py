@@ -81,6 +81,17 @@ def lock(folder):
     return file
 
 
+def refuse_other_flags(saved, given, may_change, where, otherwise):
+    """Raise InputError naming the first flag of `given` that is not as in `saved` ({name: value}) and may not change.
+
+    where: what the saved ones belong to. otherwise: what the user can do instead.
+    """
+    for name, value in given.items():
+        if name not in may_change and saved.get(name) != value:
+            raise InputError(f"--{name} is {value}, {where} has {saved.get(name)}. Give the same flags to go on with it (only "
+                             f"{', '.join(may_change)} may change), or {otherwise}")
+
+
 class StateFile:
     """`state.pt` and `state.previous.pt` in a folder."""
 

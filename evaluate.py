@@ -25,7 +25,7 @@ from tqdm import tqdm
 import utils
 from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
 from augment import parse_dsa_strategy, unpack
-from checkpoint import lock
+from checkpoint import lock, refuse_other_flags
 from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors
 from networks import NETWORKS, get_network
 from utils import at_least, stream, stream_seed
@@ -427,11 +427,7 @@ class Results:
             if not args.resume:
                 raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
             self.content = self._read(self.path)
-            earlier = self.content["flags"]
-            for name in flags:
-                if name not in MAY_CHANGE and earlier.get(name) != flags[name]:
-                    raise InputError(f"--{name} is {flags[name]}, the run in {self.folder} had {earlier.get(name)}; "
-                                     "choose another --out")
+            refuse_other_flags(self.content["flags"], flags, MAY_CHANGE, f"the run in {self.folder}", "another --out")
             self.content["flags"] = flags
         if not self.folder.exists():
             self.folder.mkdir(parents=True)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from attacks import PGD_STEPS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
-from checkpoint import Interrupted, Interrupts, StateFile, lock
-from files import InputError, read_npz, write_atomically, write_json, write_tensors
+from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
+from files import InputError, load_into, read_npz, write_atomically, write_json, write_tensors
 from networks import eval_pool, get_network
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
@@ -213,6 +213,8 @@ class NetPool:
     make_net: int (how many were made before) -> network; make_optimizer: network -> optimiser.
     """
 
+    fixed = False
+
     def __init__(self, make_net, make_optimizer, limit, start=3):
         self.make_net, self.make_optimizer, self.limit = make_net, make_optimizer, limit
         self.members, self.made = [], 0
@@ -256,6 +258,59 @@ class NetPool:
             member.optimizer.load_state_dict(saved["optimizer"])
             member.correct.copy_(saved["correct"])
             member.seen = saved["seen"]
+
+
+class FixedPool(NetPool):
+    """Networks that are used as they are: no push, no training, and a running accuracy that stays.
+
+    networks: (network, its robust training accuracy as a fraction) each.
+    """
+
+    fixed = True
+
+    def __init__(self, networks):
+        self.members = [PoolMember(net, None, torch.tensor(accuracy, device=next(net.parameters()).device), seen=1)
+                        for net, accuracy in networks]
+
+    def push(self, count):
+        pass
+
+    def reset_running_accuracy(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def load_robust_prior(args, data):
+    """The networks of --robust_prior, if any: [(network, robust training accuracy), ...], frozen, in eval mode.
+
+    Each has a file of the same name and `.json` beside it, as pretrain.py writes them. Raises InputError that names a network
+    of another architecture, data set, class count or threat model, or without such a file.
+    """
+    networks = []
+    for path in map(Path, args.robust_prior):
+        about_path = path.with_name(path.name + ".json")
+        if not path.is_file():
+            raise InputError(f"--robust_prior {path} does not exist")
+        try:
+            about = json.loads(about_path.read_text())
+            said = {key: about[key] for key in ("model", "dataset", "num_classes", "threat_model")}
+            accuracy = float(about["train_robust_acc"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--robust_prior {path}: {about_path.name}, which says how it was trained, is missing or damaged "
+                             f"({type(error).__name__}: {error}); pretrain.py writes it") from None
+        wanted = {"model": args.model, "dataset": args.dataset, "num_classes": data.num_classes,
+                  "threat_model": args.threat_model}
+        for key, value in wanted.items():
+            if said[key] != value:
+                raise InputError(f"--robust_prior {path}: its {key} is {said[key]}, this run's {value}")
+        net = load_into(get_network(args.model, data.channel, data.num_classes, data.size, 0), path).to(data.device).eval()
+        networks.append((net.requires_grad_(False), accuracy))
+    return networks
 
 
 # ------------------------------------------------------------------------------------------- training on a synthetic set
@@ -413,6 +468,7 @@ def save_grid(path, images, data, per_row):
     write_atomically(path, lambda partial: save_image(grid, partial))
 
 
+NO_EFFECT = ("fresh", "save_interval")  # on the result
 # Flags that a run that goes on may change.
 MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
 
@@ -459,12 +515,9 @@ class Run:
             self.say(damage)
 
     def _check_saved(self, saved):
-        flags, where = saved["flags"], f"the run saved in {self.checkpoint_folder}"
-        for name, value in vars(self.args).items():
-            if name not in MAY_CHANGE and flags.get(name) != value:
-                raise InputError(f"--{name} is {value}, {where} has {flags.get(name)}. Give the same flags to go on with it "
-                                 f"(only {', '.join(MAY_CHANGE[:-1])} may change), --fresh to start over, or another "
-                                 "--checkpoint_path")
+        where = f"the run saved in {self.checkpoint_folder}"
+        refuse_other_flags(saved["flags"], vars(self.args), MAY_CHANGE, where,
+                           "--fresh to start over, or another --checkpoint_path")
         if saved["data"] != self._same["data"]:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
         if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
@@ -578,7 +631,7 @@ class Run:
         args, data = self.args, self.data
         return {"dataset": args.dataset, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
                 "packed": args.aug, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
-                "flags": {name: value for name, value in vars(args).items() if name not in ("fresh", "save_interval")},
+                "flags": {name: value for name, value in vars(args).items() if name not in NO_EFFECT},
                 "versions": versions(), "device": device_name(data.device), **more}
 
     def save_best(self, exp, best):
@@ -775,8 +828,9 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
     per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
     train_size, test_size = len(data.labels["train"]), len(data.labels["test"])
     # Image-gradients: (images x PGD steps), and one more for a training step. Source: SPEC 4.
-    gradients = (PGD_STEPS * args.outer_loop * args.train_net_num * sum(per_class) + (PGD_STEPS + 1) * args.inner_loop
-                 * args.fetch_net_num * args.model_train_steps * min(args.trained_bs, train_size))
+    trained = 0 if args.robust_prior else args.inner_loop * args.fetch_net_num * args.model_train_steps
+    gradients = ((PGD_STEPS if args.attack_prior else 0.5) * args.outer_loop * args.train_net_num * sum(per_class)
+                 + ((PGD_STEPS if args.attack_pool else 0) + 1) * trained * min(args.trained_bs, train_size))
     stored = args.ipc * data.num_classes
     trained_on = stored * (4 if args.aug else 1)
     models = eval_pool(args.eval_mode, args.model)
@@ -796,11 +850,30 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
             f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
     run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.aug else "")
             + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {networks} network(s)")
-    run.say(f"an iteration: {gradients} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
+    run.say(f"an iteration: {gradients:.0f} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
             f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
     small = sum(n < args.batch_real for n in per_class)
     if small:
         run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
+
+
+CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
+BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
+
+
+def attack_chunk(args, device):
+    """How many images are attacked at a time: --chunk, or by the memory of the device. More than 256 are no faster on a CPU."""
+    if args.chunk or device.type != "cuda":
+        return args.chunk or 256
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(256, memory // 2 // BYTES_PER_ATTACKED_IMAGE // 256 * 256)
+
+
+def class_groups(args, data):
+    """Ranges of classes whose real batches are held at a time, so that memory does not grow with their number."""
+    largest = max(min(args.batch_real, data.class_size(c)) for c in range(data.num_classes))
+    step = max(1, CLASS_GROUP_IMAGES // max(largest, 1))
+    return [range(first, min(first + step, data.num_classes)) for first in range(0, data.num_classes, step)]
 
 
 def check_sizes(args, data):

@@ -339,7 +339,7 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     common = ["--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 30, "--no_sanity"]
     before = run(monkeypatch, tmp_path / "out", *common)
     for arguments, message in ((common, "exists; go on with --resume"),
-                               ([*common, "--seed", 1, "--resume"], "--seed is 1, the run in .* had 0"),
+                               ([*common, "--seed", 1, "--resume"], "--seed is 1, the run in .* has 0"),
                                (["--networks", digits_networks[1], *common[2:], "--resume"], "--networks is")):
         with pytest.raises(InputError, match=message):
             run(monkeypatch, tmp_path / "out", *arguments)

@@ -55,6 +55,9 @@ class SmallData:
 
     num_classes, size, device, channel = 3, (8, 8), torch.device("cpu"), 1
 
+    def class_size(self, c):
+        return 10
+
     def __init__(self):
         self.x = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.y = torch.arange(30) % 3
@@ -98,7 +101,9 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
             z = data.denormalize(x).clamp(0, 1) if threat == "pixel" else x
             eps, step = 8 / 255, 2 / 255 if threat == "pixel" else 2 / 225
             z_adv = (z + torch.empty_like(z).uniform_(-eps, eps, generator=rng["attack"])).clamp(0, 1)
-            for _ in range(10):
+            if not args.attack_prior:  # the images themselves, not even clamped
+                z_adv = data.denormalize(x) if threat == "pixel" else x
+            for _ in range(10 if args.attack_prior else 0):
                 z_adv = z_adv.detach().requires_grad_()
                 scores = net(data.normalize(z_adv) if threat == "pixel" else z_adv)
                 target = torch.full((len(z),), (c + 1) % (3 if threat == "pixel" else 10))
@@ -111,7 +116,9 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
             img_syn = leaf[c * ipc:(c + 1) * ipc]
             img_syn = dsa_apply(unpack(img_syn) if args.aug else img_syn, draw)
             emb_syn, scores = net.embed_and_classify(img_syn)
-            loss = 0.2 * (0.5 * (emb_syn.mean(0) - emb_adv).abs().sum()) ** 2
+            difference = emb_syn.mean(0) - emb_adv
+            loss = 0.2 * (sum(d.abs() for d in difference) ** 2 / 4 if args.align_distance == "tv" else
+                          sum(d * d for d in difference))
             if args.syn_ce:
                 perf = F.cross_entropy(scores, torch.full((len(scores),), c), reduction="none")
                 if ipc == 1 and not args.aug:
@@ -124,11 +131,15 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
 
 
 @pytest.mark.parametrize("threat", ["pixel", "published"])
-@pytest.mark.parametrize("ipc, aug, syn_ce", [(2, False, True), (2, True, True), (1, False, True), (1, True, False)])
-def test_update_against_the_literal_loop(threat, ipc, aug, syn_ce):
+@pytest.mark.parametrize("ipc, aug, syn_ce, attack, distance, group", [
+    (2, False, True, True, "tv", 3), (2, True, True, True, "tv", 1), (1, False, True, True, "tv", 3),
+    (1, True, False, True, "tv", 2), (2, True, True, False, "tv", 3), (2, False, True, True, "l2", 3)])
+def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, attack, distance, group):
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="color_crop_cutout_flip", optim="sgd")
+                           embed_last=-1, dsa_strategy="color_crop_cutout_flip", optim="sgd", chunk=256,
+                           attack_prior=attack, align_distance=distance)
+    monkeypatch.setattr(utils, "CLASS_GROUP_IMAGES", 6 * group)
     model = get_threat_model(threat, data)
     if threat == "published":  # ten target classes by quirk; this network has three, and classes 1 and 2 aim at 2 and 3
         net_three = net
@@ -154,7 +165,7 @@ def test_momentum_moves_the_other_classes():
     """In the second pass class 0's images also move, by momentum alone, while classes 1 and 2 take their steps."""
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=1, aug=False, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="none", optim="sgd")
+                           embed_last=-1, dsa_strategy="none", optim="sgd", chunk=256, attack_prior=True, align_distance="tv")
     image_syn = torch.randn(3, 1, 8, 8, dtype=torch.float64).requires_grad_()
     optimizer = rome.image_optimizer(args, image_syn)
     steps = []
@@ -169,7 +180,7 @@ def test_momentum_moves_the_other_classes():
 
 def test_train_pool_counts_and_learns(digits):
     """fetch_net_num networks, model_train_steps batches each; the running accuracy is that of the attacked batches."""
-    args = SimpleNamespace(fetch_net_num=2, model_train_steps=3, trained_bs=64)
+    args = SimpleNamespace(fetch_net_num=2, model_train_steps=3, trained_bs=64, attack_pool=True, chunk=256)
     pool = utils.NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
@@ -181,8 +192,9 @@ def test_train_pool_counts_and_learns(digits):
 
 
 def test_the_optimisers_are_the_ones_of_the_flags(digits):
-    plain, decay = (rome.new_pool(rome.parse_args(["--model", "MLP", *flags]), 0, digits).members[0].optimizer.param_groups[0]
-                    for flags in ([], ["--net_decay", "--lr_net", "0.05"]))
+    pools = [rome.new_pool(rome.parse_args(["--model", "MLP", *flags]), 0, digits, [])
+             for flags in ([], ["--net_decay", "--lr_net", "0.05"])]
+    plain, decay = (pool.members[0].optimizer.param_groups[0] for pool in pools)
     assert (plain["lr"], plain["momentum"], plain["weight_decay"]) == (0.01, 0, 0)
     assert (decay["lr"], decay["momentum"], decay["weight_decay"]) == (0.05, 0.9, 5e-4)
     adam = rome.image_optimizer(rome.parse_args(["--optim", "adam", "--lr_img", "0.3"]), torch.zeros(1).requires_grad_())
@@ -211,7 +223,7 @@ def test_distill_evaluates_resets_renews_and_keeps_the_best(digits, monkeypatch,
                            experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
                            uninterrupted=contextlib.nullcontext)
     clock = SimpleNamespace(lap=lambda phase: None)
-    best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), evaluate, run_, clock)
+    best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), [], evaluate, run_, clock)
     assert [it for it, _ in evaluated] == evaluations
     assert saved == [2, 4] and best["iteration"] == 4 and torch.equal(best["images"], evaluated[1][1])
     assert resets == [1, 2, 3] and pushed == [3, 1, 1]  # the first three, then at iterations 0 and 3

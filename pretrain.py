@@ -1,0 +1,190 @@
+"""Adversarially train networks on the real data, as a fixed robust prior for the ROME scripts (--robust_prior).
+
+    python pretrain.py --dataset CIFAR10 --model ConvNet --threat_model pixel --num_nets 3
+    python ROME_cifar10.py ... --robust_prior checkpoints/full_ConvNet_CIFAR10_5000_PGD-pixel_*.pth
+
+Each network is a state_dict, named as in BEARD, with a `.json` beside it that says how it was trained. A run that was killed
+goes on with the same command. Source: Madry et al. 2018, for the paper's "robust pretrained model".
+Distributed under the MIT licence.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from attacks import PGD_STEPS, THREAT_MODELS, attack_images, get_threat_model
+from augment import dsa_apply, dsa_draw, parse_dsa_strategy
+from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
+from files import InputError, write_json, write_tensors
+from networks import NETWORKS, get_network
+from utils import at_least, stream, stream_seed
+
+MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=utils.DATASETS, default="CIFAR10")
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--checkpoint_path", default="./checkpoints", help="folder for the networks")
+    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
+    add("--num_nets", type=at_least(1), default=1, help="networks to train")
+    add("--threat_model", choices=THREAT_MODELS, default="published")
+    utils.add_switch(parser, "targeted", False, "attacks in training aim at the next class, as in distillation")
+    add("--attack_steps", type=at_least(0), default=PGD_STEPS, help="PGD steps in training; 0 trains on clean images")
+    add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
+    add("--batch_train", type=at_least(1), default=256, help="images in a step")
+    add("--lr_net", type=at_least(0, float), default=0.05, help="largest learning rate; it warms up and falls as a cosine")
+    add("--warm_up", type=at_least(0, float), default=0.05, help="fraction of the steps in which the learning rate rises")
+    add("--dsa_strategy", default="crop_flip", help="augmentations, one drawn a batch, joined by '_', or none")
+    add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
+    add("--save_interval", type=at_least(0), default=0, help="steps between two saved states; 0: so many that saving takes "
+        "1 %% of the time")
+    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
+    add("--seed", type=at_least(0), default=0, help="governs everything that is random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    try:
+        parse_dsa_strategy(args.dsa_strategy)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def learning_rate(args, step, steps):
+    """Linear warm-up, then half a cosine to 0."""
+    warm = math.ceil(args.warm_up * steps)
+    if step < warm:
+        return args.lr_net * (step + 1) / warm
+    return args.lr_net * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def train(args, k, data, threat, states, interrupts):
+    """Network number k, from where an interrupted run has stopped.
+
+    Returns the network and its accuracy (fraction) on the attacked batches of its last epoch.
+    """
+    net = get_network(args.model, data.channel, data.num_classes, data.size, stream_seed(args.seed, "pretrain", k), data.device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr_net, momentum=0.9, weight_decay=5e-4)
+    rng = {"dsa": stream(args.seed, "pretrain", k, "dsa"),
+           "attack": stream(args.seed, "pretrain", k, "attack", device=data.device)}
+    correct, seen, step = torch.zeros((), device=data.device), 0, 0
+    fingerprint = data.fingerprint()
+
+    def state():
+        return {"flags": vars(args), "data": fingerprint, "k": k, "step": step, "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()},
+                "correct": correct, "seen": seen}
+
+    saved, damage = states.load()
+    if damage:
+        tqdm.write(damage)
+    if saved:
+        where = f"the run saved in {states.newest.parent}"
+        refuse_other_flags(saved["flags"], vars(args), MAY_CHANGE, where, "--fresh to start over")
+        if (saved["data"], saved["k"]) != (fingerprint, k):
+            raise InputError(f"{where} began with other data than {args.data_path} holds now, or is of another network; "
+                             "--fresh starts over")
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, generator in rng.items():
+            generator.set_state(saved["rng"][name])
+        correct, seen, step = saved["correct"].to(data.device), saved["seen"], saved["step"]
+        tqdm.write(f"going on with network {k} at step {step}")
+
+    size = len(data.labels["train"])
+    per_epoch = math.ceil(size / args.batch_train)
+    steps, order = args.epochs * per_epoch, None
+    with tqdm(total=steps, initial=step, desc=f"network {k}", unit="step", disable=None) as bar:
+        try:
+            while step < steps:
+                interrupts.check()
+                if states.due(step):
+                    states.save(state())
+                with interrupts.deferred():
+                    epoch, batch = divmod(step, per_epoch)
+                    if batch == 0:
+                        correct, seen = torch.zeros_like(correct), 0
+                    if order is None or batch == 0:  # a stream for each epoch, so that it need not be saved
+                        order = torch.randperm(size, generator=stream(args.seed, "pretrain", k, "order", epoch))
+                    images, labels = data.take("train", order[batch * args.batch_train:(batch + 1) * args.batch_train])
+                    images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, rng["dsa"], n=len(images)))
+                    if args.attack_steps:
+                        images = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
+                                               steps=args.attack_steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(args, step, steps)
+                    logits = net(images)
+                    loss = F.cross_entropy(logits, labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    correct += (logits.detach().argmax(1) == labels).sum()
+                    seen += len(labels)
+                    step += 1
+                bar.update()
+                if step % per_epoch == 0:
+                    utils.check_finite({"the training loss": loss.item()})
+                    tqdm.write(f"network {k} epoch {epoch + 1}/{args.epochs}: accuracy {100 * correct.item() / seen:.2f} % on "
+                               f"its {'attacked' if args.attack_steps else 'clean'} batches, loss {loss.item():.4f}")
+        except Interrupted as stop:
+            if stop.whole:
+                states.save(state())
+            raise
+    return net.eval(), correct.item() / seen
+
+
+def main():
+    args = parse_args()
+    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
+    if args.test_limit > len(data.labels["test"]):
+        raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
+    threat = get_threat_model(args.threat_model, data)
+    trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
+    name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"
+    folder = Path(args.checkpoint_path) / f"pretrain_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    held, states, interrupts = lock(folder), StateFile(folder, args.save_interval), Interrupts(tqdm.write)
+    if args.fresh:
+        states.remove()
+    try:
+        for k in range(args.num_nets):
+            path = Path(args.checkpoint_path) / f"{name}-{k}.pth"
+            about_path = path.with_name(path.name + ".json")
+            if about_path.exists() and not args.fresh:
+                refuse_other_flags(json.loads(about_path.read_text())["flags"], vars(args), MAY_CHANGE, str(path),
+                                   "--fresh to start over")
+                print(f"{path} is there already")
+                continue
+            start = time.perf_counter()
+            net, train_acc = train(args, k, data, threat, states, interrupts)
+            images, labels = data.take("test", slice(args.test_limit or None))
+            rng = stream(args.seed, "pretrain", k, "test", device=data.device)
+            about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
+                     "threat_model": args.threat_model, "train_robust_acc": train_acc,
+                     "clean_acc": utils.accuracy(net, images, labels),
+                     "robust_acc": utils.robust_accuracy(net, images, labels, threat, rng), "n": len(labels),
+                     "seed": args.seed, "flags": vars(args), "versions": utils.versions(),
+                     "device": utils.device_name(data.device)}
+            with interrupts.deferred():
+                write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
+                write_json(about_path, about)
+                states.remove()
+            print(f"{path}: clean {100 * about['clean_acc']:.2f} %, under targeted PGD {100 * about['robust_acc']:.2f} % of "
+                  f"{len(labels)} test images, in training {100 * train_acc:.2f} %; "
+                  f"{utils.duration(time.perf_counter() - start)}", flush=True)
+    finally:
+        interrupts.restore()
+        held.close()
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

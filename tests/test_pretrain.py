@@ -1,0 +1,167 @@
+"""pretrain.py, and what the ROME scripts make of its networks; the ablation flags."""
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+import pretrain
+import ROME_cifar10 as rome
+import utils
+from attacks import craft, get_threat_model
+from checkpoint import Interrupted
+from files import InputError, load_into
+from networks import get_network
+
+FLAGS = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "8", "--attack_steps", "3",
+         "--batch_train", "64", "--test_limit", "100", "--num_nets", "2"]
+NETWORKS = [f"full_LeNet_Digits_142_PGD-pixel_seed0-{k}.pth" for k in range(2)]
+
+
+def main(monkeypatch, folder, *flags, script=pretrain):
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        main(patch, folder, *FLAGS)
+    return folder / "checkpoints"
+
+
+def test_networks_learn_and_say_what_they_are(pretrained, digits):
+    images, labels = digits.take("test", slice(100))
+    for name in NETWORKS:
+        about = json.loads((pretrained / f"{name}.json").read_text())
+        net = get_network("LeNet", 3, 10, (32, 32), seed=0)
+        net.load_state_dict(torch.load(pretrained / name, weights_only=True))
+        assert about["clean_acc"] == utils.accuracy(net, images, labels) > 0.5
+        assert [about[key] for key in ("model", "dataset", "num_classes", "threat_model")] == ["LeNet", "Digits", 10, "pixel"]
+        assert 0.3 < about["train_robust_acc"] < 1 and 0 < about["robust_acc"] <= about["clean_acc"] and about["n"] == 100
+    states = [torch.load(pretrained / name, weights_only=True) for name in NETWORKS]
+    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+
+
+def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeypatch):
+    """The same training on clean images leaves a smaller share of its accuracy under a strong attack."""
+    main(monkeypatch, tmp_path, *FLAGS, "--attack_steps", "0")
+    images, labels = digits.take("test", slice(100))
+    threat, kept = get_threat_model("pixel", digits), []
+    for path in (pretrained / NETWORKS[1], tmp_path / "checkpoints" / "full_LeNet_Digits_142_None_seed0-1.pth"):
+        net = load_into(get_network("LeNet", 3, 10, (32, 32), 0), path)
+        x_adv = craft(net, images, labels, threat, "PGD", targeted=False, eps=24 / 255, random_start=False)[0]
+        kept.append(utils.accuracy(net, x_adv, labels) / utils.accuracy(net, images, labels))
+    assert kept[0] > kept[1] + 0.05, kept
+
+
+def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch):
+    attack_images, calls, stops = pretrain.attack_images, [], 0
+
+    def disturbed(*args, **options):
+        calls.append(1)
+        if len(calls) % 61 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return attack_images(*args, **options)
+    monkeypatch.setattr(pretrain, "attack_images", disturbed)
+    for _ in range(20):
+        try:
+            main(monkeypatch, tmp_path, *FLAGS)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops >= 4
+    for name in NETWORKS:
+        assert (tmp_path / "checkpoints" / name).read_bytes() == (pretrained / name).read_bytes()
+
+
+def test_a_finished_network_is_not_trained_again(pretrained, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "train", lambda *args: pytest.fail("trained again"))
+    main(monkeypatch, pretrained.parent, *FLAGS)
+    assert capsys.readouterr().out.count("is there already") == 2
+    with pytest.raises(InputError, match="--epochs is 5, .* has 8"):
+        main(monkeypatch, pretrained.parent, *FLAGS, "--epochs", "5")
+
+
+def test_learning_rate():
+    args = pretrain.parse_args(["--lr_net", "0.1", "--warm_up", "0.1"])
+    rates = [pretrain.learning_rate(args, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.1) and rates[55] == pytest.approx(0.05) and 0 < rates[99] < 1e-4
+
+
+# ----------------------------------------------------------------------------------------- the prior in the ROME scripts
+ROME = ["--dataset", "Digits", "--model", "LeNet", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "8",
+        "--num_exp", "1", "--num_eval", "1", "--epoch_eval_train", "3", "--test_limit", "20", "--Iteration", "2",
+        "--lr_img", "0.2", "--no_baseline", "--eval_interval", "2"]
+
+
+def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch):
+    seen, update_images = [], rome.update_images
+
+    def watched(image_syn, optimizer_img, member, *rest):
+        seen.append((member.net.classifier.weight.clone(), member.running_accuracy().item(), member.net.training))
+        return update_images(image_syn, optimizer_img, member, *rest)
+    monkeypatch.setattr(rome, "update_images", watched)
+    monkeypatch.setattr(utils, "attack_images", utils.attack_images)
+    main(monkeypatch, tmp_path, *ROME, "--robust_prior", *(str(pretrained / name) for name in NETWORKS), script=rome)
+    states = [torch.load(pretrained / name, weights_only=True)["classifier.weight"] for name in NETWORKS]
+    accuracies = [100 * json.loads((pretrained / f"{name}.json").read_text())["train_robust_acc"] for name in NETWORKS]
+    assert len(seen) == 2 * 2  # two iterations, two networks each
+    for weight, w_f, training in seen:
+        (k,) = [k for k in range(2) if torch.equal(weight, states[k])]
+        assert w_f == pytest.approx(accuracies[k]) and not training
+    metrics = (tmp_path / "result" / "ROME_Digits_LeNet_1ipc_pixel_seed0" / "metrics.jsonl").read_text()
+    assert '"loss_pool": 0.0' in metrics
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": "MLP"}, "its model is MLP, this run's LeNet"),
+    ({"dataset": "CIFAR10"}, "its dataset is CIFAR10, this run's Digits"),
+    ({"num_classes": 100}, "its num_classes is 100, this run's 10"),
+    ({"threat_model": "published"}, "its threat_model is published, this run's pixel"),
+    ({"train_robust_acc": None}, "missing or damaged"),
+    (None, "json, which says how it was trained, is missing"),
+])
+def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, change, message):
+    path = tmp_path / "prior.pth"
+    path.write_bytes((pretrained / NETWORKS[0]).read_bytes())
+    if change is not None:
+        about = {**json.loads((pretrained / f"{NETWORKS[0]}.json").read_text()), **change}
+        (tmp_path / "prior.pth.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=f"prior.pth.*{message}"):
+        main(monkeypatch, tmp_path, *ROME, "--robust_prior", str(path), script=rome)
+    assert not (tmp_path / "result").exists()
+
+
+def test_a_prior_that_is_no_network(pretrained, tmp_path, monkeypatch):
+    torch.save([1, 2], tmp_path / "prior.pth")
+    (tmp_path / "prior.pth.json").write_text((pretrained / f"{NETWORKS[0]}.json").read_text())
+    with pytest.raises(InputError, match="prior.pth holds a list; expected a state_dict"):
+        main(monkeypatch, tmp_path, *ROME, "--robust_prior", str(tmp_path / "prior.pth"), script=rome)
+    with pytest.raises(InputError, match="nowhere.pth does not exist"):
+        main(monkeypatch, tmp_path, *ROME, "--robust_prior", "nowhere.pth", script=rome)
+
+
+# -------------------------------------------------------------------------------------------------------------- ablations
+def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
+    args = rome.parse_args(["--model", "LeNet", "--fetch_net_num", "1", "--model_train_steps", "1", "--no_attack_pool"])
+    monkeypatch.setattr(rome, "attack_images", lambda *a, **k: pytest.fail("attacked"))
+    pool = utils.NetPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
+                         lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
+    seen = []
+    pool.members[0].net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
+    rome.train_pool(pool, digits, get_threat_model("pixel", digits), args, rng)
+    assert torch.equal(seen[0], digits.sample(256, torch.Generator().manual_seed(0))[0])
+
+
+def test_distances():
+    emb, mean = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0.0, 1.0])
+    assert rome.robustness_aligned_loss(emb, mean) == (0.5 * (2 + 3)) ** 2
+    assert rome.robustness_aligned_loss(emb, mean, "l2") == 2**2 + 3**2
