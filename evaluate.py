@@ -503,7 +503,8 @@ def metrics_of(rows, threats, crei_weight):
     for name, threat in threats.items():
         groups = groups_of([row for row in rows if row["threat_model"] == name])
         for method in dict.fromkeys(method for method, _ in groups):
-            settings = {ipc: cells for (m, ipc), cells in groups.items() if m == method and ("Clean", None, None) in cells}
+            settings = {ipc: groups[m, ipc] for m, ipc in sorted(groups, key=lambda g: (g[0], g[1] or 0)) if m == method}
+            settings = {ipc: cells for ipc, cells in settings.items() if ("Clean", None, None) in cells}
             for (kind, grid), targeted in itertools.product((("white-box", WHITE_BOX), ("query", QUERY)), (True, False)):
                 grid = [a for a in grid if not targeted or (ATTACKS[a].targetable and a != "AA")]
                 keys = [(a, targeted, ATTACKS[a].eps(threat) if ATTACKS[a].eps else None) for a in grid]

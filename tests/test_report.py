@@ -1,0 +1,198 @@
+"""report.py on result files that were made up, so that every figure in a table is known."""
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+
+import report
+from files import InputError
+
+EPS = {"FGSM": 8 / 255, "PGD": 8 / 255, "PGD_L2": 128 / 255, "AA": 8 / 255, "Square": 8 / 255, "SPSA": 8 / 255}
+PUBLISHED = json.loads((ROOT / "published.json").read_text())
+
+
+def row(method, ipc, attack, targeted, accuracy, threat="published", crafted=None, n=10000, seconds=1.0, dataset="CIFAR10"):
+    name = "{}_ConvNet_CIFAR10_{}_None.pth"
+    return {"dataset": dataset, "ipc": ipc, "method": method, "crafted_on": name.format(crafted or method, ipc),
+            "evaluated_on": name.format(method, ipc), "threat_model": threat, "attack": attack, "targeted": targeted,
+            "eps": EPS.get(attack), "n": n, "accuracy": accuracy, "seconds": seconds, "forward": 1, "backward": 1,
+            "max_linf": 0, "max_l2": 0, "seed": 0}
+
+
+def bacon_rows():
+    """What the published benchmark logged for BACON, as rows of evaluate.py."""
+    rows = []
+    for ipc, attacks in PUBLISHED["log_white_box_BACON_CIFAR10"].items():
+        clean = attacks["Clean"]
+        rows.append(row("BACON", int(ipc), "Clean", None, clean["accuracy"] / 100, seconds=min(
+            clean["seconds_targeted_pass"], clean["seconds_untargeted_pass"])))
+        for attack, forms in attacks.items():
+            for form in ("targeted", "untargeted"):
+                if attack != "Clean" and forms[form]:
+                    rows.append(row("BACON", int(ipc), attack, form == "targeted", forms[form]["accuracy"] / 100,
+                                    seconds=forms[form]["seconds"]))
+    return rows
+
+
+def write(folder, rows, name="results.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({"rows": rows}))
+    return folder
+
+
+def read_csv(path):
+    """{(method, form): line}."""
+    return {(line["method"], line["form"]): line for line in csv.DictReader(path.open())}
+
+
+def main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+    report.main()
+    return capsys.readouterr().out
+
+
+def test_published_figures_are_those_of_the_source():
+    if not SHARED.exists():
+        pytest.skip("no ../shared here")
+    golden = json.loads((SHARED / "golden" / "published.json").read_text())
+    assert {k: v for k, v in PUBLISHED.items() if k != "source"} == {k: v for k, v in golden.items() if k != "threat_model"}
+
+
+def test_table_1_from_the_published_logs(tmp_path, monkeypatch, capsys):
+    """From the logs of BACON comes BACON's row of the paper: RR and I-RR to 0.01, which depend on no machine."""
+    out = main(monkeypatch, capsys, write(tmp_path / "in", bacon_rows()), "--table", "1", "--out", tmp_path / "out")
+    cells = read_csv(tmp_path / "out" / "table1_CIFAR10_10000.csv")
+    paper = PUBLISHED["table1_white_box_pooled_over_ipc_1_10_50"]["CIFAR10"]["BACON"]
+    for form in ("targeted", "untargeted"):
+        for metric in ("RR", "I-RR"):
+            cell = cells["BACON", form]
+            assert float(cell[f"published {metric}"]) == pytest.approx(paper[form][metric], abs=0.01)
+            assert float(cell[f"published {metric} published"]) == paper[form][metric]
+            assert abs(float(cell[f"published {metric} difference"])) <= 0.01
+        assert cell["pixel RR"] == "" and cell["ipc"] == "1, 10, 50"
+    assert "36.83 (36.83, " in out and "no results of Full-size, DC, DSA, MTT, DM, IDM, ROME" in out
+    latex = (tmp_path / "out" / "table1_CIFAR10_10000.tex").read_text()
+    assert latex.count(r"\\") == 1 + 2 and r"\toprule" in latex and "%" not in latex.replace(r"\%", "")
+
+
+def test_no_difference_where_the_pool_is_another(tmp_path, monkeypatch, capsys):
+    rows = [r for r in bacon_rows() if r["ipc"] == 50 and r["attack"] != "AA"]
+    out = main(monkeypatch, capsys, write(tmp_path / "in", rows), "--table", "1", "--out", tmp_path / "out")
+    assert "(36.83)" in out and "(36.83, " not in out and "BACON untargeted published lacks AA at ipc 50" in out
+
+
+def test_nothing_is_pooled_over_data_sets_or_images(tmp_path, monkeypatch, capsys):
+    rows = bacon_rows()
+    for attack, targeted in (("Clean", None), ("PGD", False)):
+        rows.append(row("BACON", 50, attack, targeted, 0.01, n=500))
+        rows.append(row("BACON", 50, attack, targeted, 0.2, dataset="CIFAR100"))
+    main(monkeypatch, capsys, write(tmp_path / "in", rows), "--out", tmp_path / "out")
+    names = {p.stem for p in (tmp_path / "out").glob("table1*.md")}
+    assert names == {"table1_CIFAR10_10000", "table1_CIFAR10_500", "table1_CIFAR100_10000"}
+    assert "36.83 (36.83, " in (tmp_path / "out" / "table1_CIFAR10_10000.md").read_text()
+
+
+def test_tables_2_and_4_and_figure_3(tmp_path, monkeypatch, capsys):
+    rows = []
+    for threat in ("published", "pixel"):
+        for method, clean in (("BACON", 0.7), ("IDM", 0.6)):
+            rows.append(row(method, 50, "Clean", None, clean, threat))
+            rows.append(row(method, 50, "Square", False, 0.3, threat))
+            for crafted in ("BACON", "IDM"):
+                rows.append(row(method, 50, "PGD", False, 0.2 if crafted == method else 0.5, threat, crafted))
+        rows += [row("+AP", 50, "Clean", None, 0.5, threat), row("+AP", 50, "PGD", True, 0.4, threat)]
+    out = main(monkeypatch, capsys, write(tmp_path / "in", rows), "--out", tmp_path / "out")
+
+    def irr(clean, attacked):
+        return 100 * (1 - (clean - np.mean(attacked)) * (clean - min(attacked)) / clean**2)
+    lines = read_csv(tmp_path / "out" / "table2_CIFAR10_10000.csv")
+    paper = PUBLISHED["table2_black_box_I-RR_CIFAR10_ipc50"]
+    for method, clean in (("BACON", 0.7), ("IDM", 0.6)):
+        cell = lines[method, "untargeted"]
+        for threat in ("published", "pixel"):
+            assert float(cell[f"{threat} transfer"]) == pytest.approx(irr(clean, [0.5]))
+            assert float(cell[f"{threat} query"]) == pytest.approx(irr(clean, [0.3]))
+        assert float(cell["published query published"]) == paper[method]["untargeted"]["query"]
+    assert f"{irr(0.5, [0.4]):.2f} (94.66, " in out and "no results of Baseline" in out
+    for threat in ("published", "pixel"):
+        for ending in ("png", "pdf"):
+            assert (tmp_path / "out" / f"figure3_CIFAR10_10000_{threat}_untargeted_ipc_50.{ending}").stat().st_size > 1000
+
+
+def write_run(folder, align_weight, final, flags=None):
+    folder.mkdir(parents=True)
+    flags = {"dataset": "CIFAR10", "model": "ConvNet", "ipc": 50, "threat_model": "published", "Iteration": 40,
+             "align_weight": align_weight, "save_path": str(folder), **(flags or {})}
+    accuracies = {"model": "ConvNet", "n": 100, "clean_acc": [0.5, 0.6], "clamp_acc": [0.4, 0.5], "robust_acc": [0.3, 0.4]}
+    events = [{"event": "evaluation", "exp": 0, "set": "random real", **accuracies}]
+    for it in (0, 10, 20):
+        events.append({"event": "iteration", "exp": 0, "iteration": it, "loss_robustness": 9.0 - it / 4,
+                       "loss_performance": 2.0, "w_f": it / 2, "loss_pool": 2.0})
+    events.append({"event": "evaluation", "exp": 0, "iteration": 20, "set": "ROME", "best_so_far": True, **accuracies})
+    if final:
+        events.append({"event": "final", "set": "ROME", **accuracies})
+    (folder / "flags.json").write_text(json.dumps({"flags": flags}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+
+
+def test_runs_finished_and_going_and_the_sweep(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "in" / "a", 0.2, True)
+    write_run(tmp_path / "in" / "b", 0.8, True)
+    write_run(tmp_path / "in" / "other", 0.8, True, {"lr_img": 3})
+    write_run(tmp_path / "in" / "c", 0.5, False)
+    with open(tmp_path / "in" / "c" / "metrics.jsonl", "a") as file:
+        file.write('{"event": "iter')  # being written at this moment
+    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    assert "| 55.00 +- 5.00 | 45.00 +- 5.00 | 35.00 +- 5.00 | 100 | finished |" in out
+    assert "going, iteration 21 of 40 or more" in out and "refused" not in out
+    figures = {p.name for p in (tmp_path / "out").glob("*.png")}
+    assert figures == {"figure4_0.png", "curves_a.png", "curves_b.png", "curves_c.png", "curves_other.png"}
+
+
+def test_damaged_and_foreign_files_are_named_and_the_rest_is_reported(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "in" / "good", bacon_rows())
+    for name, text in (("damaged", '{"rows": [{'), ("foreign", '{"a": 1}'), ("list", "[1]"),
+                       ("impossible", json.dumps({"rows": [row("X", 1, "PGD", True, 1.5)]})),
+                       ("unknown", json.dumps({"rows": [row("X", 1, "PDG", True, 0.5)]}))):
+        (tmp_path / "in" / name).mkdir()
+        (tmp_path / "in" / name / "results.json").write_text(text)
+    (tmp_path / "in" / "run").mkdir()
+    (tmp_path / "in" / "run" / "metrics.jsonl").write_text('{"event": "iteration"}\n')
+    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    refused = [line for line in out.splitlines() if line.startswith("refused: ")]
+    assert len(refused) == 6 and "36.83 (36.83, " in out
+    for name in ("damaged", "foreign", "list", "impossible", "unknown", "run"):
+        assert any(f"/{name}/" in line for line in refused)
+    (tmp_path / "in" / "good" / "results.json").unlink()
+    with pytest.raises(InputError, match="foreign.*no result of evaluate.py"):
+        main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        main(monkeypatch, capsys, tmp_path / "nowhere")
+
+
+def test_a_section_of_the_readme_is_replaced(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder = write(tmp_path / "in", bacon_rows())
+    for _ in range(2):
+        main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--readme", readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n**Table 1") and text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    (tmp_path / "other.md").write_text("no markers")
+    with pytest.raises(InputError, match="other.md has no lines"):
+        main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--readme", tmp_path / "other.md")
+
+
+def test_tsne(tmp_path, monkeypatch, capsys, digits):
+    import torch
+    images = torch.cat([digits.sample_class(c, 1, torch.Generator().manual_seed(c)) for c in range(10)])
+    flags = {"model": "LeNet", "epoch_eval_train": 5, "lr_net": 0.01, "batch_train": 32, "dsa_strategy": "none"}
+    torch.save({"data": [[images, torch.arange(10)]], "meta": {"dataset": "Digits", "packed": False, "threat_model": "pixel",
+                                                              "flags": flags}}, tmp_path / "set.pt")
+    folder = write(tmp_path / "in", bacon_rows())
+    main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--tsne", tmp_path / "set.pt")
+    assert (tmp_path / "out" / "tsne.png").stat().st_size > 10000
