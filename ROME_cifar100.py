@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
     add("--ipc", type=at_least(1), default=50, help="images per class")
     add("--init", choices=("real", "noise"), default="real", help="where the synthetic images start")
-    add("--method", choices=("ROME",), default="ROME", help="name in the result file")
+    add("--method", type=utils.method_name, default="ROME", help="name in the files and tables, for instance of an ablation")
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--threat_model", choices=THREAT_MODELS, default="published",
         help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
@@ -264,7 +264,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
             with run.uninterrupted():
                 select_acc = float(np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows]))
-                run.report_evaluation(rows, exp=exp, iteration=it, set="ROME", best_so_far=select_acc > best_acc)
+                run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=select_acc > best_acc)
                 run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
                 if select_acc > best_acc:
                     best_acc = select_acc
@@ -296,7 +296,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
         clock.lap("report")
-    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set="ROME", final=True)
+    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
     return best
 
 
@@ -376,7 +376,7 @@ def run_experiments(args, data, threat, prior, run, clock):
             best = distill(args, exp, data, threat, prior, evaluate, run, clock)
             with run.uninterrupted():
                 sets.append((best["images"], best["labels"]))
-                table["ROME"] = table.get("ROME", []) + best["rows"]
+                table[args.method] = table.get(args.method, []) + best["rows"]
                 run.watch(None)
     run.save_result(sets, table)
     run.finish()

@@ -60,7 +60,7 @@ class Run:
 
     def title(self):
         f = self.flags
-        return f"{f['dataset']} {f['model']} ipc {f['ipc']} {f['threat_model']}"
+        return f"{f['method']} {f['dataset']} {f['model']} ipc {f['ipc']} {f['threat_model']}"
 
 
 def find(paths):
@@ -340,7 +340,7 @@ def figure_4(runs, published):
     import matplotlib.pyplot as plt
     sweeps = {}
     for run in runs:
-        final = [e for e in run.of("final") if e["set"] == "ROME"]
+        final = [e for e in run.of("final") if e["set"] == run.flags["method"]]
         same = json.dumps({k: v for k, v in run.flags.items() if k not in (
             "align_weight", "save_path", "checkpoint_path", "save_interval", "fresh")}, sort_keys=True)
         if final:
@@ -382,7 +382,7 @@ def figure_run(run):
     for i, (key, name) in enumerate(names.items()):
         points = {}
         for e in run.of("evaluation"):
-            if e["set"] == "ROME" and not e.get("final"):
+            if e["set"] == run.flags["method"] and not e.get("final"):
                 points.setdefault(e["iteration"], []).extend(e[key])
             elif e["set"] == "random real" and e["exp"] == 0:
                 accuracies.axhline(100 * np.mean(e[key]), color=f"C{i}", ls=":")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -641,7 +642,7 @@ class Run:
 
     def save_result(self, sets, table):
         """The final file and the final table. sets: (images, labels) an experiment; table: {set name: rows}."""
-        save_synset(self.result_file, sets, table["ROME"], self._meta())
+        save_synset(self.result_file, sets, table[self.args.method], self._meta())
         args = self.args
         self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
                  f"{args.num_eval} network(s), {table['ROME'][0]['n']} test images; accuracy in percent, mean +- std\n"
@@ -691,6 +692,13 @@ def at_least(low, kind=int):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def method_name(text):
+    """An argparse type: a name that can stand between underscores in a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9+.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, '+', '.' and '-'")
+    return text
 
 
 def get_device(name, deterministic=False):

@@ -124,8 +124,8 @@ def test_tables_2_and_4_and_figure_3(tmp_path, monkeypatch, capsys):
 
 def write_run(folder, align_weight, final, flags=None):
     folder.mkdir(parents=True)
-    flags = {"dataset": "CIFAR10", "model": "ConvNet", "ipc": 50, "threat_model": "published", "Iteration": 40,
-             "align_weight": align_weight, "save_path": str(folder), **(flags or {})}
+    flags = {"method": "ROME", "dataset": "CIFAR10", "model": "ConvNet", "ipc": 50, "threat_model": "published",
+             "Iteration": 40, "align_weight": align_weight, "save_path": str(folder), **(flags or {})}
     accuracies = {"model": "ConvNet", "n": 100, "clean_acc": [0.5, 0.6], "clamp_acc": [0.4, 0.5], "robust_acc": [0.3, 0.4]}
     events = [{"event": "evaluation", "exp": 0, "set": "random real", **accuracies}]
     for it in (0, 10, 20):
