@@ -85,6 +85,24 @@ def test_metrics_at_their_edges():
             utils.robustness_metrics(clean, attacked, [1.0], [1.0])
 
 
+def test_recorded_results_agree_with_the_published_logs():
+    """All 10 000 test images: BACON as crafting network, on BACON and transferred to IDM and MTT, targeted and untargeted."""
+    path = ROOT / "result" / "recorded" / "released_published" / "results.json"
+    if not path.exists():
+        pytest.skip("not recorded yet")
+    logs = json.loads((ROOT / "published.json").read_text())["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]
+    tolerance = {"Clean": 0.05, "FGSM": 0.1, "PGD_L2": 0.1, "PGD": 0.2, "CW": 1.0}  # points
+    compared = 0
+    for row in json.loads(path.read_text())["rows"]:
+        if row["attack"] in tolerance and (row["crafted_on"].startswith("BACON") or row["attack"] == "Clean"):
+            form = "untargeted" if row["targeted"] is False else "targeted"
+            difference = 100 * (row["accuracy"] - logs[row["attack"]][form][row["method"]])
+            assert abs(difference) <= tolerance[row["attack"]] + 0.005, (row, difference)
+            assert row["n"] == 10000
+            compared += 1
+    assert compared == 3 + 4 * 2 * 3
+
+
 # ------------------------------------------------------------------------------------------------------------ end to end
 def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
     """Trains, attacks under both threat models, and every figure can be found again by hand."""
