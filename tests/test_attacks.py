@@ -109,8 +109,8 @@ def test_bounds_and_direction(name, attack, targeted, num_classes):
     if spec.eps:
         assert spec.eps(threat) == {"Linf": 8 / 255, "L2": 128 / 255}[spec.norm]
         assert largest <= (eps or spec.eps(threat)) + 1e-6
-    if spec.gives_up and name == "published":
-        return  # noise, clamped, on an untrained network: too hard for some of them, who then return the unclamped image
+    if spec.gives_up and (name == "published" or (attack == "Square" and targeted)):
+        return  # noise, clamped, on an untrained network, or 100 targets: too hard for some of them, who then give up
     assert largest > 0
     net.eval()
     before_loss, after_loss = F.cross_entropy(net(threat.clamp_only(x)), goal), F.cross_entropy(net(x_adv), goal)
@@ -325,38 +325,42 @@ def digits_lenet(digits):
     assert utils.accuracy(net, images, labels) > 0.9
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    return nn.Sequential(Normalise(digits), net).eval(), digits.denormalize(images).clamp(0, 1), labels
+    return nn.Sequential(Faded(digits), net).eval(), 0.3 + 0.4 * digits.denormalize(images).clamp(0, 1), labels
 
 
-class Normalise(nn.Module):
+class Faded(nn.Module):
+    """The normalisation of digits that lie between 0.3 and 0.7: a minimum-norm attack on them meets no clamp."""
+
     def __init__(self, data):
         super().__init__()
         self.data = data
 
-    def forward(self, pixels):
-        return self.data.normalize(pixels)
+    def forward(self, x):
+        return self.data.normalize((x - 0.3) / 0.4)
 
 
-@pytest.mark.parametrize("attack, targeted", [("CW", False), ("CW", True), ("Deepfool", False)])
-def test_minimum_norm_attacks_equal_torchattacks(digits_lenet, attack, targeted):
-    """Accuracy within 1 point on 200 images.
+@pytest.mark.parametrize("attack, targeted, steps", [("CW", False, 100), ("CW", True, 100), ("Deepfool", False, 2),
+                                                     ("Deepfool", False, 50)])
+def test_minimum_norm_attacks_equal_torchattacks(digits_lenet, attack, targeted, steps):
+    """Accuracy within 1 point on 200 images; after 2 steps of DeepFool some are still right.
 
-    In double precision: DeepFool leaves images on the boundary, right or wrong by the last bit, and torchattacks attacks
-    image by image. In single precision, a batch calls up to 16 % of its examples on the released networks right again.
+    In double precision, on images inside the box: where the clamp cuts its steps, DeepFool ends on the boundary, right or wrong
+    by the last bit, and torchattacks attacks image by image. On the released networks, in single precision, a batch calls
+    up to 16 % of its examples right again.
     """
     torchattacks = pytest.importorskip("torchattacks")
     net, x, labels = digits_lenet
     net, x = copy.deepcopy(net).double(), x.double()
     goal = (labels + 1) % 10 if targeted else labels
-    theirs = {"CW": lambda: torchattacks.CW(net, c=1, kappa=0, steps=100, lr=0.01),
-              "Deepfool": lambda: torchattacks.DeepFool(net, steps=50, overshoot=0.02)}[attack]()
+    theirs = {"CW": lambda: torchattacks.CW(net, c=1, kappa=0, steps=steps, lr=0.01),
+              "Deepfool": lambda: torchattacks.DeepFool(net, steps=steps, overshoot=0.02)}[attack]()
     theirs.set_device("cpu")
     if targeted:
         theirs.set_mode_targeted_by_label(quiet=True)
         ours = cw(net, x, goal, targeted=True, logit_floor=0.0)
         assert (net(cw(net, x, goal, targeted=True)).argmax(1) == goal).sum() >= (net(ours).argmax(1) == goal).sum()
     else:
-        ours = (cw if attack == "CW" else deepfool)(net, x, labels)
+        ours = (cw if attack == "CW" else deepfool)(net, x, labels, steps=steps)
     theirs = theirs(x, goal)
     alone = torch.cat([net(image[None]).argmax(1) for image in theirs])
     accuracy = float((net(ours).argmax(1) == labels).float().mean())

@@ -274,10 +274,14 @@ def test_pool_round_trip():
     def pool():
         return utils.NetPool(lambda k: get_network("MLP", 3, 10, (8, 8), seed=k),
                              lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), limit=4, start=6)
-    first = pool()
-    for member in first.members:
+    def train(member):
+        member.optimizer.zero_grad()
         member.net(torch.ones(2, 3, 8, 8)).sum().backward()
         member.optimizer.step()
+
+    first = pool()
+    for member in first.members:
+        train(member)
         member.record(torch.eye(10)[:2], torch.tensor([0, 5]))
     second = pool()
     second.push(3)
@@ -285,7 +289,7 @@ def test_pool_round_trip():
     assert second.made == 6 and [m.seen for m in second.members] == [2] * 4
     for a, b in zip(first.members, second.members):
         for member in (a, b):
-            member.optimizer.step()
+            train(member)
         assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters()))
         assert a.running_accuracy() == b.running_accuracy() == 50
 
