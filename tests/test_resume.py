@@ -1,4 +1,5 @@
 """Runs that are stopped, killed, damaged, doubled and starved, against runs that nobody disturbed."""
+import copy
 import json
 import os
 import random
@@ -285,7 +286,7 @@ def test_pool_round_trip():
         member.record(torch.eye(10)[:2], torch.tensor([0, 5]))
     second = pool()
     second.push(3)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: nothing shared
     assert second.made == 6 and [m.seen for m in second.members] == [2] * 4
     for a, b in zip(first.members, second.members):
         for member in (a, b):
