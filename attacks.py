@@ -138,8 +138,9 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
 
     Minimises |x_adv - x|^2 + c * max(margin, -kappa). An image is done early, and leaves the batch, once it has
     reached the goal and its cost no longer falls over a tenth of the steps: half the time, the same accuracy, changes up to
-    30 % larger than after all the steps. Values at 0 or 1 stay there (their tanh-space coordinate is infinite). An image that never reaches the goal comes back as it was. logit_floor: logits count as at least
-    this in the margin; 0 is a QUIRK (published) that blinds the attack while the target's logit is negative.
+    30 % larger than after all the steps. Values at 0 or 1 stay there (their tanh-space coordinate is infinite). An image
+    that never reaches the goal comes back as it was. logit_floor: logits count as at least this in the margin; 0 is a
+    QUIRK (published) that blinds the attack while the target's logit is negative.
     Source: Carlini and Wagner 2017; SPEC 3.2. Deviation: no search over c, as in the published benchmark.
     """
     x_best, l2_best = x.clone(), x.new_full((len(x),), torch.inf)
