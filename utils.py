@@ -645,7 +645,7 @@ class Run:
         save_synset(self.result_file, sets, table[self.args.method], self._meta())
         args = self.args
         self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
-                 f"{args.num_eval} network(s), {table['ROME'][0]['n']} test images; accuracy in percent, mean +- std\n"
+                 f"{args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
                  f"{'set':<24} {'network':<12} {'clean':>15} {'clamp-only':>15} {'robust':>15}")
         for name, rows in table.items():
             for model, columns in by_model(rows).items():

@@ -109,14 +109,16 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
         return update_images(image_syn, optimizer_img, member, *rest)
     monkeypatch.setattr(rome, "update_images", watched)
     monkeypatch.setattr(utils, "attack_images", utils.attack_images)
-    main(monkeypatch, tmp_path, *ROME, "--robust_prior", *(str(pretrained / name) for name in NETWORKS), script=rome)
+    main(monkeypatch, tmp_path, *ROME, "--method", "+AP", "--robust_prior", *(str(pretrained / name) for name in NETWORKS),
+         script=rome)
+    assert (tmp_path / "result" / "ROME_res_+AP_Digits_LeNet_1ipc.pt").exists()
     states = [torch.load(pretrained / name, weights_only=True)["classifier.weight"] for name in NETWORKS]
     accuracies = [100 * json.loads((pretrained / f"{name}.json").read_text())["train_robust_acc"] for name in NETWORKS]
     assert len(seen) == 2 * 2  # two iterations, two networks each
     for weight, w_f, training in seen:
         (k,) = [k for k in range(2) if torch.equal(weight, states[k])]
         assert w_f == pytest.approx(accuracies[k]) and not training
-    metrics = (tmp_path / "result" / "ROME_Digits_LeNet_1ipc_pixel_seed0" / "metrics.jsonl").read_text()
+    metrics = (tmp_path / "result" / "+AP_Digits_LeNet_1ipc_pixel_seed0" / "metrics.jsonl").read_text()
     assert '"loss_pool": 0.0' in metrics
 
 
