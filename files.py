@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import sys
 import zipfile
 from pathlib import Path
@@ -53,7 +54,7 @@ ADMITTED = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch", "Size"): torch.Size,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): "the type to reconstruct",  # an argument of _reconstruct; as a class it could ask for any memory
     ("numpy", "dtype"): np.dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
@@ -67,6 +68,16 @@ class _Unpickler(pickle.Unpickler):
         return ADMITTED[module, name]
 
 
+def _read_pickle(path):
+    with open(path, "rb") as file:
+        # The unpickler makes its memo as long as the largest index in the file: one wrong bit, and that is gigabytes.
+        for opcode, index, _ in pickletools.genops(file):
+            if "PUT" in opcode.name and index > path.stat().st_size:
+                raise pickle.UnpicklingError(f"its memo has an entry {index}, the file is shorter")
+        file.seek(0)
+        return _Unpickler(file).load()
+
+
 def _admitted_in_torch_files():
     """numpy numbers, which the published files keep their accuracies in."""
     scalar = np.float64(0).__reduce__()[0]
@@ -74,14 +85,18 @@ def _admitted_in_torch_files():
             *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def _bytes_of_tensors(content):
+def _bytes_of_tensors(content, seen):
+    """Each object once: lists of lists of the same list would otherwise take for ever. seen: ids, grows."""
+    if id(content) in seen:
+        return 0
+    seen.add(id(content))
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
     if isinstance(content, dict):
         content = content.values()
     elif not isinstance(content, (list, tuple)):
         return 0
-    return sum(map(_bytes_of_tensors, content))
+    return sum(_bytes_of_tensors(part, seen) for part in content)
 
 
 def _check_archive(path, max_bytes):
@@ -114,12 +129,11 @@ def read_tensors(path, max_bytes=None):
     try:
         _check_archive(path, max_bytes or MAX_BYTES)
         if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                content = _Unpickler(file).load()
+            content = _read_pickle(path)
         else:
             with torch.serialization.safe_globals(_admitted_in_torch_files()):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        claimed = _bytes_of_tensors(content)
+        claimed = _bytes_of_tensors(content, set())
         if claimed > (max_bytes or MAX_BYTES):  # strides of 0 make much of little
             raise InputError(f"{path} is refused: its tensors would take {claimed / 2**30:.1f} GiB")
         return content
@@ -194,6 +208,8 @@ def read_synset(path):
 
 def _checked_set(name, one):
     try:
+        if not all(isinstance(part, (torch.Tensor, np.ndarray)) for part in one):
+            raise TypeError("it holds " + " and ".join(type(part).__name__ for part in one))
         images, labels = (torch.as_tensor(part) for part in one)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} is no pair of images and labels ({_reason(error)})") from None

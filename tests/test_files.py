@@ -129,6 +129,35 @@ def test_an_array_cannot_ask_for_memory(tmp_path):
     assert read_tensors(tmp_path / "set.pkl").size == 0
 
 
+def test_an_array_is_not_made_by_its_class(tmp_path):
+    class Huge:
+        def __reduce__(self):
+            return np.ndarray, ((1 << 40,), "b")
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
+    with pytest.raises(InputError, match="set.pkl"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+def test_a_memo_index_cannot_ask_for_memory(tmp_path):
+    """The C unpickler allocates its memo up to the largest index: 2**31 would be 32 GB."""
+    (tmp_path / "set.pkl").write_bytes(b"\x80\x02]r" + (1 << 31).to_bytes(4, "little") + b".")
+    with pytest.raises(InputError, match="memo has an entry 2147483648"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pt"])
+def test_lists_of_lists_of_the_same_list(tmp_path, suffix):
+    content = [torch.zeros(2)]
+    for _ in range(60):
+        content = [content, content]
+    if suffix == "pkl":
+        (tmp_path / "set.pkl").write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / "set.pt")
+    with pytest.raises(InputError, match=f"set.{suffix}"):
+        read_synset(tmp_path / f"set.{suffix}")
+
+
 def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -248,7 +277,7 @@ def test_two_thousand_damaged_files(tmp_path):
 
     import utils
     from checkpoint import StateFile
-    images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
+    images, labels = IMAGES[:10, :, :8, :8].clone(), torch.arange(10)
     net = get_network("MLP", 3, 10, (8, 8), seed=0)
     torch.save({"data": [[images, labels]], "accs_all_exps": {"MLP": [np.float64(0.5)]}}, tmp_path / "set.pt")
     torch.save({"data": [[images, labels]]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
