@@ -366,8 +366,7 @@ def test_minimum_norm_attacks_equal_torchattacks(digits_lenet, attack, targeted,
     accuracy = float((net(ours).argmax(1) == labels).float().mean())
     assert abs(accuracy - float((alone == labels).float().mean())) <= 0.01
     changes = [(x_adv - x).flatten(1).norm(dim=1).mean() for x_adv in (ours, theirs)]
-    # Our CW lets images go early and so takes up to 30 % more than all the steps would (measured here); DeepFool is the same.
-    assert 0.95 < changes[0] / changes[1] < (1.35 if attack == "CW" else 1.05)
+    assert 0.95 < changes[0] / changes[1] < (1.15 if attack == "CW" else 1.05), changes  # our CW lets images go early
 
 
 # ---------------------------------------------------------------------------------------------------- query, AutoAttack
