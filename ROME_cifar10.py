@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import fast
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, pack, parse_dsa_strategy, unpack
+from fast import forward
 from networks import EVAL_MODES, NETWORKS, get_network
 from utils import at_least, stream, stream_seed
 
@@ -49,6 +51,7 @@ def parse_args(argv=None):
         "saving takes 1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
     add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
+    utils.add_fast_flags(parser)
     utils.add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
     utils.add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
     add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
@@ -164,7 +167,7 @@ def robust_prior(net, data, threat, args, rng):
 
     Returns the DSA draw of each class, shared with its synthetic images, and the embeddings, (C, D).
     """
-    draws, emb_adv, chunk = [], [], utils.attack_chunk(args, data.device)
+    draws, emb_adv, chunk = [], [], utils.attack_chunk(data.device, args.chunk)
     for classes in utils.class_groups(args, data):  # as many at a time as the memory allows
         batches = []
         for c in classes:
@@ -201,8 +204,8 @@ def train_pool(pool, data, threat, args, rng):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
             if args.attack_pool:
                 img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"],
-                                         chunk=utils.attack_chunk(args, data.device))
-            logits = member.net(img_real)
+                                         chunk=utils.attack_chunk(data.device, args.chunk))
+            logits = forward(member.net, img_real)
             losses.append(F.cross_entropy(logits, label_real))
             member.optimizer.zero_grad()
             losses[-1].backward()
@@ -341,6 +344,7 @@ def initial_set(args, data, generator, init, packed):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
+    fast.set_precision(args.precision)
     data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device, args.deterministic))
     utils.check_sizes(args, data)
     if args.zca:

@@ -17,10 +17,13 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+from fast import forward
+
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
 PGD_STEPS = 10
 TOLERANCE = 1e-6  # of the audit, attack-space units
+CHUNK = 128  # images attacked at a time; more are no faster on a CPU
 TINY = 1e-10  # keeps a division by a norm finite
 
 
@@ -348,13 +351,13 @@ def audit(x, x_adv, norm, eps, gives_up=False):
     return linf, l2
 
 
-def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, chunk=256, **options):
+def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, chunk=CHUNK, **options):
     """Attack normalised images under a threat model and audit the result.
 
     net: a network on normalised images; attacked in eval mode, afterwards in the mode it was in.
     x: (N, C, H, W) normalised. labels: (N,) true classes; a targeted attack aims at `threat.target_labels` of them.
     attack: a name of ATTACKS. eps: attack-space units; None: that of the threat model. The step size goes with eps.
-    generator: of x's device, for attacks that draw. chunk: images attacked at a time (memory). options: passed to the attack.
+    generator: of x's device, for attacks that draw. chunk: images attacked at a time. options: passed to the attack.
     Returns (N, C, H, W) normalised adversarial images and the L-inf and L2 change of each in attack space, (N,) each.
     Raises ValueError for an unknown attack, a targeted one that has no such form, or an eps where there is none to set;
     RuntimeError if the audit fails, FloatingPointError if values are not finite.
@@ -374,18 +377,31 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
         options["targeted"] = targeted
     if spec.random:
         options["generator"] = generator
-    was_training = net.training
+    was_training, wanted = net.training, [p for p in net.parameters() if p.requires_grad]
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
     parts = []
-    for x_part, goal_part in zip(x.split(chunk), goal.split(chunk)):
-        z = threat.encode(x_part)
-        z_adv = spec.run(lambda z: net(threat.decode(z)), z, goal_part, **options)
-        parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
+    with _frozen(wanted):
+        for x_part, goal_part in zip(x.split(chunk), goal.split(chunk)):
+            z = threat.encode(x_part)
+            z_adv = spec.run(lambda z: forward(net, threat.decode(z)), z, goal_part, **options)
+            parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
     net.train(was_training)
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=256, **options):
+@contextmanager
+def _frozen(parameters):
+    """No gradient of `parameters` is taken inside."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, **options):
     """The adversarial images alone: see `craft`."""
     return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, chunk=chunk, **options)[0]

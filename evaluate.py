@@ -22,22 +22,24 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+import fast
 import utils
 from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
 from augment import parse_dsa_strategy, unpack
 from checkpoint import lock, refuse_other_flags
+from fast import forward
 from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors
 from networks import NETWORKS, get_network
-from utils import at_least, stream, stream_seed
+from utils import at_least, attack_chunk, stream, stream_seed
 
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
 QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 CONTROLS = ("Clean", "Clamp-only")
-SLICE = 256  # images between two saves, and attacked at a time
+SLICE = 256  # images between two saves
 SANITY_IMAGES = 100
 # Flags that a resumed run may change: they add work and leave what is done as it is.
 MAY_CHANGE = ("out", "resume", "device", "attacks", "threat_model", "targeted", "untargeted", "eps", "query", "transfer",
-              "craft_on", "sanity", "crei_weight")
+              "craft_on", "sanity", "crei_weight", "compile")
 
 
 def parse_args(argv=None):
@@ -86,6 +88,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the results in --out")
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    utils.add_switch(run, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
     add("--crei_weight", type=at_least(0, float), default=0.5, help="of RR against AE in CREI")
     args = parser.parse_args(argv)
 
@@ -238,6 +241,9 @@ def victims_of_set(args, source, data, folder):
             net = get_network(source.model, data.channel, data.num_classes, data.size, about["seed_init"], data.device)
             notes = folder / f"{name}.json"
             if not notes.exists():
+                if args.compile and not threat_name:
+                    epochs = (args.epoch_eval_train + 1) * args.num_eval * len(source.sets)
+                    utils.compile_planned(net, data, {}, utils.set_batches(len(labels), args.batch_train, epochs), tqdm.write)
                 start = time.perf_counter()
                 attack = None
                 if threat_name:
@@ -268,7 +274,7 @@ class PassCounter(torch.nn.Module):
 
     def forward(self, x):
         self.forward_passes += len(x)
-        logits = self.net(x)
+        logits = forward(self.net, x)
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
         return logits
@@ -360,7 +366,7 @@ def run_slice(job, number, x, labels, victims, threat, args):
         x_adv = threat.clamp_only(x)
     else:
         x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, targeted=job.targeted, eps=job.eps, generator=rng,
-                                chunk=SLICE, **attack_options(args, job.attack))
+                                chunk=attack_chunk(x.device), **attack_options(args, job.attack))
     with torch.no_grad():
         correct = {own.name: int((own.net(x_adv).argmax(1) == labels).sum())}  # to int: waits for the device
         seconds = time.perf_counter() - start
@@ -701,6 +707,7 @@ def pictures(content, threats, folder):
 def main():
     args = parse_args()
     device = utils.get_device(args.device)
+    fast.set_precision("fp32")  # no doubt about the accuracies
     sources = read_sources(args)
     data = utils.load_dataset(choose_dataset(args, sources), args.data_path, device)
     if args.limit > len(data.labels["test"]):
@@ -726,6 +733,8 @@ def main():
     test = data.take("test", slice(args.limit or None))
     jobs = plan(args, victims, threats)
     waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
+    if args.compile:
+        compile_planned(args, waiting, victims, len(test[1]), data)
     rate = utils.image_gradients_per_second(victims[0].net, data, next(iter(threats.values())))
     cost = sum(typical_cost(args, job.attack) for job in waiting) * len(test[1])
     print(f"{len(victims)} network(s) on {utils.device_name(device)}, {len(test[1])} test images of {data.name}: {len(jobs)} "
@@ -752,6 +761,16 @@ def main():
     pictures(content, threats, results.folder)
     results.close()
     print(text)
+
+
+def compile_planned(args, jobs, victims, n, data):
+    """Compile for the attacks that take one gradient of whole batches, if there are enough of them."""
+    for model in dict.fromkeys(v.model for v in victims):
+        nets = {v.name: v.net for v in victims if v.model == model}
+        cost = sum(typical_cost(args, job.attack) for job in jobs
+                   if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD_L2", "CW"))
+        batch = min(attack_chunk(data.device), SLICE)
+        utils.compile_planned(next(iter(nets.values())), data, {batch: cost * n}, {}, tqdm.write)
 
 
 def run_job(job, victims, test, threat, data, args, results, bar):

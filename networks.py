@@ -27,7 +27,10 @@ class Network(nn.Module):
     """A feature extractor and a linear classifier.
 
     features: nn.Sequential, (N, C, H, W) -> anything whose flattening has `embedding_size` values an image.
+    architecture: what get_network built it from; networks of the same have the same layers.
     """
+
+    architecture = None
 
     def __init__(self, features, embedding_size, num_classes):
         super().__init__()
@@ -192,6 +195,7 @@ def get_network(model, channel, num_classes, size, seed, device="cpu"):
         torch.default_generator.manual_seed(seed)
         features, embedding_size = NETWORKS[model](channel, size)
         net = Network(features, embedding_size, num_classes)
+    net.architecture = (model, channel, num_classes, tuple(size))
     return net.to(device)
 
 

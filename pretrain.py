@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import fast
 import utils
 from attacks import PGD_STEPS, THREAT_MODELS, attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
 from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
+from fast import forward
 from files import InputError, write_json, write_tensors
 from networks import NETWORKS, get_network
 from utils import at_least, stream, stream_seed
@@ -49,6 +51,7 @@ def parse_args(argv=None):
     add("--save_interval", type=at_least(0), default=0, help="steps between two saved states; 0: so many that saving takes "
         "1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
+    utils.add_fast_flags(parser)
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
@@ -119,10 +122,10 @@ def train(args, k, data, threat, states, interrupts):
                     images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, rng["dsa"], n=len(images)))
                     if args.attack_steps:
                         images = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
-                                               steps=args.attack_steps)
+                                               steps=args.attack_steps, chunk=utils.attack_chunk(data.device))
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
-                    logits = net(images)
+                    logits = forward(net, images)
                     loss = F.cross_entropy(logits, labels)
                     optimizer.zero_grad()
                     loss.backward()
@@ -142,11 +145,23 @@ def train(args, k, data, threat, states, interrupts):
     return net.eval(), correct.item() / seen
 
 
+def compile_planned(args, data):
+    """Compile for the batches of this training, if they are many enough."""
+    net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
+    chunk = utils.attack_chunk(data.device)
+    trained = utils.set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
+    attacked = {chunk: trained[args.batch_train] / 1.5 * args.attack_steps} if args.batch_train % chunk == 0 else {}
+    utils.compile_planned(net, data, attacked, trained, print)
+
+
 def main():
     args = parse_args()
+    fast.set_precision(args.precision)
     data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
+    if args.compile:
+        compile_planned(args, data)
     threat = get_threat_model(args.threat_model, data)
     trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"

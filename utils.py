@@ -3,7 +3,7 @@
 Nothing here takes a decision about the method; that stands in the two ROME scripts.
 """
 import argparse
-import ctypes
+import collections
 import hashlib
 import json
 import math
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attacks import PGD_STEPS, attack_images
+import fast
+from attacks import CHUNK, PGD_STEPS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
 from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
 from files import InputError, load_into, read_npz, write_atomically, write_json, write_tensors
@@ -334,7 +335,7 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
             batch, batch_labels = dsa_apply(batch, draw), labels[index.to(labels.device)]
             if attack:
                 batch = attack(batch, batch_labels)
-            loss = F.cross_entropy(net(batch), batch_labels)
+            loss = F.cross_entropy(fast.forward(net, batch), batch_labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -353,9 +354,9 @@ def accuracy(net, images, labels, chunk=1024):
     return float(correct) / len(labels)
 
 
-def robust_accuracy(net, images, labels, threat, generator):
+def robust_accuracy(net, images, labels, threat, generator, chunk=CHUNK):
     """Accuracy (fraction) under targeted PGD, 10 steps, random start (SPEC 3.1). Arguments as in `accuracy`."""
-    return accuracy(net, attack_images(net, images, labels, threat, generator), labels)
+    return accuracy(net, attack_images(net, images, labels, threat, generator, chunk=chunk), labels)
 
 
 class Evaluator:
@@ -370,6 +371,7 @@ class Evaluator:
         self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
         self.protocol = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
                          "dsa_strategy": args.dsa_strategy}
+        self.chunk = attack_chunk(data.device, args.chunk)
         self.test_set = data.take("test", slice(args.test_limit or None))
         self.select_set = None
         if args.select == "train":  # the same images for every run of a data set, so no seed enters
@@ -398,8 +400,8 @@ class Evaluator:
             "model": model,
             "clean_acc": accuracy(net, test_images, test_labels),
             "clamp_acc": accuracy(net, threat.clamp_only(test_images), test_labels),
-            "robust_acc": robust_accuracy(net, test_images, test_labels, threat, rng),
-            "select_acc": robust_accuracy(net, *select_set, threat, rng) if select_set else None,
+            "robust_acc": robust_accuracy(net, test_images, test_labels, threat, rng, self.chunk),
+            "select_acc": robust_accuracy(net, *select_set, threat, rng, self.chunk) if select_set else None,
             "n": len(test_labels),
             "seconds": round(time.perf_counter() - start, 2),
         }
@@ -701,6 +703,13 @@ def method_name(text):
     return text
 
 
+def add_fast_flags(parser):
+    """The flags of `fast`."""
+    add_switch(parser, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
+    parser.add_argument("--precision", choices=fast.PRECISIONS, default="tf32", help="of convolutions and matrix products; "
+                        "tf32 is fp32 where there is no TensorFloat-32; bf16: in the attacks and the training of networks")
+
+
 def get_device(name, deterministic=False):
     """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device. Raises InputError if it is not there.
 
@@ -717,24 +726,9 @@ def get_device(name, deterministic=False):
     return torch.device(name)
 
 
-def reuse_freed_memory():
-    """Let glibc keep freed blocks instead of returning them to the system: *performance-impacting*, CPU only.
-
-    A network's activations are tens of megabytes that come and go at every layer; returned each time, their page faults
-    cost a third of the run. No effect where the C library is another one.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-    except (OSError, AttributeError):
-        pass
-
-
 def run_script(main):
     """Run `main()`; turn the errors that a user can mend into one line and a non-zero exit status."""
-    reuse_freed_memory()
+    fast.reuse_freed_memory()
     try:
         main()
     except (InputError, OSError, FloatingPointError) as error:
@@ -850,6 +844,8 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
 
     net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
     flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
+    if args.compile:
+        compile_planned(net, data, *planned_batches(args, data), run.say)
     rate = image_gradients_per_second(net, data, threat)
     clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
     clock.expect("evaluation", evaluations * args.num_exp, (gradients_report + gradients_select) / rate)
@@ -865,14 +861,55 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
         run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
 
 
+def compile_planned(net, data, attacked, trained, say):
+    """fast.compile_planned for a network of this data set. attacked, trained: {batch size: image-gradients}."""
+    flops = 2 * forward_flops(net, data.channel, data.size)
+    fast.compile_planned(net, (data.channel, *data.size), {size: n * flops for size, n in attacked.items()},
+                         {size: n * flops for size, n in trained.items()}, say)
+
+
+def set_batches(count, batch, epochs):
+    """Training on `count` images in batches: {batch size: image-gradients}, of which a training step costs 1.5."""
+    work = collections.Counter({min(batch, count): 1.5 * epochs * (count // batch) * batch})
+    work[count % batch] += 1.5 * epochs * (count % batch)
+    return work
+
+
+COMPILE_PAYS_WITHIN = 50  # outer iterations
+
+
+def planned_batches(args, data):
+    """The batches of COMPILE_PAYS_WITHIN outer iterations and one evaluation, whatever --Iteration says: a run that is given
+    more iterations later computes the same as one that had them from the start.
+
+    Returns {batch size: image-gradients} of the attacks, and of training.
+    """
+    attacked, trained, chunk = collections.Counter(), collections.Counter(), attack_chunk(data.device, args.chunk)
+
+    def attack(images, times):
+        attacked[chunk] += images // chunk * chunk * PGD_STEPS * times
+        attacked[images % chunk] += images % chunk * PGD_STEPS * times
+
+    updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
+    steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.inner_loop * args.fetch_net_num * args.model_train_steps
+    pool_batch = min(args.trained_bs, len(data.labels["train"]))
+    for classes in class_groups(args, data) if args.attack_prior else ():
+        attack(sum(min(args.batch_real, data.class_size(c)) for c in classes), updates)
+    attack(pool_batch if args.attack_pool else 0, steps)
+    trained[pool_batch] += 1.5 * pool_batch * steps
+    attack(args.test_limit or len(data.labels["test"]), args.num_eval)
+    trained_on = args.ipc * data.num_classes * (4 if args.aug else 1)
+    return attacked, trained + set_batches(trained_on, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))
+
+
 CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
 BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
 
 
-def attack_chunk(args, device):
-    """How many images are attacked at a time: --chunk, or by the memory of the device. More than 256 are no faster on a CPU."""
-    if args.chunk or device.type != "cuda":
-        return args.chunk or 256
+def attack_chunk(device, chunk=0):
+    """How many images are attacked at a time: `chunk` if it is given, else by the memory of the device."""
+    if chunk or device.type != "cuda":
+        return chunk or CHUNK
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(256, memory // 2 // BYTES_PER_ATTACKED_IMAGE // 256 * 256)
 

@@ -216,7 +216,7 @@ def test_accuracy_counts():
 
 def flags(**changes):
     values = {"eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 0, "select": "train", "seed": 0,
-              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none"}
+              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none", "chunk": 0}
     return argparse.Namespace(**{**values, **changes})
 
 

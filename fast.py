@@ -1,0 +1,136 @@
+"""What makes the scripts fast on the machine at hand: compilation, precision, memory.
+
+*Performance-impacting*, nothing else: each fast path computes what the plain one does, up to rounding (tests/test_fast.py),
+and benchmark.py measures both. The settings are of the process, as those of torch.backends are.
+"""
+import ctypes
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+# Compiling one kind of batch takes 5 to 20 s. It pays where so much work of that kind is planned, in floating-point
+# operations: about a minute of it on two CPU cores, or on a large GPU.
+COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
+
+_precision = "fp32"
+_ready = set()  # the kinds of batches that are compiled
+
+
+# ------------------------------------------------------------------------------------------------------------ compilation
+def _plain(net, x):
+    if _precision != "bf16":
+        return net(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return net(x).float()
+
+
+def _channels_last(net, x):
+    return _plain(net, x.contiguous(memory_format=torch.channels_last))
+
+
+# One function for all networks: parameters are inputs of what is compiled, so that another network of the pool, of the same
+# architecture, does not compile again. Shapes are fixed: a graph for any batch size is half as fast on a CPU.
+@functools.cache
+def _compiled():
+    return torch.compile(_channels_last, dynamic=False)
+
+
+def _kind(net, x):
+    """What a compiled graph is good for: an architecture, its mode, a batch size, and which gradients are wanted."""
+    if not torch.is_grad_enabled():
+        wanted = "none"
+    else:
+        wanted = "parameters" if next(net.parameters()).requires_grad else "input" if x.requires_grad else "none"
+    return net.architecture, net.training, len(x), wanted
+
+
+def forward(net, x):
+    """Class scores of a network, compiled if `compile_batches` was told of such batches.
+
+    net: of `get_network`. x: (N, C, H, W) normalised images. Returns (N, num_classes) float32.
+    """
+    known = getattr(net, "architecture", None) is not None and _kind(net, x) in _ready
+    return (_compiled() if known else _plain)(net, x)
+
+
+def compile_batches(net, shape, attacked=(), trained=()):
+    """Compile for networks like `net`, by running each kind of batch once on zeros. `net` is left as it was.
+
+    shape: (C, H, W) of the images. attacked: batch sizes at which the gradient in the images is taken, `net` in eval mode and
+    its parameters frozen. trained: those at which the gradient in the parameters is taken, in training mode.
+    Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
+    """
+    device, was_training = next(net.parameters()).device, net.training
+    try:
+        import torch._dynamo.config
+        import torch._functorch.config
+        torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
+        torch._dynamo.config.cache_size_limit = 64  # kinds of batches
+        for size, wanted in [(n, "input") for n in attacked] + [(n, "parameters") for n in trained]:
+            x = torch.zeros(size, *shape, device=device, requires_grad=wanted == "input")
+            net.train(wanted == "parameters").requires_grad_(wanted == "parameters")
+            kind = _kind(net, x)
+            if kind not in _ready:
+                loss = F.cross_entropy(_compiled()(net, x), torch.zeros(size, dtype=torch.long, device=device))
+                torch.autograd.grad(loss, [x] if wanted == "input" else list(net.parameters()))
+                _ready.add(kind)
+    except Exception as error:  # of dynamo, of the code generator, of the compiler: whatever it is, eager mode works
+        _ready.clear()
+        return f"torch.compile does not work here ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+    finally:
+        net.train(was_training).requires_grad_(True)
+    return None
+
+
+def stop_compiling():
+    """Forget all that was compiled."""
+    _ready.clear()
+    torch._dynamo.reset()
+
+
+def compile_planned(net, shape, attacked, trained, say):
+    """Compile for the batches of which enough is planned to pay for it. Says what it did.
+
+    attacked, trained: {batch size: planned floating-point operations}.
+    """
+    pays = COMPILE_PAYS[next(net.parameters()).device.type]
+    attacked, trained = ([size for size, flops in planned.items() if flops >= pays] for planned in (attacked, trained))
+    if not attacked and not trained:
+        return
+    start = time.perf_counter()
+    problem = compile_batches(net, shape, attacked, trained)
+    if problem:
+        say(f"{problem}; going on without")
+    else:
+        say(f"compiled in {time.perf_counter() - start:.3g} s: attacks on batches of {attacked}, training on batches of "
+            f"{trained}; --no_compile turns it off")
+
+
+# -------------------------------------------------------------------------------------------------------------- precision
+def set_precision(name):
+    """fp32: all in float32. tf32: convolutions and matrix products may round their factors to TensorFloat-32 (CUDA; no effect
+    elsewhere). bf16: tf32, and `forward` computes in bfloat16, parameters and updates stay float32."""
+    global _precision
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}")
+    _precision = name
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+def reuse_freed_memory(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1):
+    """Let glibc keep freed blocks instead of returning them to the system; CPU only.
+
+    A network's activations are tens of megabytes that come and go at every layer; returned each time, their page faults
+    cost a third of the run. No effect where the C library is another one. The thresholds are mallopt's, in bytes.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, mmap_threshold)
+        libc.mallopt(m_trim_threshold, trim_threshold)
+    except (OSError, AttributeError):
+        pass

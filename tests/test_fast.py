@@ -1,0 +1,140 @@
+"""The fast paths against the plain ones."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_dataset
+
+import benchmark
+import fast
+import ROME_cifar10 as rome
+import utils
+from attacks import craft, get_threat_model
+from networks import get_network
+
+SMALL = ["--model", "ConvNetW32", "--ipc", "1", "--batch_real", "8", "--trained_bs", "16", "--model_train_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """ConvNetW32 compiled for attacks on 16 and training on 16; skips where torch.compile does not work."""
+    fast.set_precision("tf32")  # as the scripts: another precision compiles again
+    net = get_network("ConvNetW32", 3, 10, (32, 32), 0).eval()
+    problem = fast.compile_batches(net, (3, 32, 32), attacked=[16], trained=[16])
+    if problem:
+        pytest.skip(problem)
+    assert not net.training and all(p.requires_grad for p in net.parameters())
+    yield
+    fast.stop_compiling()
+
+
+def count_compiled(monkeypatch):
+    calls, original = [], fast._compiled
+    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x: (calls.append(len(x)), original()(net, x))[1])
+    return calls
+
+
+def test_compiled_equals_plain(compiled, monkeypatch):
+    """Attacks, training gradients and a whole outer iteration; on one network of the pool and, without compiling again,
+    on another. The sign of a gradient that is almost 0 may differ, so nearly all pixels must agree, not all."""
+    calls, graphs = count_compiled(monkeypatch), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    data = random_dataset(per_class=16)
+    threat = get_threat_model("pixel", data)
+    x, labels = data.take("train", slice(16))
+    for seed in (1, 2):
+        net = get_network("ConvNetW32", 3, 10, (32, 32), seed)
+        results = []
+        for plain in (False, True):
+            with benchmark.plain_mode() if plain else torch.enable_grad():
+                adv, linf, _ = craft(net, x, labels, threat, "PGD", targeted=False, random_start=False)
+                net.zero_grad()
+                F.cross_entropy(fast.forward(net, x), labels).backward()
+                results.append((adv, [p.grad.clone() for p in net.parameters()]))
+        (adv, grads), (adv_plain, grads_plain) = results
+        assert ((adv - adv_plain).abs() > 1e-4).float().mean() < 1e-3 and linf.max() > 0.03
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(grads, grads_plain))
+    assert calls == 2 * ([16] * 11) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert net(x[:5]).shape == (5, 10) and len(calls) == 22  # another batch size stays plain
+
+
+def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch):
+    """One outer iteration as benchmark's class-by-class loop, as the script batches it, and compiled (up to
+    rounding: it turns a sign here and there, in an attack or in the total variation, and then that class differs by more)."""
+    calls = count_compiled(monkeypatch)
+    bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--threat_model", "pixel"]))
+    bench.flags.chunk = 16  # 80 images = 5 x 16
+    images, optimizer, plain_pool, rng = bench.start()
+    start = images.detach().clone()
+    with benchmark.plain_mode():
+        benchmark.plain_iteration(images, optimizer, plain_pool.members[0], plain_pool.choose(2, rng["pool"]), bench.data,
+                                  bench.threat, bench.flags, rng)
+
+    def script_iteration():
+        images, optimizer, pool, rng = bench.start()
+        rome.update_images(images, optimizer, pool.members[0], bench.data, bench.threat, bench.flags, rng)
+        rome.train_pool(pool, bench.data, bench.threat, bench.flags, rng)
+        return images, pool
+
+    def parameters(pool):
+        return torch.cat([p.detach().flatten() for member in pool.members for p in member.net.parameters()])
+
+    with benchmark.plain_mode():
+        eager, eager_pool = script_iteration()
+    assert not calls and torch.allclose(eager, images, atol=1e-5)
+    assert torch.allclose(parameters(eager_pool), parameters(plain_pool), atol=1e-6)
+    quick, quick_pool = script_iteration()
+    assert calls == [16] * (5 * 10 + 2 * 2 * 11)
+    moved = (eager - start).flatten(1).norm(dim=1)  # one image a class
+    assert moved.min() > 1
+    differs = (quick - eager).flatten(1).norm(dim=1) / moved
+    assert differs.median() < 1e-3 and differs.max() < 0.3, differs
+    assert torch.allclose(parameters(quick_pool), parameters(eager_pool), atol=1e-3)
+
+
+def test_no_compiler_means_plain(monkeypatch):
+    def no_compiler():
+        raise RuntimeError("no C++ compiler\nand a page of advice")
+    monkeypatch.setattr(fast, "_compiled", no_compiler)
+    net, said = get_network("ConvNetW32", 3, 10, (32, 32), 0), []
+    fast.compile_planned(net, (3, 32, 32), {128: 1e15}, {}, said.append)
+    assert said == ["torch.compile does not work here (RuntimeError: no C++ compiler); going on without"]
+    assert fast.forward(net, torch.zeros(128, 3, 32, 32)).shape == (128, 10)
+    assert all(p.requires_grad for p in net.parameters()) and net.training
+
+
+def test_only_what_pays_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fast, "compile_batches", lambda net, shape, attacked, trained: asked.append((attacked, trained)))
+    net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
+    fast.compile_planned(net, (3, 32, 32), {128: 1e12, 64: 1e14}, {0: 0, 256: 1e13}, lambda line: None)
+    fast.compile_planned(net, (3, 32, 32), {128: 1e12}, {}, lambda line: None)
+    assert asked == [([64], [256])]
+
+
+def test_planned_batches():
+    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 128."""
+    data = random_dataset(per_class=80)
+    args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
+                            "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
+    attacked, trained = utils.planned_batches(args, data)
+    # 640 images an update = 5 x 128; 200 pool images = 128 + 72, 4 steps; 800 test images = 6 x 128 + 32, two networks
+    assert attacked[128] == 10 * (50 * 640 + 50 * 4 * 128 + 2 * 768)
+    assert attacked[72] == 10 * 50 * 4 * 72 and attacked[32] == 10 * 2 * 32
+    assert trained[200] == 1.5 * 50 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
+    assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
+    more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
+    less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
+    assert utils.planned_batches(more, data) == utils.planned_batches(less, data)
+
+
+def test_precision():
+    with pytest.raises(ValueError, match="fp64.*fp32, tf32, bf16"):
+        fast.set_precision("fp64")
+    net, x = get_network("ConvNetW32", 3, 10, (32, 32), 0), torch.randn(4, 3, 32, 32)
+    exact = fast.forward(net, x)
+    fast.set_precision("bf16")
+    try:
+        rough = fast.forward(net, x)
+    finally:
+        fast.set_precision("tf32")
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.05)
+    assert torch.equal(fast.forward(net, x), exact)
