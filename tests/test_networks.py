@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import SHARED
+from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from networks import EVAL_MODES, NETWORKS, eval_pool, get_network
@@ -21,6 +22,9 @@ def test_every_network(model):
     embedding, same = net.eval().embed_and_classify(x)
     assert torch.allclose(same, net(x), atol=1e-5)
     assert torch.allclose(net.classifier(embedding), same, atol=1e-5)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x[:1])
+    assert utils.forward_flops(net, 3, (32, 32)) == counter.get_total_flops()
     has_batchnorm = any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     assert has_batchnorm == model.endswith("BN")
 
