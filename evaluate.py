@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get
 from augment import parse_dsa_strategy, unpack
 from checkpoint import lock, refuse_other_flags
 from fast import forward
-from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors
+from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors, write_text
 from networks import NETWORKS, get_network
 from utils import at_least, attack_chunk, stream, stream_seed
 
@@ -644,6 +645,18 @@ def transfer_matrices(entries):
                np.array([[inside.get((c, e), np.nan) for e in evaluated_on] for c in crafted]), crafted, evaluated_on)
 
 
+def heat_map(axes, matrix, crafted, evaluated_on):
+    """Draw percentages, (crafted, evaluated), with their figures. Returns the image, for a colour bar."""
+    image = axes.imshow(matrix, vmin=0, vmax=100, aspect="auto")
+    for (i, j), value in np.ndenumerate(matrix):
+        if not np.isnan(value):
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
+    axes.set_xticks(range(len(evaluated_on)), evaluated_on)
+    axes.set_yticks(range(len(crafted)), crafted)
+    axes.set(xlabel="evaluated on", ylabel="crafted on")
+    return image
+
+
 def pictures(content, threats, folder):
     """grid_<threat>.png (bars), eps_<threat>.png (accuracy against eps), transfer_<threat>_<form>_<ipc>ipc.png (heat map)."""
     import matplotlib
@@ -667,11 +680,11 @@ def pictures(content, threats, folder):
             axes.bar([k + (i - (len(groups) - 1) / 2) * width for k, _ in found], [100 * mean_of(c) for _, c in found], width,
                      yerr=[100 * np.std([row["accuracy"] for row in c]) for _, c in found], label=f"{method}, ipc {ipc}")
         axes.set_xticks(range(len(keys)), [label(*key) for key in keys], rotation=45, ha="right")
-        bounded = [k for k, key in enumerate(keys) if key[0] in ATTACKS and not ATTACKS[key[0]].eps]
-        for k in bounded:
+        unbounded = [k for k, key in enumerate(keys) if key[0] in ATTACKS and not ATTACKS[key[0]].eps]
+        for k in unbounded:
             axes.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0)
         axes.set(ylabel="accuracy (%)", ylim=(0, 100), title=f"Threat model {name}, {content['rows'][0]['n']} test images"
-                 + ("\nshaded: minimum-norm attacks, without eps" if bounded else ""))
+                 + ("\nshaded: minimum-norm attacks, without eps" if unbounded else ""))
         axes.legend()
         save(figure, f"grid_{name}.png")
 
@@ -692,14 +705,8 @@ def pictures(content, threats, folder):
 
     for title, matrix, crafted, evaluated_on in transfer_matrices(content["transfer"]):
         figure, axes = plt.subplots(figsize=(2.4 + 0.9 * len(evaluated_on), 1.8 + 0.7 * len(crafted)))
-        image = axes.imshow(matrix, vmin=0, vmax=100, aspect="auto")
-        for i, j in itertools.product(range(len(crafted)), range(len(evaluated_on))):
-            if not np.isnan(matrix[i, j]):
-                axes.text(j, i, f"{matrix[i, j]:.1f}", ha="center", va="center", color="w" if matrix[i, j] < 60 else "k")
-        axes.set_xticks(range(len(evaluated_on)), evaluated_on)
-        axes.set_yticks(range(len(crafted)), crafted)
-        axes.set(xlabel="evaluated on", ylabel="crafted on", title=f"I-RR (%), {title}")
-        figure.colorbar(image)
+        figure.colorbar(heat_map(axes, matrix, crafted, evaluated_on))
+        axes.set_title(f"I-RR (%), {title}")
         save(figure, f"transfer_{re.sub('[^a-z0-9]+', '_', title)}.png")
 
 
@@ -721,7 +728,12 @@ def main():
             check_set(source, data)
     victims = [victim_of_network(source, data) for source in sources if not source.sets]
 
-    results = Results(args, {**vars(args), "dataset": data.name}, device)  # nothing is written before here
+    with closing(Results(args, {**vars(args), "dataset": data.name}, device)) as results:  # nothing is written before here
+        run(args, sources, victims, data, results)
+
+
+def run(args, sources, victims, data, results):
+    """Train what is to be trained, attack everything, write tables and pictures."""
     for source in sources:
         if source.sets:
             found = victims_of_set(args, source, data, results.folder / "networks")
@@ -737,9 +749,9 @@ def main():
         compile_planned(args, waiting, victims, len(test[1]), data)
     rate = utils.image_gradients_per_second(victims[0].net, data, next(iter(threats.values())))
     cost = sum(typical_cost(args, job.attack) for job in waiting) * len(test[1])
-    print(f"{len(victims)} network(s) on {utils.device_name(device)}, {len(test[1])} test images of {data.name}: {len(jobs)} "
-          f"attacks and controls, {len(jobs) - len(waiting)} of them done, about {utils.duration(cost / rate)} to go; results "
-          f"in {results.folder}", flush=True)
+    print(f"{len(victims)} network(s) on {utils.device_name(data.device)}, {len(test[1])} test images of {data.name}: "
+          f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about {utils.duration(cost / rate)} to "
+          f"go; results in {results.folder}", flush=True)
     with tqdm(total=len(waiting) * len(test[1]), unit="img", disable=None) as bar:
         for job in waiting:
             bar.set_description(str(job))
@@ -757,9 +769,8 @@ def main():
     content["transfer"] = transfer_of(content["rows"], threats)
     results.save()
     text = markdown(content, threats)
-    write_atomically(results.folder / "results.md", lambda partial: partial.write_text(text))
+    write_text(results.folder / "results.md", text)
     pictures(content, threats, results.folder)
-    results.close()
     print(text)
 
 

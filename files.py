@@ -291,6 +291,11 @@ def _canonical(content):
     return sys.intern(content) if isinstance(content, str) else content
 
 
+def write_text(path, text):
+    """Write a text file, atomically."""
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
 def write_json(path, content):
     """Write `content` as JSON, atomically."""
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -19,8 +19,8 @@ import numpy as np
 
 import utils
 from attacks import ATTACKS, THREAT_MODELS, get_threat_model
-from evaluate import CONTROLS, cell_text, groups_of, label, metrics_of, transfer_matrices, transfer_of
-from files import InputError, write_atomically
+from evaluate import CONTROLS, cell_text, groups_of, heat_map, label, metrics_of, transfer_matrices, transfer_of
+from files import InputError, write_atomically, write_text
 
 HERE = Path(__file__).parent
 METRICS = ("RR", "CREI", "I-RR", "I-CREI")
@@ -323,13 +323,8 @@ def figure_3(pool, rows, published):
         figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + len(panels) * (1.4 + 0.9 * len(evaluated_on)),
                                                              1.6 + 0.6 * len(crafted)), squeeze=False, layout="constrained")
         for ax, (name, matrix) in zip(axes[0], panels):
-            image = ax.imshow(matrix, vmin=0, vmax=100, aspect="auto")
-            for (i, j), value in np.ndenumerate(matrix):
-                if not np.isnan(value):
-                    ax.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
-            ax.set_xticks(range(len(evaluated_on)), evaluated_on)
-            ax.set_yticks(range(len(crafted)), crafted)
-            ax.set(xlabel="evaluated on", ylabel="crafted on", title=name)
+            image = heat_map(ax, matrix, crafted, evaluated_on)
+            ax.set_title(name)
         figure.suptitle(f"I-RR (%), {dataset}, {title}")
         figure.colorbar(image, ax=axes)
         yield f"figure3_{dataset}_{n}_{re.sub('[^a-z0-9]+', '_', title)}", figure
@@ -480,7 +475,7 @@ def main():
     tables = [table for table in tables if table]
     for table in tables:
         for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-            write_atomically(out / f"{table.name}.{ending}", lambda partial: partial.write_text(text))  # noqa: B023
+            write_text(out / f"{table.name}.{ending}", text)
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             write_atomically(out / f"{name}.{ending}", lambda partial: figure.savefig(partial, dpi=150))  # noqa: B023
@@ -500,7 +495,7 @@ def replace_section(path, body):
     if BEGIN not in text or END not in text:
         raise InputError(f"{path} has no lines {BEGIN} and {END}")
     text = text[:text.index(BEGIN) + len(BEGIN)] + "\n" + body + text[text.index(END):]
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_text(path, text)
 
 
 if __name__ == "__main__":
