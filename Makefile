@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python ROME_cifar10.py $(DEMO_FLAGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
@@ -24,7 +24,7 @@ $(VENV)/installed: requirements.txt
 
 # torchattacks pins an old requests that it never imports: installed without its dependencies, and for tests only.
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 

@@ -1,4 +1,6 @@
 """The fast paths against the plain ones."""
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,3 +140,17 @@ def test_precision():
         fast.set_precision("tf32")
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.05)
     assert torch.equal(fast.forward(net, x), exact)
+
+
+@pytest.mark.parametrize("flag, expected", [([], 1), (["--no_compile"], 0)])
+def test_the_script_compiles_unless_told_not_to(monkeypatch, tmp_path, flag, expected):
+    planned = []
+    monkeypatch.setattr(fast, "compile_planned", lambda net, shape, attacked, trained, say: planned.append((attacked, trained)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", "--dataset", "Digits", "--model", "MLP", "--ipc", "1",
+                                      "--select", "test", "--Iteration", "0", "--num_exp", "1", "--epoch_eval_train",
+                                      "1", "--test_limit", "20", "--no_baseline", *flag])
+    rome.main()
+    assert len(planned) == expected
+    for attacked, trained in planned:  # 256 real images of each class (all that there are), a pool batch of 256
+        assert attacked[128] > attacked[20] > 0 and trained[256] > trained[10] > 0
