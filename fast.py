@@ -5,6 +5,7 @@ and benchmark.py measures both. The settings are of the process, as those of tor
 """
 import ctypes
 import functools
+import logging
 import time
 
 import torch
@@ -67,6 +68,7 @@ def compile_batches(net, shape, attacked=(), trained=()):
     try:
         import torch._dynamo.config
         import torch._functorch.config
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on machines without a GPU
         torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
         torch._dynamo.config.cache_size_limit = 64  # kinds of batches
         for size, wanted in [(n, "input") for n in attacked] + [(n, "parameters") for n in trained]:

@@ -220,9 +220,10 @@ def flags(**changes):
     return argparse.Namespace(**{**values, **changes})
 
 
-def test_evaluator(digits):
+def test_evaluator(digits, monkeypatch):
     """Trained on ten real digits a class, networks know most of the others; the rows are complete and repeatable."""
     from attacks import get_threat_model
+    monkeypatch.setattr(utils, "SELECT_IMAGES", 200)
     threat = get_threat_model("pixel", digits)
     x = torch.cat([digits.sample_class(c, 10, torch.Generator().manual_seed(0)) for c in range(10)])
     y = torch.arange(10).repeat_interleave(10)
