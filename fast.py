@@ -33,7 +33,7 @@ def _channels_last(net, x):
 
 
 # One function for all networks: parameters are inputs of what is compiled, so that another network of the pool, of the same
-# architecture, does not compile again. Shapes are fixed: a graph for any batch size is half as fast on a CPU.
+# architecture, does not compile again. Shapes are fixed: a graph for any batch size is a third slower on a CPU.
 @functools.cache
 def _compiled():
     return torch.compile(_channels_last, dynamic=False)
