@@ -194,6 +194,7 @@ def table_1(pool, rows, published, crei_weight):
     table = Table(f"table1_{dataset}_{n}", f"Table 1, {dataset}, {n} test images: white-box metrics (percent)",
                   ["method", "form", "ipc", *(f"{threat} {m}" for threat in THREAT_MODELS for m in METRICS)], [])
     methods = list(dict.fromkeys(method for method, _, _ in entries))
+    lacking = {}  # what -> methods
     for targeted in (True, False):
         form = "targeted" if targeted else "untargeted"
         for method in methods:
@@ -207,11 +208,12 @@ def table_1(pool, rows, published, crei_weight):
                 same = bool(entry) and not entry["missing"] and entry["ipc"] == PAPER_IPC
                 cells += [(entry[m] if entry else None, reference.get(m), same) for m in METRICS]
                 if entry and entry["missing"]:
-                    table.notes.append(f"{method} {form} {threat} lacks {', '.join(entry['missing'])}")
+                    lacking.setdefault(f"{form}, {threat}: without {', '.join(entry['missing'])}", []).append(method)
                 if entry and entry["raised"]:
                     table.notes.append(f"{method} {form} {threat}: attacked accuracy is above clean accuracy "
                                        f"({', '.join(entry['raised'])})")
             table.rows.append([method, form, ", ".join(map(str, ipc)), *cells])
+    table.notes += [f"{what}: {', '.join(names)}" for what, names in lacking.items()]
     table.notes.insert(0, "In brackets: the published figure, pooled over ipc 1, 10 and 50 and all attacks, and the difference "
                        "where ours pools the same. CREI and I-CREI depend on the machine's timings as well.")
     absent = [method for method in paper if method not in methods]

@@ -81,7 +81,7 @@ def test_table_1_from_the_published_logs(tmp_path, monkeypatch, capsys):
 def test_no_difference_where_the_pool_is_another(tmp_path, monkeypatch, capsys):
     rows = [r for r in bacon_rows() if r["ipc"] == 50 and r["attack"] != "AA"]
     out = main(monkeypatch, capsys, write(tmp_path / "in", rows), "--table", "1", "--out", tmp_path / "out")
-    assert "(36.83)" in out and "(36.83, " not in out and "BACON untargeted published lacks AA at ipc 50" in out
+    assert "(36.83)" in out and "(36.83, " not in out and "untargeted, published: without AA at ipc 50: BACON" in out
 
 
 def test_nothing_is_pooled_over_data_sets_or_images(tmp_path, monkeypatch, capsys):
