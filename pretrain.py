@@ -154,15 +154,26 @@ def compile_planned(args, data):
     utils.compile_planned(net, data, attacked, trained, print)
 
 
+def print_plan(args, data, threat):
+    """Say what the run is about to do and, from a short measurement, how long it will take."""
+    net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device).eval()
+    images = len(data.labels["train"])
+    gradients = args.epochs * images * (args.attack_steps + 1)
+    estimate = utils.duration(gradients / utils.image_gradients_per_second(net, data, threat))
+    print(f"{args.num_nets} network(s) {args.model} on {utils.device_name(data.device)}: {args.epochs} epochs of {images} "
+          f"training images of {data.name}, threat model {args.threat_model}; about {estimate} each", flush=True)
+
+
 def main():
     args = parse_args()
     fast.set_precision(args.precision)
     data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
+    threat = get_threat_model(args.threat_model, data)
+    print_plan(args, data, threat)
     if args.compile:
         compile_planned(args, data)
-    threat = get_threat_model(args.threat_model, data)
     trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
