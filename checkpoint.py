@@ -93,10 +93,12 @@ def refuse_other_flags(saved, given, may_change, where, otherwise):
 
 
 class StateFile:
-    """`state.pt` and `state.previous.pt` in a folder."""
+    """`state.pt` and `state.previous.pt` in a folder that no other run writes to."""
 
     def __init__(self, folder, save_interval=0):
         self.newest, self.previous = Path(folder) / "state.pt", Path(folder) / "state.previous.pt"
+        for partial in Path(folder).glob(".partial-*"):  # of a run that was killed in the middle of a save
+            partial.unlink()
         self.save_interval, self.seconds, self._last = save_interval, 0.0, time.perf_counter()
 
     def due(self, it):

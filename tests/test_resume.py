@@ -154,7 +154,7 @@ def test_contradicting_flags_are_refused_by_name(stopped, undisturbed, monkeypat
 
 
 def test_flags_that_may_change(stopped, monkeypatch):
-    main(monkeypatch, stopped, "--Iteration", "10", "--eval_interval", "5", "--save_path", "elsewhere")
+    main(monkeypatch, stopped, "--Iteration", "10", "--eval_interval", "5", "--save_path", "elsewhere", "--data_path", "moved")
     assert (stopped / "elsewhere" / RESULT).exists()
     lines = [json.loads(line) for line in (stopped / "elsewhere" / NAME / "metrics.jsonl").read_text().splitlines()]
     assert {(line["exp"], line["iteration"]) for line in lines if line["event"] == "evaluation" and "best_so_far" in line} == {
@@ -290,10 +290,38 @@ def test_pool_round_trip():
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
-def start(folder, *flags):
-    return subprocess.Popen([sys.executable, ROOT / "ROME_cifar10.py", *FLAGS, "--save_interval", "1", *flags], cwd=folder,
+def start(folder, program=(ROOT / "ROME_cifar10.py",), **options):
+    return subprocess.Popen([sys.executable, *program, *FLAGS, "--save_interval", "1"], cwd=folder,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options)
+
+
+# Programs that kill themselves in their fourth save: with half of the file written; between its two renamings.
+KILLED_IN_A_SAVE = ["""
+import io, os, signal, torch, ROME_cifar10, utils
+save, saves = torch.save, []
+def half(content, file):
+    saves.append(file.name) if file.name.endswith("-state.pt") else None
+    if len(saves) < 4:
+        return save(content, file)
+    whole = io.BytesIO()
+    save(content, whole)
+    file.write(whole.getvalue()[:whole.tell() // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+utils.run_script(ROME_cifar10.main)
+""", """
+import os, signal, ROME_cifar10, utils
+replace, saves = os.replace, []
+def half(source, target):
+    replace(source, target)
+    saves.append(target) if str(target).endswith("state.previous.pt") else None
+    if len(saves) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = half
+utils.run_script(ROME_cifar10.main)
+"""]
 
 
 def wait_for_iterations(process, folder):
@@ -335,11 +363,20 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert final_files(tmp_path / "b") == expected
 
 
-def test_killed_interrupted_and_doubled_as_processes(tmp_path):
-    """SIGKILL, then SIGINT, beside a second run that refuses; then to the end."""
+def test_killed_interrupted_starved_and_doubled_as_processes(tmp_path):
+    """SIGKILL in the middle of a save, a full disk, SIGKILL beside a second run that refuses, SIGINT; then to the end."""
     expected = undisturbed_process(tmp_path / "a")
     folder = tmp_path / "b"
     folder.mkdir()
+    states = folder / "checkpoints" / NAME
+    for program, left in zip(KILLED_IN_A_SAVE, ({"state.pt", "state.previous.pt"}, {"state.previous.pt"})):
+        process = start(folder, ("-c", program))
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, err
+        assert {p.name for p in states.glob("state*")} == left and len(list(states.glob(".partial-*-state.pt"))) == 1
+    starved = start(folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    _, err = starved.communicate(timeout=120)
+    assert starved.returncode == 1 and len(err.strip().splitlines()) == 1 and "cannot save the state" in err, err
     process = start(folder)
     wait_for_iterations(process, folder)
     second = start(folder)
@@ -356,7 +393,7 @@ def test_killed_interrupted_and_doubled_as_processes(tmp_path):
     process = start(folder)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "going on with" in out, err
-    assert final_files(folder) == expected
+    assert final_files(folder) == expected and not list(folder.rglob(".partial-*"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Data, random streams, the pool, training on a set, and the files of a run."""
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
@@ -125,6 +126,27 @@ def test_download_is_kept_as_npz(tmp_path, monkeypatch):
     assert torch.equal(first.images["train"], second.images["train"]) and second.classes == Fake.classes
     assert not torch.equal(first.images["train"], first.images["test"])
     assert [p.name for p in tmp_path.iterdir()] == ["cifar10.npz"]
+
+
+def test_fingerprint_tells_data_apart():
+    """It is the same for the same arrays and another one after a change of one value."""
+    def fingerprint(change=None):
+        images = {split: torch.zeros(4, 3, 32, 32, dtype=torch.uint8) for split in ("train", "test")}
+        labels = {split: torch.arange(4) for split in ("train", "test")}
+        if change:
+            (images if change[0] == "images" else labels)[change[1]][2] += 1
+        return utils.Dataset("CIFAR10", images, labels, "abcdefghij", **utils.DATASETS["CIFAR10"]).fingerprint()
+    prints = [fingerprint(), *(fingerprint((what, split)) for what in ("images", "labels") for split in ("train", "test"))]
+    assert len(set(prints)) == 5 and fingerprint() == prints[0]
+
+
+def test_deterministic_is_handed_to_pytorch(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        assert utils.get_device("cpu", deterministic=True).type == "cpu"
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_unknown_dataset():
