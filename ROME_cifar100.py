@@ -57,7 +57,7 @@ def parse_args(argv=None):
 
     loss = parser.add_argument_group("losses and the synthetic images")
     add = loss.add_argument
-    add("--align_weight", type=at_least(0, float), default=0.2, help="robustness- against performance-aligned term, 0 to 1")
+    add("--align_weight", type=utils.fraction, default=0.2, help="robustness- against performance-aligned term, 0 to 1")
     utils.add_switch(loss, "syn_ce", True, "use the performance-aligned term")
     add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation, or "
         "squared Euclidean distance")
@@ -109,8 +109,8 @@ def parse_args(argv=None):
         parse_dsa_strategy(args.dsa_strategy)
     except ValueError as error:
         parser.error(str(error))
-    if args.align_weight > 1:
-        parser.error(f"--align_weight {args.align_weight} is not between 0 and 1")
+    if args.robust_prior and args.zca:
+        parser.error("the networks of --robust_prior know no whitened images: leave out --zca")
     return args
 
 
@@ -299,7 +299,6 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
         clock.lap("report")
-    run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
     return best
 
 
@@ -374,16 +373,19 @@ def run_experiments(args, data, threat, prior, run, clock):
                     continue  # done before the interruption
                 image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, name), "real", packed)
                 rows = evaluate(image_syn, label_syn, packed, exp, name)
-                run.report_evaluation(rows, exp=exp, set=name)
-                table[name] = table.get(name, []) + rows
+                with run.uninterrupted():
+                    run.report_evaluation(rows, exp=exp, set=name)
+                    table[name] = table.get(name, []) + rows
                 clock.lap("report")
             best = distill(args, exp, data, threat, prior, evaluate, run, clock)
             with run.uninterrupted():
+                run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
                 sets.append((best["images"], best["labels"]))
                 table[args.method] = table.get(args.method, []) + best["rows"]
                 run.watch(None)
-    run.save_result(sets, table)
-    run.finish()
+    with run.uninterrupted():
+        run.save_result(sets, table)
+        run.finish()
 
 
 if __name__ == "__main__":

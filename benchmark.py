@@ -88,7 +88,7 @@ class Bench:
     def __init__(self, args):
         self.args, self.device = args, utils.get_device(args.device)
         rng = np.random.default_rng(0)
-        labels = torch.arange(10).repeat(max(args.batch_real, 50))
+        labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
                   for split in ("train", "test")}
         self.data = utils.Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
@@ -256,6 +256,7 @@ def peak_memory(device):
 def main():
     args = parse_args()
     fast.set_precision(args.precision)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     chunk, compile_seconds = utils.attack_chunk(bench.device), 0.0
     sets = {ipc: utils.set_batches(40 * ipc, 256, 1) for ipc in args.train_ipc}

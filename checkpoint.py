@@ -60,13 +60,13 @@ class Interrupts:
             raise Interrupted(self.pending, whole=True)
 
 
-def lock(folder):
+def lock(folder, name=".lock"):
     """Make sure that no other run writes to `folder`. Returns an open file; closing it, or dying, gives the lock back.
 
-    Raises InputError that names the process that holds it.
+    name: of the file that stands for the lock, in `folder`. Raises InputError that names the process that holds it.
     """
     import fcntl
-    file = open(Path(folder) / ".lock", "a+")
+    file = open(Path(folder) / name, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -126,10 +126,10 @@ class StateFile:
         self._last = time.perf_counter()
         self.seconds = self._last - start
 
-    def load(self):
+    def load(self, keys=()):
         """The newest state that can be read, or None if there never was one, and a line about what was damaged, or None.
 
-        Raises InputError if there are states and none can be read.
+        keys: those that a state has. Raises InputError if there are states and none can be read.
         """
         damaged = []
         for path in (self.newest, self.previous):
@@ -137,6 +137,8 @@ class StateFile:
                 continue
             try:
                 state = read_tensors(path, MAX_STATE_BYTES)
+                if not isinstance(state, dict) or not set(keys) <= set(state):
+                    raise InputError(f"{path} is no saved state of this script")
                 return state, f"{'; '.join(damaged)}; going on from {path.name}" if damaged else None
             except InputError as error:
                 damaged.append(str(error))

@@ -15,6 +15,7 @@ import re
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def parse_args(argv=None):
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
     add("--dataset", choices=utils.DATASETS, help="default: what the files say, else CIFAR10")
     add("--model", choices=NETWORKS, metavar="MODEL", help="default: what the files say, else ConvNet")
-    add("--method", nargs="+", default=[], metavar="NAME", help="a name for each file; default: what the file says")
+    add("--method", nargs="+", default=[], metavar="NAME", type=utils.method_name, help="a name for each file; default: what "
+        "the file says")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--limit", type=at_least(0), default=0, metavar="N", help="the first N test images; 0: all")
 
@@ -90,7 +92,7 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     utils.add_switch(run, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
-    add("--crei_weight", type=at_least(0, float), default=0.5, help="of RR against AE in CREI")
+    add("--crei_weight", type=utils.fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     args = parser.parse_args(argv)
 
     try:
@@ -106,6 +108,8 @@ def parse_args(argv=None):
         args.attacks += [name for name in QUERY if name not in args.attacks]
     if args.targeted and not args.untargeted and not any(ATTACKS[name].targetable for name in args.attacks):
         parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
+    if args.eps and not any(ATTACKS[name].eps for name in args.attacks):
+        parser.error(f"{', '.join(args.attacks)}: no attack that --eps bounds")
     for name in ("attacks", "threat_model", "eps"):  # named twice is named once
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args
@@ -134,6 +138,7 @@ class Source:
     dataset: str
     model: str
     ipc: int
+    trained: str = None  # how a network was trained, as its name says
     sets: list = None  # of a synthetic set
     meta: dict = field(default_factory=dict)
 
@@ -141,7 +146,8 @@ class Source:
         return f"{self.path} ({self.method}, {self.dataset or 'data set unknown'}, {self.ipc or '?'} images per class)"
 
 
-NETWORK_NAME = re.compile(r"(?P<method>.+?)_(?P<model>[A-Za-z0-9]+)_(?P<dataset>[A-Za-z0-9]+)_(?P<ipc>\d+)_[^_]+(_.*)?\.pth$")
+NETWORK_NAME = re.compile(r"(?P<method>.+?)_(?P<model>[A-Za-z0-9]+)_(?P<dataset>[A-Za-z0-9]+)_(?P<ipc>\d+)_(?P<trained>[^_]+)"
+                          r"(_.*)?\.pth$")
 SET_NAME = re.compile(r"res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc")
 
 
@@ -152,11 +158,11 @@ def read_sources(args):
     for i, path in enumerate(map(Path, args.synset + args.networks)):
         is_set = i < len(args.synset)
         if not path.is_file():
-            raise InputError(f"{path} does not exist")
+            raise InputError(f"{path} does not exist or is a folder")
         match = (SET_NAME.search if is_set else NETWORK_NAME.match)(path.name)
         said = match.groupdict() if match else {}
         source = Source(path, said.get("method", path.stem), said.get("dataset"), said.get("model"),
-                        int(said["ipc"]) if "ipc" in said else None)
+                        int(said["ipc"]) if "ipc" in said else None, said.get("trained"))
         if is_set:
             source.sets, source.meta = read_synset(path)
             flags = source.meta.get("flags", {})
@@ -174,7 +180,12 @@ def read_sources(args):
     for one, other in itertools.combinations(sources, 2):
         if one.path.name == other.path.name and not (one.sets and other.sets):
             raise InputError(f"{one.path} and {other.path} have the same name; results are kept by file name: rename one")
-        if one.sets and other.sets and one.method == other.method and len(one.sets[0][1]) == len(other.sets[0][1]):
+        if one.sets and other.sets:
+            pooled = one.method == other.method and len(one.sets[0][1]) == len(other.sets[0][1])
+        else:
+            pooled = ((one.method, one.ipc) == (other.method, other.ipc)
+                      and (one.model, one.trained, bool(one.sets)) != (other.model, other.trained, bool(other.sets)))
+        if pooled:
             raise InputError(f"{one.describe()} and {other.describe()} would be pooled: tell them apart with --method")
     return sources
 
@@ -195,9 +206,11 @@ def fit_normalisation(sources, data):
         raise InputError("some of the sets are ZCA-whitened and some are not: evaluate them in runs of their own")
     for source in sources:
         for key in ("mean", "std"):
-            if not np.allclose(source.meta.get(key, getattr(data, key)), getattr(data, key), atol=1e-4):
+            ours = getattr(data, key)
+            theirs = source.meta.get(key, ours)
+            if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-4):
                 raise InputError(f"{source.path} is normalised with {key} {source.meta[key]}, {data.name} with "
-                                 f"{list(getattr(data, key))}")
+                                 f"{list(ours)}")
     if zca == {True}:
         data.fit_zca()
 
@@ -228,6 +241,8 @@ def victims_of_set(args, source, data, folder):
     """Train --num_eval networks on each set of a file (and for each threat model, with --adv_train), or read those that an
     earlier part of the run has trained."""
     folder.mkdir(exist_ok=True)
+    training = {key: getattr(args, key) for key in ("seed", "epoch_eval_train", "batch_train", "lr_net", "dsa_strategy")}
+    training |= {"set_sha256": hashlib.sha256(source.path.read_bytes()).hexdigest()}
     for exp, (images, labels) in enumerate(source.sets):
         ipc, packed = len(labels) // data.num_classes, source.meta.get("packed", args.packed)
         images, labels = images.to(data.device), labels.to(data.device)
@@ -237,7 +252,7 @@ def victims_of_set(args, source, data, folder):
             trained = f"PGD-{threat_name}" if threat_name else "None"
             name = f"{source.method}_{source.model}_{data.name}_{ipc}_{trained}_{exp}-{i}.pth"
             key = ("evaluate", source.method, ipc, exp, trained, i)
-            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp, "packed": bool(packed),
+            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp, "packed": packed, **training,
                      "seed_init": stream_seed(args.seed, *key, "init"), "seed_train": stream_seed(args.seed, *key, "train")}
             net = get_network(source.model, data.channel, data.num_classes, data.size, about["seed_init"], data.device)
             notes = folder / f"{name}.json"
@@ -256,12 +271,19 @@ def victims_of_set(args, source, data, folder):
                                    generator=torch.Generator().manual_seed(about["seed_train"]))
                 _synchronise(data.device)
                 about["train_seconds"] = round(time.perf_counter() - start, 2)
+                utils.check_finite({f"a weight of {name} after training on {source.path} (--lr_net {args.lr_net})":
+                                    float(sum(p.detach().abs().sum() for p in net.parameters()))})
                 write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
                 about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
                 write_json(notes, about)
             else:
                 load_into(net, folder / name)
-                about = json.loads(notes.read_text())
+                found = json.loads(notes.read_text())
+                other = [key for key in (*training, "packed") if found.get(key) != about[key]]
+                if other:
+                    raise InputError(f"{folder / name} was trained with another {other[0]} ({found.get(other[0])} instead of "
+                                     f"{about[other[0]]}); choose another --out")
+                about = found
             yield Victim(name, source.method, ipc, source.model, net.eval(), threat_name, about)
 
 
@@ -448,7 +470,11 @@ class Results:
     def _read(self, path):
         try:
             content = json.loads(path.read_text())
-            content["rows"], content["flags"], content["sanity"], content["networks"]
+            for key in ("flags", "sanity", "networks", "versions"):
+                if not isinstance(content[key], dict):
+                    raise TypeError(f"{key} is no object")
+            content["device"]
+            check_rows(content["rows"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged or no file of ours ({type(error).__name__}: {error})") from None
         return content
@@ -467,22 +493,51 @@ class Results:
         """Rows of a job that is done, in place of those that fewer evaluated networks have left."""
         self.content["rows"] = [row for row in self.content["rows"] if not job.is_of(row)] + rows
         self.save()
-        self.unfinished_path.unlink(missing_ok=True)
+        if self.is_unfinished(job):
+            self.unfinished_path.unlink()
 
     def save(self):
         write_json(self.path, self.content)
 
     def slices(self, job, victims):
         """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks."""
+        unfinished = self._unfinished()
+        same = unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in victims]
+        return unfinished["slices"] if same else []
+
+    def is_unfinished(self, job):
+        """Whether `job` is the one that was interrupted."""
+        return self._unfinished()["job"] == vars(job)
+
+    def _unfinished(self):
         try:
             unfinished = json.loads(self.unfinished_path.read_text())
-            same = unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in victims]
-            return unfinished["slices"] if same else []
+            return {key: unfinished[key] for key in ("job", "evaluated_on", "slices")}
         except (OSError, ValueError, KeyError, TypeError):
-            return []
+            return {"job": None, "evaluated_on": None, "slices": []}
 
     def save_slices(self, job, victims, slices):
         write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in victims], "slices": slices})
+
+
+def check_rows(rows):
+    """Raise KeyError, TypeError or ValueError that says what is wrong with the rows of a results.json."""
+    def number(value, least=0.0, most=np.inf, kinds=(int, float)):
+        return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most and np.isfinite(value)
+
+    checks = {
+        "dataset": lambda v: v in utils.DATASETS, "ipc": lambda v: v is None or number(v, 1, kinds=int),
+        **dict.fromkeys(("method", "crafted_on", "evaluated_on"), lambda v: isinstance(v, str)),
+        "threat_model": lambda v: v in THREAT_MODELS, "attack": lambda v: v in (*CONTROLS, *ATTACKS),
+        "targeted": lambda v: v is None or isinstance(v, bool), "eps": lambda v: v is None or number(v),
+        "n": lambda v: number(v, 1, kinds=int), "accuracy": lambda v: number(v, 0, 1),
+        **dict.fromkeys(("seconds", "forward", "backward", "max_linf", "max_l2", "seed"), number)}
+    if not isinstance(rows, list):
+        raise TypeError("rows is no list")
+    for row in rows:
+        for key, right in checks.items():
+            if not right(row[key]):
+                raise ValueError(f"a row with {key} {str(row[key])[:60]}")
 
 
 def groups_of(rows):
@@ -513,7 +568,7 @@ def metrics_of(rows, threats, crei_weight):
             settings = {ipc: groups[m, ipc] for m, ipc in sorted(groups, key=lambda g: (g[0], g[1] or 0)) if m == method}
             settings = {ipc: cells for ipc, cells in settings.items() if ("Clean", None, None) in cells}
             for (kind, grid), targeted in itertools.product((("white-box", WHITE_BOX), ("query", QUERY)), (True, False)):
-                grid = [a for a in grid if not targeted or (ATTACKS[a].targetable and a != "AA")]
+                grid = [a for a in grid if not targeted or ATTACKS[a].targetable]
                 keys = [(a, targeted, ATTACKS[a].eps(threat) if ATTACKS[a].eps else None) for a in grid]
                 there = [(ipc, key) for ipc, cells in settings.items() for key in keys if key in cells]
                 clean = [settings[ipc]["Clean", None, None] for ipc in settings]
@@ -713,6 +768,9 @@ def pictures(content, threats, folder):
 # ---------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
+    if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
+        raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
+                         "with --no_sanity")
     device = utils.get_device(args.device)
     fast.set_precision("fp32")  # no doubt about the accuracies
     sources = read_sources(args)
@@ -729,7 +787,11 @@ def main():
     victims = [victim_of_network(source, data) for source in sources if not source.sets]
 
     with closing(Results(args, {**vars(args), "dataset": data.name}, device)) as results:  # nothing is written before here
-        run(args, sources, victims, data, results)
+        try:
+            run(args, sources, victims, data, results)
+        except KeyboardInterrupt:
+            tqdm.write(f"{results.folder} has what was done so far; --resume goes on with it")
+            raise
 
 
 def run(args, sources, victims, data, results):
@@ -745,6 +807,7 @@ def run(args, sources, victims, data, results):
     test = data.take("test", slice(args.limit or None))
     jobs = plan(args, victims, threats)
     waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
+    waiting.sort(key=results.is_unfinished, reverse=True)  # before another one takes its place
     if args.compile:
         compile_planned(args, waiting, victims, len(test[1]), data)
     rate = utils.image_gradients_per_second(victims[0].net, data, next(iter(threats.values())))

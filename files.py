@@ -195,6 +195,7 @@ def read_synset(path):
         sets = content.get("data")
         if not isinstance(sets, (list, tuple)) or not sets or not isinstance(meta, dict):
             raise InputError(f"{path} is a dict without a list 'data' of [images, labels]; its keys are {_keys(content)}")
+        _check_meta(path, meta)
     elif isinstance(content, torch.Tensor) and path.name.startswith("images"):
         labels = path.with_name("labels" + path.name.removeprefix("images"))
         sets = [(content, read_tensors(labels))]
@@ -204,6 +205,19 @@ def read_synset(path):
         raise InputError(f"{path} holds a {type(content).__name__}, no synthetic set; known are the DC layout, a pair (images, "
                          "labels), and images*.pt beside labels*.pt")
     return [_checked_set(f"{path}, set {i}", one) for i, one in enumerate(sets)], meta
+
+
+def _check_meta(path, meta):
+    """What the scripts read of `meta` must be of its kind, where it is there."""
+    kinds = {"flags": dict, "dataset": str, "threat_model": str, "packed": bool, "zca": bool, "mean": list, "std": list}
+    flags = meta.get("flags", {})
+    found = {key: (meta[key], kind) for key, kind in kinds.items() if key in meta}
+    if isinstance(flags, dict) and "model" in flags:
+        found["flags.model"] = flags["model"], str
+    for key, (value, kind) in found.items():
+        if not isinstance(value, kind) or kind is list and not all(isinstance(number, float) for number in value):
+            raise InputError(f"{path}: {key} of its meta is {str(value)[:60]!r}, no {kind.__name__}"
+                             + (" of numbers" if kind is list else ""))
 
 
 def _checked_set(name, one):

@@ -8,6 +8,7 @@ goes on with the same command. Source: Madry et al. 2018, for the paper's "robus
 Distributed under the MIT licence.
 """
 import argparse
+import itertools
 import json
 import math
 import time
@@ -87,7 +88,7 @@ def train(args, k, data, threat, states, interrupts):
                 "optimizer": optimizer.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()},
                 "correct": correct, "seen": seen}
 
-    saved, damage = states.load()
+    saved, damage = states.load(state())
     if damage:
         tqdm.write(damage)
     if saved:
@@ -142,6 +143,7 @@ def train(args, k, data, threat, states, interrupts):
             if stop.whole:
                 states.save(state())
             raise
+    states.save(state())  # the test comes next, and may be interrupted
     return net.eval(), correct.item() / seen
 
 
@@ -181,6 +183,8 @@ def main():
     held, states, interrupts = lock(folder), StateFile(folder, args.save_interval), Interrupts(tqdm.write)
     if args.fresh:
         states.remove()
+        for k, ending in itertools.product(range(args.num_nets), ("pth.json", "pth")):
+            (Path(args.checkpoint_path) / f"{name}-{k}.{ending}").unlink(missing_ok=True)
     try:
         for k in range(args.num_nets):
             path = Path(args.checkpoint_path) / f"{name}-{k}.pth"

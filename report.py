@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+import evaluate
 import utils
 from attacks import ATTACKS, THREAT_MODELS, get_threat_model
 from evaluate import CONTROLS, cell_text, groups_of, heat_map, label, metrics_of, transfer_matrices, transfer_of
@@ -25,8 +26,8 @@ from files import InputError, write_atomically, write_text
 HERE = Path(__file__).parent
 METRICS = ("RR", "CREI", "I-RR", "I-CREI")
 PAPER_IPC = [1, 10, 50]  # what Table 1 pools
-ROW_KEYS = ("dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps", "n",
-            "accuracy", "seconds")
+ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")
+LOSSES = ("loss_robustness", "loss_performance", "loss_pool", "w_f")
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 
 
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables")
-    add("--crei_weight", type=utils.at_least(0, float), default=0.5, help="of RR against AE in CREI")
+    add("--crei_weight", type=utils.fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     add("--tsne", metavar="SET", help="also draw a t-SNE of embeddings of real, attacked and these synthetic images (a .pt)")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz, for --tsne")
     add("--seed", type=utils.at_least(0), default=0, help="of --tsne")
@@ -64,12 +65,14 @@ class Run:
 
 
 def find(paths):
-    """The files of results below `paths`: ([results.json, ...], [metrics.jsonl, ...])."""
+    """The files of results below `paths`: ([results.json, ...], [metrics.jsonl, ...]). Below a folder, what came with the
+    repository in `recorded` is left out, unless the path names it."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        found += sorted(p for p in path.rglob("*") if p.name in ("results.json", "metrics.jsonl")) if path.is_dir() else [path]
+        found += sorted(p for p in path.rglob("*") if p.name in ("results.json", "metrics.jsonl")
+                        and "recorded" not in p.relative_to(path).parts) if path.is_dir() else [path]
     found = list(dict.fromkeys(found))
     return [p for p in found if p.suffix == ".json"], [p for p in found if p.suffix != ".json"]
 
@@ -78,13 +81,7 @@ def read_rows(path):
     """The rows of a results.json. Raises InputError if it is damaged or foreign."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        for row in rows:
-            missing = [key for key in ROW_KEYS if key not in row]
-            if missing:
-                raise KeyError(f"a row without {missing[0]}")
-            if not (0 <= row["accuracy"] <= 1 and row["n"] > 0 and row["threat_model"] in THREAT_MODELS
-                    and row["attack"] in (*CONTROLS, *ATTACKS)):
-                raise ValueError(f"a row with accuracy {row['accuracy']}, n {row['n']}, {row['threat_model']}, {row['attack']}")
+        evaluate.check_rows(rows)
         return rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or no result of evaluate.py ({type(error).__name__}: {error})") from None
@@ -96,22 +93,53 @@ def read_run(path):
         lines = path.read_text().split("\n")
         events = [json.loads(line) for line in lines[:-1]]
         flags = json.loads(path.with_name("flags.json").read_text())["flags"]
-        Run(path.parent, flags, events).title()
-        unknown = {event["event"] for event in events} - {"iteration", "evaluation", "final"}
-        if unknown:
-            raise ValueError(f"unknown events {', '.join(map(str, unknown))}")
+        for key, kind in {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int, "Iteration": int,
+                          "align_weight": (int, float)}.items():
+            if not isinstance(flags[key], kind):
+                raise TypeError(f"the flag {key} is {flags[key]}")
+        for event in events:
+            check_event(event)
         return Run(path.parent, flags, events)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or not of a ROME run ({type(error).__name__}: {error})") from None
 
 
-def pools(all_rows):
-    """Rows that may be pooled: of one data set and one number of test images. {(dataset, n): rows}; later files win."""
-    found = {}
-    for row in all_rows:
-        key = tuple(row[k] for k in ("crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps"))
-        found.setdefault((row["dataset"], row["n"]), {})[key] = row
-    return {pool: list(rows.values()) for pool, rows in found.items()}
+def check_event(event):
+    """Raise KeyError, TypeError or ValueError that says what is wrong with a line of metrics.jsonl."""
+    if event["event"] == "iteration":
+        numbers = [event[key] for key in ("exp", "iteration", *LOSSES)]
+    elif event["event"] in ("evaluation", "final"):
+        names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in ACCURACIES for x in event[key])]
+        if not all(isinstance(name, str) for name in names) or not all(event[key] for key in ACCURACIES):
+            raise ValueError(f"an {event['event']} of {names}")
+    else:
+        raise ValueError(f"an unknown event {event['event']}")
+    if not np.isfinite(np.array(numbers, dtype=float)).all():
+        raise ValueError(f"an {event['event']} with values that are not finite")
+
+
+def pools(files):
+    """Rows that may be pooled: of one data set and one number of test images. {(dataset, n): rows}.
+
+    files: {path: rows}. Also returns a line for each file that is left out because it has another accuracy for an attack
+    that an earlier file has: those are two evaluations, and half of each would be none.
+    """
+    found, sources, refused = {}, {}, []
+    for path, rows in files.items():
+        keyed = {tuple(row[k] for k in ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
+                                        "eps")): row for row in rows}
+        other = [key for key, row in keyed.items() if key in found and found[key]["accuracy"] != row["accuracy"]]
+        if other:
+            refused.append(f"{path} and {sources[other[0]]} have different figures for {other[0][5]} on {other[0][2]}; report "
+                           "them apart")
+            continue
+        for key, row in keyed.items():
+            found.setdefault(key, row)
+            sources.setdefault(key, path)
+    pooled = {}
+    for (dataset, n, *_), row in found.items():
+        pooled.setdefault((dataset, n), []).append(row)
+    return pooled, refused
 
 
 def threats_of(dataset):
@@ -201,10 +229,11 @@ def table_1(pool, rows, published, crei_weight):
             found = {t: entries.get((method, targeted, t)) for t in THREAT_MODELS}
             if not any(found.values()):
                 continue
-            ipc = next(e["ipc"] for e in found.values() if e)
+            pooled = {threat: ", ".join(map(str, e["ipc"])) for threat, e in found.items() if e}
+            ipc = pooled.popitem()[1] if len(set(pooled.values())) == 1 else "; ".join(map(": ".join, pooled.items()))
             cells = []
             for threat, entry in found.items():
-                reference = paper.get(method, {}).get(form, {}) if threat == "published" else {}
+                reference = paper.get(method, {}).get(form, {}) if threat == "published" and entry else {}
                 same = bool(entry) and not entry["missing"] and entry["ipc"] == PAPER_IPC
                 cells += [(entry[m] if entry else None, reference.get(m), same) for m in METRICS]
                 if entry and entry["missing"]:
@@ -212,7 +241,7 @@ def table_1(pool, rows, published, crei_weight):
                 if entry and entry["raised"]:
                     table.notes.append(f"{method} {form} {threat}: attacked accuracy is above clean accuracy "
                                        f"({', '.join(entry['raised'])})")
-            table.rows.append([method, form, ", ".join(map(str, ipc)), *cells])
+            table.rows.append([method, form, ipc, *cells])
     table.notes += [f"{what}: {', '.join(names)}" for what, names in lacking.items()]
     table.notes.insert(0, "In brackets: the published figure, pooled over ipc 1, 10 and 50 and all attacks, and the difference "
                        "where ours pools the same. CREI and I-CREI depend on the machine's timings as well.")
@@ -226,28 +255,34 @@ def table_2(pool, rows, published, crei_weight):
     """Black-box I-RR of each method: transfer (mean over the other crafting methods) and query attacks."""
     dataset, n = pool
     threats = threats_of(dataset)
-    query = {(e["method"], e["targeted"], e["threat_model"]): e["I-RR"]
+    query = {(e["method"], e["targeted"], e["threat_model"]): e
              for e in metrics_of(rows, threats, crei_weight) if e["kind"] == "query"}
     transfer = {}
     for e in transfer_of(rows, threats):
         if e["crafted_on"] != e["evaluated_on"]:
-            transfer.setdefault((e["evaluated_on"], e["targeted"], e["threat_model"]), []).append(e["I-RR"])
+            transfer.setdefault((e["evaluated_on"], e["targeted"], e["threat_model"]), []).append(e)
     if not (query or transfer):
         return None
     paper = published["table2_black_box_I-RR_CIFAR10_ipc50"] if dataset == "CIFAR10" else {}
     table = Table(f"table2_{dataset}_{n}", f"Table 2, {dataset}, {n} test images: black-box I-RR (percent)",
                   ["method", "form", *(f"{t} {kind}" for t in THREAT_MODELS for kind in ("transfer", "query"))], [])
+    crafted_on = {}  # what -> methods
     for method in dict.fromkeys(key[0] for key in (*transfer, *query)):
         for targeted in (True, False):
             form, cells = "targeted" if targeted else "untargeted", []
             for threat in THREAT_MODELS:
                 reference = paper.get(method, {}).get(form, {}) if threat == "published" else {}
-                mean = transfer.get((method, targeted, threat))
-                cells += [(float(np.mean(mean)) if mean else None, reference.get("transfer")),
-                          (query.get((method, targeted, threat)), reference.get("query"))]
+                found, asked = transfer.get((method, targeted, threat), []), query.get((method, targeted, threat))
+                cells += [(float(np.mean([e["I-RR"] for e in found])) if found else None, reference.get("transfer"), False),
+                          (asked and asked["I-RR"], reference.get("query"),
+                           bool(asked) and asked["ipc"] == [50] and not asked["missing"])]
+                for e in found:
+                    what = f"{form}, {threat}, ipc {e['ipc']}: {', '.join(e['attacks'])}"
+                    crafted_on.setdefault(what, {})[e["crafted_on"]] = True
             table.rows.append([method, form, *cells])
     table.notes.append("Transfer: mean of I-RR over the crafting methods that are there, the method itself left out. How the "
-                       "paper pools its seven crafting networks is not known; the differences include that.")
+                       "paper pools its seven crafting networks is not known, so no difference is given.")
+    table.notes += [f"transfer {what}, crafted on {', '.join(methods)}" for what, methods in crafted_on.items()]
     return table
 
 
@@ -261,13 +296,22 @@ def table_4(pool, rows, published, crei_weight):
     if not names:
         return None
     table = Table(f"table4_{dataset}_{n}", f"Table 4, {dataset}, {n} test images: ablation (percent)",
-                  ["distilled", "attacked", "form", "I-RR", "I-CREI"], [])
+                  ["distilled", "ipc", "attacked", "form", "I-RR", "I-CREI"], [])
+    lacking = {}  # what -> methods
     for (method, targeted, threat), e in entries.items():
         if method.removesuffix("-pixel") in names:
             form = "targeted" if targeted else "untargeted"
             comparable = threat == "published" and dataset == "CIFAR10" and method in paper
             reference = paper[method][form] if comparable else {}
-            table.rows.append([method, threat, form, *((e[m], reference.get(m)) for m in ("I-RR", "I-CREI"))])
+            same = e["ipc"] == [50] and not e["missing"]
+            table.rows.append([method, ", ".join(map(str, e["ipc"])), threat, form,
+                               *((e[m], reference.get(m), same) for m in ("I-RR", "I-CREI"))])
+            if e["missing"]:
+                lacking.setdefault(f"{form}, {threat}: without {', '.join(e['missing'])}", []).append(method)
+    table.notes += [f"{what}: {', '.join(methods)}" for what, methods in lacking.items()]
+    if any(cell[1] is not None for row in table.rows for cell in row[4:]):
+        table.notes.insert(0, "In brackets: the published figure, of ConvNet at ipc 50 under all attacks, and the difference "
+                           "where ours has the same ipc and attacks.")
     table.notes += [f"no results of {name}" for name in paper if name not in names]
     return table
 
@@ -406,9 +450,13 @@ def figure_tsne(path, data_path, seed):
     from files import read_synset
     from networks import get_network
     sets, meta = read_synset(path)
-    if "flags" not in meta:
-        raise InputError(f"{path} does not say its data set and packing; --tsne takes a set of a ROME script")
+    trained = ("model", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy")
+    if not {"dataset", "packed", "threat_model"} <= set(meta) or not set(trained) <= set(meta.get("flags", {})):
+        raise InputError(f"{path} does not say its data set, packing and training; --tsne takes a set of a ROME script")
     data = utils.load_dataset(meta["dataset"], data_path)
+    source = evaluate.Source(Path(path), "", data.name, meta["flags"]["model"], None, sets=sets, meta=meta)
+    evaluate.fit_normalisation([source], data)
+    evaluate.check_set(source, data)
     threat, model = get_threat_model(meta["threat_model"], data), meta["flags"]["model"]
     images, labels = sets[0]
     if meta["packed"]:
@@ -443,21 +491,22 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     published = json.loads((HERE / "published.json").read_text())
-    out, refused, rows, runs = Path(args.out), [], [], []
+    out, refused, evaluations, runs = Path(args.out), [], {}, {}
     result_files, run_files = find(args.results)
-    for files, read, kept in ((result_files, read_rows, rows), (run_files, read_run, runs)):
+    for files, read, kept in ((result_files, read_rows, evaluations), (run_files, read_run, runs)):
         for path in files:
             try:
-                content = read(path)
-                kept += content if read is read_rows else [content]
+                kept[path] = read(path)
             except InputError as error:
                 refused.append(str(error))
-    if not rows and not runs:
-        raise InputError("; ".join(refused) or f"no results.json and no metrics.jsonl below {', '.join(args.results)}")
+    pooled_rows, left_out = pools(evaluations)
+    refused, runs = refused + left_out, list(runs.values())
+    if not pooled_rows and not runs:
+        raise InputError("; ".join(refused) or f"no result yet below {', '.join(args.results)}")
     all_of_it = not args.table and not args.figure
 
     tables, figures = [], {}
-    for pool, pooled in pools(rows).items():
+    for pool, pooled in pooled_rows.items():
         for number, make in ((1, table_1), (2, table_2), (4, table_4)):
             if all_of_it or number in args.table:
                 tables.append(make(pool, pooled, published, args.crei_weight))
@@ -469,7 +518,9 @@ def main():
         figures.update(figure_4(runs, published))
     if all_of_it:
         tables.append(table_runs(runs))
-        figures.update({f"curves_{run.folder.name}": figure_run(run) for run in runs})
+        names = [run.folder.name for run in runs]
+        figures.update({"curves_" + (run.folder.name if names.count(run.folder.name) == 1
+                                     else f"{run.folder.parent.name}_{run.folder.name}"): figure_run(run) for run in runs})
     if args.tsne:
         figures["tsne"] = figure_tsne(args.tsne, args.data_path, args.seed)
 

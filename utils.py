@@ -297,11 +297,13 @@ def load_robust_prior(args, data):
     for path in map(Path, args.robust_prior):
         about_path = path.with_name(path.name + ".json")
         if not path.is_file():
-            raise InputError(f"--robust_prior {path} does not exist")
+            raise InputError(f"--robust_prior {path} does not exist or is a folder")
         try:
             about = json.loads(about_path.read_text())
             said = {key: about[key] for key in ("model", "dataset", "num_classes", "threat_model")}
             accuracy = float(about["train_robust_acc"])
+            if not 0 <= accuracy <= 1:
+                raise ValueError(f"train_robust_acc is {accuracy}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--robust_prior {path}: {about_path.name}, which says how it was trained, is missing or damaged "
                              f"({type(error).__name__}: {error}); pretrain.py writes it") from None
@@ -501,11 +503,13 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
-        self._lock = lock(self.checkpoint_folder)
+        # The second one stands beside the run folder, which may be moved.
+        self._locks = [lock(self.checkpoint_folder), lock(self.folder.parent, f".{self.name}.lock")]
         self._state_file = StateFile(self.checkpoint_folder, args.save_interval)
         self._same = {"flags": vars(args), "versions": versions(), "device": device_name(data.device),
                       "data": data.fingerprint()}
-        saved, damage = (None, None) if args.fresh else self._state_file.load()
+        saved, damage = (None, None) if args.fresh else self._state_file.load(
+            (*self._same, "progress", "experiment", "seconds", "metrics_bytes", "finished"))
         if saved:
             self._check_saved(saved)
         else:
@@ -525,6 +529,9 @@ class Run:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
         if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
             raise InputError(f"{where} ran on {saved['device']}, this is {self._same['device']}")
+        if saved["progress"].get("sets") and saved["flags"]["Iteration"] != self.args.Iteration:
+            raise InputError(f"--Iteration {self.args.Iteration}: {where} has finished experiments of "
+                             f"{saved['flags']['Iteration']} iterations, and all of its sets are to be alike")
         if saved["experiment"] and saved["experiment"]["it"] > self.args.Iteration:
             raise InputError(f"--Iteration {self.args.Iteration}: {where} is at iteration {saved['experiment']['it']} already")
 
@@ -538,7 +545,9 @@ class Run:
         self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later lines come again
         self.start = time.perf_counter() - saved["seconds"]
         if self.finished:
-            self.say(f"{self.name} is finished: {self.result_file}, {self.folder}; --fresh starts over")
+            other = saved["flags"]["Iteration"] != self.args.Iteration
+            self.say(f"{self.name} is finished: {self.result_file}, {self.folder}; "
+                     + (f"--Iteration {self.args.Iteration} does not prolong it; " if other else "") + "--fresh starts over")
             return
         about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")}}
         write_json(self.folder / "flags.json", about)
@@ -571,7 +580,7 @@ class Run:
                 self.save_state()
         finally:
             self._interrupts.restore()
-            for file in (self._log, self._metrics, self._lock):
+            for file in (self._log, self._metrics, *self._locks):
                 file.close()
 
     # ------------------------------------------------------------------------------------------------------ saved state
@@ -696,6 +705,14 @@ def at_least(low, kind=int):
     return parse
 
 
+def fraction(text):
+    """An argparse type: a number between 0 and 1."""
+    value = at_least(0, float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def method_name(text):
     """An argparse type: a name that can stand between underscores in a file name."""
     if not re.fullmatch(r"[A-Za-z0-9+.-]+", text):
@@ -734,8 +751,9 @@ def run_script(main):
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except Interrupted as stop:
-        rest = "the same command goes on from here" if stop.whole else "the same command goes on from the last saved state"
-        print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {rest}", file=sys.stderr)
+        rest = "goes on from here" if stop.whole else "goes on from the last saved state"
+        same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+        print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {same} {rest}", file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

@@ -326,6 +326,9 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch):
     (["--networks", "x", "--method", "a", "b"], "2 name"),
     (["--synset", "x", "--dsa_strategy", "colour"], "colour"),
     (["--networks", "x", "--eps", "-1"], "at least 0"),
+    (["--networks", "x", "--eps", "4", "--attacks", "CW", "Deepfool"], "no attack that --eps bounds"),
+    (["--networks", "x", "--crei_weight", "7"], "7 is not between 0 and 1"),
+    (["--networks", "x", "--method", "a/b"], "'a/b' is not made of"),
 ])
 def test_bad_flags(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -348,6 +351,9 @@ def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
     refused("have the same name", "--networks", first, tmp_path / "copy" / first.name)
     (tmp_path / "copy" / digits_set.name).write_bytes(digits_set.read_bytes())
     refused("would be pooled: tell them apart with --method", "--synset", digits_set, tmp_path / "copy" / digits_set.name)
+    (tmp_path / "copy" / "DC_LeNet_Digits_10_PGD_0.7.pth").write_bytes(first.read_bytes())
+    refused("would be pooled", "--networks", first, tmp_path / "copy" / "DC_LeNet_Digits_10_PGD_0.7.pth")
+    refused("would be pooled", "--synset", digits_set, "--networks", first, "--method", "A", "A")
     refused("--limit 1000 is more than the 360", "--networks", first, "--limit", 1000)
     refused("--craft_on IDM: the methods here are DC", "--networks", first, "--craft_on", "IDM")
     images, labels = torch.load(digits_set, weights_only=True)["data"][0]
@@ -356,7 +362,10 @@ def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
             ({"data": [[images, labels - 1]]}, "labels from -1 to 8"),
             ({"data": [[images[:-1], labels[:-1]]]}, "9 to 10 images each"),
             ({"data": [[images[:, :, :16, :16], labels]]}, r"images are \(3, 16, 16\)"),
-            ({"data": [[images, labels]], "meta": {"mean": [0.1, 0.2, 0.3]}}, r"normalised with mean \[0.1, 0.2, 0.3\]")):
+            ({"data": [[images, labels]], "meta": {"mean": [0.1, 0.2, 0.3]}}, r"normalised with mean \[0.1, 0.2, 0.3\]"),
+            ({"data": [[images, labels]], "meta": {"mean": [0.1, 0.2]}}, r"normalised with mean \[0.1, 0.2\]"),
+            *(({"data": [[images, labels]], "meta": meta}, "of its meta is") for meta in (
+                {"flags": []}, {"dataset": ["Digits"]}, {"flags": {"model": []}}, {"mean": ["a"] * 3}, {"packed": "no"}))):
         torch.save({"meta": {}, **change}, tmp_path / "res_X_Digits_LeNet_10ipc.pt")
         refused(message, "--synset", tmp_path / "res_X_Digits_LeNet_10ipc.pt", *SMALL)
 
@@ -378,9 +387,62 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     torch.save(state, changed)
     with pytest.raises(InputError, match="not the file that"):
         run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
-    (tmp_path / "own" / "results.json").write_text('{"rows": [')
-    with pytest.raises(InputError, match="results.json is damaged"):
-        run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
+    whole = json.loads((tmp_path / "own" / "results.json").read_text())
+    for damaged in ('{"rows": [', "[]", *(json.dumps({**whole, key: value}) for key, value in (
+            ("rows", None), ("rows", [{}]), ("flags", []), ("networks", []), ("versions", None)))):
+        (tmp_path / "own" / "results.json").write_text(damaged)
+        with pytest.raises(InputError, match="results.json is damaged"):
+            run(monkeypatch, tmp_path / "own", "--networks", changed, *common[2:], "--resume")
+
+
+def test_networks_of_another_set_or_training_are_not_taken_over(digits_set, tmp_path, monkeypatch):
+    path, out = tmp_path / digits_set.name, tmp_path / "out"
+    path.write_bytes(digits_set.read_bytes())
+    arguments = ["--synset", path, *SMALL, "--epoch_eval_train", 1, "--attacks", "FGSM", "--targeted"]
+    run(monkeypatch, out, *arguments)
+    content = torch.load(path, weights_only=True)
+    content["data"][0][0] += 0.1
+    torch.save(content, path)
+    with pytest.raises(InputError, match="was trained with another set_sha256 .*choose another --out"):
+        run(monkeypatch, out, *arguments, "--resume")
+    path.write_bytes(digits_set.read_bytes())
+    (out / "results.json").unlink()
+    with pytest.raises(InputError, match="was trained with another seed .0 instead of 5"):
+        run(monkeypatch, out, *arguments, "--seed", 5)
+
+
+def test_a_network_that_diverged_is_no_result(digits_set, tmp_path, monkeypatch):
+    with pytest.raises(FloatingPointError, match="after training on .*--lr_net 1e.30"):
+        run(monkeypatch, tmp_path, "--synset", digits_set, *SMALL, "--lr_net", "1e30")
+    assert not list((tmp_path / "networks").iterdir())
+
+
+def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, monkeypatch):
+    """Its finished slices are taken over, although the resumed run has an attack that would come before it."""
+    monkeypatch.setattr(evaluate, "SLICE", 10)
+    common = ["--networks", digits_networks[0], "--threat_model", "pixel", "--untargeted", "--no_sanity", "--limit", 30]
+    run_slice, done = evaluate.run_slice, []
+
+    def disturbed(job, number, *rest):
+        if (job.attack, number) == ("PGD", 2) and "stopped" not in done:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append((job.attack, number))
+        return run_slice(job, number, *rest)
+    monkeypatch.setattr(evaluate, "run_slice", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path / "out", *common, "--attacks", "PGD")
+    del done[:done.index("stopped")]
+    run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "PGD", "--resume")
+    assert done == ["stopped", ("PGD", 2), ("FGSM", 0), ("FGSM", 1), ("FGSM", 2)]
+
+
+def test_a_missing_package_is_missed_at_the_start(digits_networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    for flags in (["--attacks", "AA", "--no_sanity"], ["--attacks", "FGSM"]):
+        with pytest.raises(InputError, match="need the package pyautoattack"):
+            run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_evaluations_in_one_folder(digits_networks, tmp_path, monkeypatch):
@@ -394,5 +456,5 @@ def test_one_line_for_the_user(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, ROOT / "evaluate.py", "--networks", "nowhere.pth"], cwd=tmp_path,
                             capture_output=True, text=True, env=environment)
-    assert result.returncode == 1 and result.stderr == "evaluate.py: error: nowhere.pth does not exist\n"
+    assert result.returncode == 1 and result.stderr == "evaluate.py: error: nowhere.pth does not exist or is a folder\n"
     assert list(tmp_path.iterdir()) == []

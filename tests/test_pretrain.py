@@ -88,6 +88,29 @@ def test_a_finished_network_is_not_trained_again(pretrained, monkeypatch, capsys
         main(monkeypatch, pretrained.parent, *FLAGS, "--epochs", "5")
 
 
+def test_fresh_and_interrupted_in_the_test(pretrained, tmp_path, monkeypatch):
+    """--fresh forgets the network that was there; an interruption of the final test does not repeat the training."""
+    one = [*FLAGS, "--num_nets", "1"]
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for ending in ("", ".json"):
+        (folder / f"{NETWORKS[0]}{ending}").write_bytes((pretrained / f"{NETWORKS[0]}{ending}").read_bytes())
+    forward, steps = pretrain.forward, []
+
+    def counted(net, images):
+        steps.append(1)
+        return forward(net, images)
+    monkeypatch.setattr(pretrain, "forward", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "robust_accuracy", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            main(patch, tmp_path, *one, "--fresh")
+    assert steps and not (folder / NETWORKS[0]).exists()
+    steps.clear()
+    main(monkeypatch, tmp_path, *one)
+    assert not steps and (folder / NETWORKS[0]).read_bytes() == (pretrained / NETWORKS[0]).read_bytes()
+
+
 def test_learning_rate():
     args = pretrain.parse_args(["--lr_net", "0.1", "--warm_up", "0.1"])
     rates = [pretrain.learning_rate(args, step, 100) for step in range(100)]
@@ -128,6 +151,7 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
     ({"num_classes": 100}, "its num_classes is 100, this run's 10"),
     ({"threat_model": "published"}, "its threat_model is published, this run's pixel"),
     ({"train_robust_acc": None}, "missing or damaged"),
+    ({"train_robust_acc": 31.7}, "missing or damaged"),
     (None, "json, which says how it was trained, is missing"),
 ])
 def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, change, message):
@@ -148,6 +172,8 @@ def test_a_prior_that_is_no_network(pretrained, tmp_path, monkeypatch):
         main(monkeypatch, tmp_path, *ROME, "--robust_prior", str(tmp_path / "prior.pth"), script=rome)
     with pytest.raises(InputError, match="nowhere.pth does not exist"):
         main(monkeypatch, tmp_path, *ROME, "--robust_prior", "nowhere.pth", script=rome)
+    with pytest.raises(SystemExit):
+        rome.parse_args(["--robust_prior", "prior.pth", "--zca"])
 
 
 # -------------------------------------------------------------------------------------------------------------- ablations

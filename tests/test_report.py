@@ -104,6 +104,9 @@ def test_tables_2_and_4_and_figure_3(tmp_path, monkeypatch, capsys):
             for crafted in ("BACON", "IDM"):
                 rows.append(row(method, 50, "PGD", False, 0.2 if crafted == method else 0.5, threat, crafted))
         rows += [row("+AP", 50, "Clean", None, 0.5, threat), row("+AP", 50, "PGD", True, 0.4, threat)]
+        for method, ipc in (("+RPM", 1), ("+RPM+AP", 50)):
+            rows.append(row(method, ipc, "Clean", None, 0.5, threat))
+            rows += [row(method, ipc, attack, True, 0.4, threat) for attack in ("FGSM", "PGD", "PGD_L2", "CW")]
     out = main(monkeypatch, capsys, write(tmp_path / "in", rows), "--out", tmp_path / "out")
 
     def irr(clean, attacked):
@@ -116,7 +119,19 @@ def test_tables_2_and_4_and_figure_3(tmp_path, monkeypatch, capsys):
             assert float(cell[f"{threat} transfer"]) == pytest.approx(irr(clean, [0.5]))
             assert float(cell[f"{threat} query"]) == pytest.approx(irr(clean, [0.3]))
         assert float(cell["published query published"]) == paper[method]["untargeted"]["query"]
-    assert f"{irr(0.5, [0.4]):.2f} (94.66, " in out and "no results of Baseline" in out
+        assert cell["published query difference"] == ""  # SPSA is missing
+        assert cell["published transfer difference"] == ""
+    # +AP has one attack of four, +RPM has all of them at ipc 1, +RPM+AP at ipc 50.
+    assert f"{irr(0.5, [0.4]):.2f} (94.66)" in out and "CW at ipc 50: +AP" in out and "no results of Baseline" in out
+    grid = f"{irr(0.5, [0.4] * 4):.2f}"
+    lines = {(line["distilled"], line["form"]): line for line in csv.DictReader(
+        (tmp_path / "out" / "table4_CIFAR10_10000.csv").open()) if line["attacked"] == "published"}
+    paper = PUBLISHED["table4_ablation_CIFAR10_ipc50"]
+    for name, difference in (("+RPM", ""), ("+RPM+AP", float(grid) - paper["+RPM+AP"]["targeted"]["I-RR"])):
+        line = lines[name, "targeted"]
+        assert f"{float(line['I-RR']):.2f}" == grid and line["I-RR published"] == str(paper[name]["targeted"]["I-RR"])
+        found = line["I-RR difference"]
+        assert found == difference if difference == "" else float(found) == pytest.approx(difference)
     for threat in ("published", "pixel"):
         for ending in ("png", "pdf"):
             assert (tmp_path / "out" / f"figure3_CIFAR10_10000_{threat}_untargeted_ipc_50.{ending}").stat().st_size > 1000
@@ -152,19 +167,43 @@ def test_runs_finished_and_going_and_the_sweep(tmp_path, monkeypatch, capsys):
     assert figures == {"figure4_0.png", "curves_a.png", "curves_b.png", "curves_c.png", "curves_other.png"}
 
 
+WRONG = [("seconds", "1"), ("seconds", float("nan")), ("method", None), ("n", 2.5), ("targeted", "yes"), ("eps", "a"),
+         ("ipc", "10"), ("dataset", "a/b"), ("dataset", [])]
+
+
+def test_two_evaluations_of_the_same_names_are_not_mixed(tmp_path, monkeypatch, capsys):
+    """Four networks at 25 %, two of the same names at 75 %: the second file is left out as a whole, and named."""
+    for name, networks, accuracy in (("a", 4, 0.25), ("b", 2, 0.75), ("c", 2, 0.25)):
+        rows = [{**row("ROME", 1, "Clean", None, accuracy), "evaluated_on": f"{i}.pth", "crafted_on": f"{i}.pth"}
+                for i in range(networks)]
+        write(tmp_path / "in" / name, rows)
+    write(tmp_path / "in" / "recorded", [row("DC", 1, "Clean", None, 0.5)])  # what came with the repository
+    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    assert "| Clean | 25.00 +- 0.00" in out and "DC" not in out.replace("no results of Full-size, DC", "")
+    assert [line for line in out.splitlines() if "refused" in line] == [
+        f"refused: {tmp_path}/in/b/results.json and {tmp_path}/in/a/results.json have different figures for Clean on 0.pth; "
+        "report them apart"]
+    assert "DC" in main(monkeypatch, capsys, tmp_path / "in" / "recorded", "--out", tmp_path / "out")
+
+
 def test_damaged_and_foreign_files_are_named_and_the_rest_is_reported(tmp_path, monkeypatch, capsys):
     write(tmp_path / "in" / "good", bacon_rows())
     for name, text in (("damaged", '{"rows": [{'), ("foreign", '{"a": 1}'), ("list", "[1]"),
                        ("impossible", json.dumps({"rows": [row("X", 1, "PGD", True, 1.5)]})),
-                       ("unknown", json.dumps({"rows": [row("X", 1, "PDG", True, 0.5)]}))):
+                       ("unknown", json.dumps({"rows": [row("X", 1, "PDG", True, 0.5)]})),
+                       *((f"{key}{i}", json.dumps({"rows": [{**row("X", 1, "PGD", True, 0.5), key: value}]}))
+                         for i, (key, value) in enumerate(WRONG))):
         (tmp_path / "in" / name).mkdir()
         (tmp_path / "in" / name / "results.json").write_text(text)
-    (tmp_path / "in" / "run").mkdir()
-    (tmp_path / "in" / "run" / "metrics.jsonl").write_text('{"event": "iteration"}\n')
+    final = '{"event": "final", "set": "a", "model": "b", "n": 5, "clean_acc": null, "clamp_acc": [1], "robust_acc": [1]}'
+    for i, line in enumerate(('{"event": "iteration"}', final, '{"event": "else"}', "[1]")):
+        write_run(tmp_path / "in" / f"run{i}", 0.2, True)
+        (tmp_path / "in" / f"run{i}" / "metrics.jsonl").write_text(line + "\n")
+    write_run(tmp_path / "in" / "run4", "much", True)
     out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
     refused = [line for line in out.splitlines() if line.startswith("refused: ")]
-    assert len(refused) == 6 and "36.83 (36.83, " in out
-    for name in ("damaged", "foreign", "list", "impossible", "unknown", "run"):
+    assert len(refused) == 5 + len(WRONG) + 5 and "36.83 (36.83, " in out
+    for name in ("damaged", "foreign", "list", "impossible", "unknown", *(f"run{i}" for i in range(5))):
         assert any(f"/{name}/" in line for line in refused)
     (tmp_path / "in" / "good" / "results.json").unlink()
     with pytest.raises(InputError, match="foreign.*no result of evaluate.py"):

@@ -32,6 +32,7 @@ def main(monkeypatch, folder, *flags):
     """ROME_cifar10.py in this process, its files under `folder`."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(utils, "SELECT_IMAGES", 100)
     monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *FLAGS, *flags])
     rome.main()
 
@@ -58,15 +59,16 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("where, signum", [("outer_iteration", signal.SIGINT), ("outer_iteration", signal.SIGTERM),
-                                           ("train_on_set", signal.SIGTERM), ("save_grids", signal.SIGINT)])
+                                           ("train_on_set", signal.SIGTERM), ("save_grids", signal.SIGINT),
+                                           ("report_evaluation", signal.SIGINT), ("save_result", signal.SIGTERM)])
 def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, monkeypatch, where, signum):
     """A signal at every call of a function, one run after the other, until a run gets through."""
-    owner = {"outer_iteration": rome, "train_on_set": utils, "save_grids": utils.Run}[where]
+    owner = {"outer_iteration": rome, "train_on_set": utils}.get(where, utils.Run)
     function, calls = getattr(owner, where), []
 
     def disturbed(*args, **options):
         calls.append(1)
-        if len(calls) % 5 == 3:
+        if len(calls) % 5 == 3 or where == "save_result":
             os.kill(os.getpid(), signum)
         return function(*args, **options)
     monkeypatch.setattr(owner, where, disturbed)
@@ -79,7 +81,7 @@ def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, mo
         except Interrupted as stop:
             stops += 1
             assert stop.whole and stop.exit_status == 128 + signum
-    assert signal.getsignal(signum) is before and stops >= 2
+    assert signal.getsignal(signum) is before and (stops >= 2 or where in ("report_evaluation", "save_result"))
     assert final_files(tmp_path) == final_files(undisturbed)
     for event in ("iteration", "evaluation", "final"):
         assert events(tmp_path, event) == events(undisturbed, event), event
@@ -159,6 +161,49 @@ def test_flags_that_may_change(stopped, monkeypatch):
     lines = [json.loads(line) for line in (stopped / "elsewhere" / NAME / "metrics.jsonl").read_text().splitlines()]
     assert {(line["exp"], line["iteration"]) for line in lines if line["event"] == "evaluation" and "best_so_far" in line} == {
         (0, 10), (1, 5), (1, 10)}
+
+
+def test_sets_of_one_run_have_equally_many_iterations(undisturbed, tmp_path, monkeypatch, capsys):
+    outer_iteration, calls = rome.outer_iteration, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) == 12:  # in the second experiment
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outer_iteration(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(rome, "outer_iteration", disturbed)
+        with pytest.raises(Interrupted):
+            main(patch, tmp_path)
+    with pytest.raises(InputError, match="--Iteration 12: .* finished experiments of 9 iterations"):
+        main(monkeypatch, tmp_path, "--Iteration", "12")
+    main(monkeypatch, undisturbed, "--Iteration", "12")
+    assert "--Iteration 12 does not prolong it" in capsys.readouterr().out
+
+
+def test_two_runs_with_one_result_folder(stopped, monkeypatch):
+    held = lock(stopped / "result", f".{NAME}.lock")
+    with pytest.raises(InputError, match=f"another run .process {os.getpid()}. is writing to result"):
+        main(monkeypatch, stopped, "--checkpoint_path", "elsewhere")
+    held.close()
+
+
+def test_a_state_of_something_else(stopped, monkeypatch):
+    for name in ("state.pt", "state.previous.pt"):
+        torch.save({"data": []}, stopped / "checkpoints" / NAME / name)
+    with pytest.raises(InputError, match="state.pt is no saved state of this script.*--fresh"):
+        main(monkeypatch, stopped)
+
+
+def test_after_fresh_the_message_is_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rome, "outer_iteration", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or {
+        key: 0.0 for key in ("loss_robustness", "loss_performance", "w_f", "loss_pool")})
+    monkeypatch.chdir(tmp_path)
+    for flags, same in (([], "the same command goes on"), (["--fresh"], "the same command without --fresh goes on")):
+        monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *FLAGS, "--no_baseline", *flags])
+        with pytest.raises(SystemExit) as stop:
+            utils.run_script(rome.main)
+        assert stop.value.code == 143 and same in capsys.readouterr().err
 
 
 def test_fresh_starts_over(stopped, undisturbed, monkeypatch, capsys):
@@ -290,15 +335,23 @@ def test_pool_round_trip():
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
-def start(folder, program=(ROOT / "ROME_cifar10.py",), **options):
-    return subprocess.Popen([sys.executable, *program, *FLAGS, "--save_interval", "1"], cwd=folder,
+PROGRAM = """
+import utils, ROME_cifar10
+utils.SELECT_IMAGES = 100
+utils.run_script(ROME_cifar10.main)
+"""
+
+
+def start(folder, before="", **options):
+    """ROME_cifar10.py as a process, after some lines of code."""
+    return subprocess.Popen([sys.executable, "-c", before + PROGRAM, *FLAGS, "--save_interval", "1"], cwd=folder,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options)
 
 
-# Programs that kill themselves in their fourth save: with half of the file written; between its two renamings.
+# With this the process kills itself in its fourth save: with half of the file written; between its two renamings.
 KILLED_IN_A_SAVE = ["""
-import io, os, signal, torch, ROME_cifar10, utils
+import io, os, signal, torch
 save, saves = torch.save, []
 def half(content, file):
     saves.append(file.name) if file.name.endswith("-state.pt") else None
@@ -310,9 +363,8 @@ def half(content, file):
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half
-utils.run_script(ROME_cifar10.main)
 """, """
-import os, signal, ROME_cifar10, utils
+import os, signal
 replace, saves = os.replace, []
 def half(source, target):
     replace(source, target)
@@ -320,7 +372,6 @@ def half(source, target):
     if len(saves) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = half
-utils.run_script(ROME_cifar10.main)
 """]
 
 
@@ -369,8 +420,8 @@ def test_killed_interrupted_starved_and_doubled_as_processes(tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()
     states = folder / "checkpoints" / NAME
-    for program, left in zip(KILLED_IN_A_SAVE, ({"state.pt", "state.previous.pt"}, {"state.previous.pt"})):
-        process = start(folder, ("-c", program))
+    for before, left in zip(KILLED_IN_A_SAVE, ({"state.pt", "state.previous.pt"}, {"state.previous.pt"})):
+        process = start(folder, before)
         _, err = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, err
         assert {p.name for p in states.glob("state*")} == left and len(list(states.glob(".partial-*-state.pt"))) == 1
