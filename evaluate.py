@@ -688,12 +688,12 @@ def warnings_of(content):
 
 
 def transfer_matrices(entries):
-    """Yields (title, (crafted, evaluated) array of I-RR, crafting methods, evaluated methods), if there is any transfer."""
-    if all(e["crafted_on"] == e["evaluated_on"] for e in entries):
-        return
+    """Yields (title, (crafted, evaluated) array of I-RR, crafting methods, evaluated methods) where there is any transfer."""
     for group in dict.fromkeys((e["threat_model"], e["targeted"], e["ipc"]) for e in entries):
         inside = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in entries
                   if (e["threat_model"], e["targeted"], e["ipc"]) == group}
+        if all(crafted == evaluated for crafted, evaluated in inside):
+            continue
         crafted, evaluated_on = (list(dict.fromkeys(names)) for names in zip(*inside))
         threat, targeted, ipc = group
         yield (f"{threat} {'targeted' if targeted else 'untargeted'}, ipc {ipc}",

@@ -325,14 +325,17 @@ def table_accuracy(pool, rows):
     keys = {key for found in groups.values() for cells in found.values() for key in cells}
     order = (*CONTROLS, *ATTACKS)
     keys = sorted(keys, key=lambda key: (order.index(key[0]), str(key[1]), key[2] or 0))
-    table = Table(f"accuracy_{dataset}_{n}", f"Accuracy per attack, {dataset}, {n} test images (percent; mean +- standard "
-                  "deviation over networks; in brackets the binomial 95 % interval)",
-                  ["attack", *(f"{method}, ipc {ipc}, {t}" for t, (method, ipc) in columns)], [])
+    if not columns:
+        return None
+    grid = [["attack", *(f"{method}, ipc {ipc}, {t}" for t, (method, ipc) in columns)]]
     for key in keys:
         cells = [groups[t][group].get(key) for t, group in columns]
         kind = "" if key[0] in CONTROLS or ATTACKS[key[0]].eps else " (minimum norm)"
-        table.rows.append([label(*key) + kind, *(cell_text(cell) if cell else None for cell in cells)])
-    return table if len(columns) else None
+        grid.append([label(*key) + kind, *(cell_text(cell) if cell else None for cell in cells)])
+    if len(columns) > len(keys):  # the shorter side goes across the page
+        grid = [list(column) for column in zip(*grid)]
+    return Table(f"accuracy_{dataset}_{n}", f"Accuracy per attack, {dataset}, {n} test images (percent; mean +- standard "
+                 "deviation over networks; in brackets the binomial 95 % interval)", grid[0], grid[1:])
 
 
 def table_runs(runs):
@@ -505,7 +508,18 @@ def main():
         raise InputError("; ".join(refused) or f"no result yet below {', '.join(args.results)}")
     all_of_it = not args.table and not args.figure
 
-    tables, figures = [], {}
+    out.mkdir(parents=True, exist_ok=True)
+    tables, figures = [], []
+
+    def draw(named_figures):
+        for name, figure in named_figures:
+            for ending in ("png", "pdf"):
+                write_atomically(out / f"{name}.{ending}", lambda partial: figure.savefig(partial, dpi=150))  # noqa: B023
+            plt.close(figure)
+            figures.append(name)
+
+    if args.tsne:
+        draw([("tsne", figure_tsne(args.tsne, args.data_path, args.seed))])
     for pool, pooled in pooled_rows.items():
         for number, make in ((1, table_1), (2, table_2), (4, table_4)):
             if all_of_it or number in args.table:
@@ -513,33 +527,25 @@ def main():
         if all_of_it:
             tables.append(table_accuracy(pool, pooled))
         if all_of_it or 3 in args.figure:
-            figures.update(figure_3(pool, pooled, published))
+            draw(figure_3(pool, pooled, published))
     if all_of_it or 4 in args.figure:
-        figures.update(figure_4(runs, published))
+        draw(figure_4(runs, published))
     if all_of_it:
         tables.append(table_runs(runs))
         names = [run.folder.name for run in runs]
-        figures.update({"curves_" + (run.folder.name if names.count(run.folder.name) == 1
-                                     else f"{run.folder.parent.name}_{run.folder.name}"): figure_run(run) for run in runs})
-    if args.tsne:
-        figures["tsne"] = figure_tsne(args.tsne, args.data_path, args.seed)
-
-    out.mkdir(parents=True, exist_ok=True)
+        draw(("curves_" + ("" if names.count(run.folder.name) == 1 else f"{run.folder.parent.name}_") + run.folder.name,
+              figure_run(run)) for run in runs)
     tables = [table for table in tables if table]
     for table in tables:
         for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             write_text(out / f"{table.name}.{ending}", text)
-    for name, figure in figures.items():
-        for ending in ("png", "pdf"):
-            write_atomically(out / f"{name}.{ending}", lambda partial: figure.savefig(partial, dpi=150))  # noqa: B023
-        plt.close(figure)
     body = "\n".join(table.markdown() for table in tables)
     if args.readme:
         replace_section(Path(args.readme), body)
     print(body)
     for line in refused:
         print(f"refused: {line}")
-    print(f"{len(tables)} table(s), {len(figures)} figure(s) in {out}: {', '.join([t.name for t in tables] + list(figures))}")
+    print(f"{len(tables)} table(s), {len(figures)} figure(s) in {out}: {', '.join([t.name for t in tables] + figures)}")
 
 
 def replace_section(path, body):
