@@ -476,7 +476,7 @@ def figure_tsne(path, data_path, seed):
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     ends = np.cumsum([0, *map(len, embeddings)])
     for ax, shown in zip(axes, ((0, "real test images"), (1, "the same, attacked"))):
-        for part, name, marker, size in ((shown[0], shown[1], ".", 12), (2, "synthetic", "*", 70)):
+        for part, name, marker, size in ((shown[0], shown[1], ".", 40), (2, "synthetic", "*", 90)):
             colours = (labels if part == 2 else real_labels) % 10
             xy = points[ends[part]:ends[part + 1]]
             ax.scatter(xy[:, 0], xy[:, 1], s=size, c=colours, cmap="tab10", vmin=0, vmax=9, marker=marker, label=name,
