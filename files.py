@@ -215,7 +215,7 @@ def _check_meta(path, meta):
     if isinstance(flags, dict) and "model" in flags:
         found["flags.model"] = flags["model"], str
     for key, (value, kind) in found.items():
-        if not isinstance(value, kind) or kind is list and not all(isinstance(number, float) for number in value):
+        if not isinstance(value, kind) or kind is list and not all(isinstance(x, (int, float)) for x in value):
             raise InputError(f"{path}: {key} of its meta is {str(value)[:60]!r}, no {kind.__name__}"
                              + (" of numbers" if kind is list else ""))
 
