@@ -632,12 +632,15 @@ class Run:
                      + (f"  select {percent(columns['select_acc'])}" if "select_acc" in columns else ""))
 
     def save_grids(self, name, images):
-        """PNG grids, a row a class (ten images a row at ipc 1); a packed set also with its sub-images."""
-        ipc = self.args.ipc
-        save_grid(self.folder / f"{name}.png", images, self.data, per_row=ipc if ipc > 1 else 10)
+        """PNG grids, a row a class or, of many classes, several (ten at ipc 1); a packed set also with its sub-images."""
+        ipc, classes = self.args.ipc, self.data.num_classes
+
+        def per_row(per_class):
+            return per_class * max(1, math.isqrt(classes // per_class))
+        save_grid(self.folder / f"{name}.png", images, self.data, per_row=per_row(ipc) if ipc > 1 else 10)
         if self.args.aug:
             parts = torch.stack(unpack(images).chunk(4), dim=1).flatten(0, 1)  # (C*ipc*4, 3, H, W): class-major again
-            save_grid(self.folder / f"{name}_unpacked.png", parts, self.data, per_row=4 * ipc)
+            save_grid(self.folder / f"{name}_unpacked.png", parts, self.data, per_row=per_row(4 * ipc))
 
     def _meta(self, **more):
         args, data = self.args, self.data
