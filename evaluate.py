@@ -590,7 +590,10 @@ def metrics_of(rows, threats, crei_weight):
 
 
 def transfer_of(rows, threats):
-    """I-RR (percent) by crafting and evaluated method, for each threat model, form and IPC setting (Figure 3 of the paper)."""
+    """I-RR (percent) by crafting and evaluated method, for each threat model, form and IPC setting (Figure 3 of the paper).
+
+    Of a method with itself only the white-box figures count, where each network is attacked itself.
+    """
     entries, clean = [], {}
     for row in rows:
         if row["attack"] == "Clean":
@@ -604,7 +607,7 @@ def transfer_of(rows, threats):
             continue
         if spec.eps is None or row["eps"] == spec.eps(threats[row["threat_model"]]):
             (crafted_method, crafted_ipc), (method, ipc) = methods[row["crafted_on"]], methods[row["evaluated_on"]]
-            if crafted_ipc == ipc:
+            if crafted_ipc == ipc and (crafted_method != method or row["crafted_on"] == row["evaluated_on"]):
                 cell = cells.setdefault((row["threat_model"], row["targeted"], ipc, crafted_method, method), {})
                 cell.setdefault(row["attack"], []).append((row["accuracy"], clean[evaluated]))
     for (threat, targeted, ipc, crafted, method), attacks in cells.items():
@@ -706,7 +709,8 @@ def heat_map(axes, matrix, crafted, evaluated_on):
     for (i, j), value in np.ndenumerate(matrix):
         if not np.isnan(value):
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
-    axes.set_xticks(range(len(evaluated_on)), evaluated_on)
+    long = max(map(len, evaluated_on)) > 8
+    axes.set_xticks(range(len(evaluated_on)), evaluated_on, **({"rotation": 30, "ha": "right"} if long else {}))
     axes.set_yticks(range(len(crafted)), crafted)
     axes.set(xlabel="evaluated on", ylabel="crafted on")
     return image

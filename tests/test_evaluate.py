@@ -250,6 +250,22 @@ def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     assert {r["evaluated_on"] for r in content["rows"] if r["attack"] == "FGSM"} == {p.name for p in digits_networks}
 
 
+def test_the_diagonal_of_the_transfer_is_white_box():
+    """Two networks a method: attacked itself, 10 %; from its sister, 30 %; from another method, 40 %."""
+    rows = []
+    for evaluated_on in ("A0", "A1", "B0", "B1"):
+        common = {"threat_model": "pixel", "ipc": 1, "method": evaluated_on[0], "evaluated_on": evaluated_on}
+        rows.append({**common, "attack": "Clean", "targeted": None, "eps": None, "crafted_on": evaluated_on, "accuracy": 0.5})
+        for crafted_on in ("A0", "A1", "B0", "B1"):
+            accuracy = 0.1 if crafted_on == evaluated_on else 0.3 if crafted_on[0] == evaluated_on[0] else 0.4
+            rows.append({**common, "attack": "PGD", "targeted": False, "eps": 8 / 255, "crafted_on": crafted_on,
+                         "accuracy": accuracy})
+    threats = {"pixel": get_threat_model("pixel", utils.load_dataset("Digits", "."))}
+    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in evaluate.transfer_of(rows, threats)}
+    white_box, transfer = (100 * (1 - (0.5 - a) ** 2 / 0.5**2) for a in (0.1, 0.4))
+    assert cells == pytest.approx({("A", "A"): white_box, ("B", "B"): white_box, ("A", "B"): transfer, ("B", "A"): transfer})
+
+
 def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
     content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "PGD", "CW", "--untargeted",
                   "--eps", 0, 8, 32, 128, "--threat_model", "pixel", "--limit", 60, "--no_sanity")
