@@ -271,7 +271,7 @@ def test_commands_parse(command):
                "report.py": report}
     args = modules[script].parse_args(words[words.index(script) + 1:])
     if script.startswith("ROME"):
-        assert args.aug and args.lr_img == 0.2 and args.dataset.lower() in script
+        assert args.aug == (args.method != "ROME-unpacked") and args.lr_img == 0.2 and args.dataset.lower() in script
 
 
 def test_the_two_scripts_differ_in_header_and_dataset_block_only():
@@ -439,7 +439,8 @@ def test_cifar_like_run_and_a_second_one(tmp_path, cifar_like):
     assert again.returncode == 0, again.stderr
     assert "held an earlier run, now in" in again.stdout and "will be replaced" in again.stdout
     name = "ROME_CIFAR10_ConvNetW32_1ipc_published_seed0"
-    assert {p.name for p in (tmp_path / "result").iterdir()} == {name, f"{name}.1", "ROME_res_ROME_CIFAR10_ConvNetW32_1ipc.pt"}
+    assert {p.name for p in (tmp_path / "result").iterdir()} == {
+        name, f"{name}.1", f".{name}.lock", "ROME_res_ROME_CIFAR10_ConvNetW32_1ipc.pt"}
 
 
 def test_missing_data_as_a_user_sees_it(tmp_path):
