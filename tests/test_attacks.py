@@ -305,6 +305,28 @@ def test_finished_images_leave_the_batch_without_a_trace(attack):
     assert torch.allclose(together, alone, atol=1e-9)
 
 
+def test_deepfool_looks_at_few_classes_and_finds_the_same(digits_lenet, monkeypatch):
+    """What is left out, classes far away and images that stand still, changes next to nothing."""
+    net, x, labels = digits_lenet
+    net, x = copy.deepcopy(net).double(), x.double()
+    seen = []
+
+    def model(z):
+        seen.append(len(z))
+        return net(z)
+    quick = deepfool(model, x, labels)
+    quick_passes = sum(seen)
+    monkeypatch.setattr(attacks, "STEEPER", float("inf"))
+    whole = deepfool(model, x, labels)
+    other = ((quick - whole).abs() > 1e-9).flatten(1).any(1)
+    changes = [(x_adv - x)[other].flatten(1).norm(dim=1) for x_adv in (quick, whole)]
+    assert other.sum() <= 2 and (changes[0] < 1.05 * changes[1]).all()  # of 200
+    assert quick_passes < 2 * (sum(seen) - quick_passes)
+    seen.clear()
+    flat = deepfool(lambda z: 0 * model(z) + torch.eye(10, dtype=x.dtype)[labels[:2]], x[:2], labels[:2])  # no step moves these
+    assert torch.equal(flat, x[:2]) and seen == [2]
+
+
 def test_deepfool_candidates():
     """Three candidates find the same neighbours as all nine, and one does not take more than it must."""
     net = get_network("LeNet", 3, 10, (32, 32), seed=0).double().eval()
