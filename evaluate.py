@@ -853,9 +853,11 @@ def compile_planned(args, jobs, victims, n, data):
 
 def run_job(job, victims, test, threat, data, args, results, bar):
     """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
-    slices = results.slices(job, victims)
     size = 4 * SLICE if job.attack == "Deepfool" else SLICE
     parts = list(zip(*(tensor.split(size) for tensor in test)))
+    slices = results.slices(job, victims)
+    if [s["n"] for s in slices] != [len(labels) for _, labels in parts[:len(slices)]]:
+        slices = []  # of another version of this file, which cut them otherwise
     bar.update(sum(len(labels) for _, labels in parts[:len(slices)]))
     with torch.no_grad():
         victims[0].net(parts[0][0])  # warm-up

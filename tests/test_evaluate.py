@@ -453,6 +453,23 @@ def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, 
     assert done == ["stopped", ("PGD", 2), ("FGSM", 0), ("FGSM", 1), ("FGSM", 2)]
 
 
+def test_slices_of_another_size_are_not_taken_over(digits_networks, tmp_path, monkeypatch):
+    flags = ["--networks", digits_networks[0], "--threat_model", "pixel", "--attacks", "Deepfool", "--no_sanity", "--limit", 30]
+    save_slices = evaluate.Results.save_slices
+
+    def stop(results, job, victims, slices):
+        save_slices(results, job, victims, slices)
+        if job.attack == "Deepfool":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "SLICE", 5)
+        patched.setattr(evaluate.Results, "save_slices", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, tmp_path / "out", *flags)
+    content = run(monkeypatch, tmp_path / "out", *flags, "--resume")
+    assert {row["n"] for row in content["rows"]} == {30}
+
+
 def test_a_missing_package_is_missed_at_the_start(digits_networks, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     for flags in (["--attacks", "AA", "--no_sanity"], ["--attacks", "FGSM"]):
