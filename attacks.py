@@ -228,8 +228,9 @@ def deepfool(model, x, labels, *, steps=50, overshoot=0.02, candidates=None, bat
         expected = first_norm[rows] * (MARGIN * steepest if number >= logits.shape[1] else STEEPER)
         more = ahead.scatter(1, other[:, None], torch.inf).amin(1) < nearest[rows] * expected
         if candidates is not None:
-            more &= (others & ~left)[rows].sum(1) < candidates
-        ready, z = rows[right & ~more], z.detach()[right & ~more]
+            more &= (others[rows] & ~left[rows]).sum(1) < candidates
+        steps_now = right & ~more
+        ready, z = rows[steps_now], z.detach()[steps_now]
         x_adv[ready] = (z + (1 + overshoot) * change[ready]).clamp(0, 1)
         nearest[ready], left[ready] = torch.inf, others[ready]
         taken[ready] += 1
@@ -317,7 +318,7 @@ class Attack:
     run: with the common arguments above. norm: "Linf" or "L2". eps, step_size: threat model -> default in attack space; an
     attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees
     logits only. random: takes a generator. gives_up: returns an image that it cannot attack as it came. batches: takes all
-    images and the size of its batches. options: threat model -> what else it is told.
+    images and the size of its batches, which it keeps full. options: threat model -> what else it is told.
     """
 
     run: Callable

@@ -37,7 +37,7 @@ from utils import at_least, attack_chunk, stream, stream_seed
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
 QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 CONTROLS = ("Clean", "Clamp-only")
-SLICE = 256  # images between two saves; four times as many for DeepFool, which keeps its batches full to the last ones
+SLICE = 256  # images between two saves; four times as many of an attack that keeps its batches full to the last ones
 SANITY_IMAGES = 100
 # Flags that a resumed run may change: they add work and leave what is done as it is.
 MAY_CHANGE = ("out", "resume", "device", "attacks", "threat_model", "targeted", "untargeted", "eps", "query", "transfer",
@@ -234,7 +234,11 @@ def victim_of_network(source, data):
     net = get_network(source.model, data.channel, data.num_classes, data.size, 0)
     load_into(net, source.path)
     return Victim(source.path.name, source.method, source.ipc, source.model, net.to(data.device).eval(),
-                  about={"file": str(source.path), "sha256": hashlib.sha256(source.path.read_bytes()).hexdigest()})
+                  about={"file": str(source.path), "sha256": _sha256(source.path)})
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def victims_of_set(args, source, data, folder):
@@ -242,7 +246,7 @@ def victims_of_set(args, source, data, folder):
     earlier part of the run has trained."""
     folder.mkdir(exist_ok=True)
     training = {key: getattr(args, key) for key in ("seed", "epoch_eval_train", "batch_train", "lr_net", "dsa_strategy")}
-    training |= {"set_sha256": hashlib.sha256(source.path.read_bytes()).hexdigest()}
+    training["set_sha256"] = _sha256(source.path)
     for exp, (images, labels) in enumerate(source.sets):
         ipc, packed = len(labels) // data.num_classes, source.meta.get("packed", args.packed)
         images, labels = images.to(data.device), labels.to(data.device)
@@ -274,7 +278,7 @@ def victims_of_set(args, source, data, folder):
                 utils.check_finite({f"a weight of {name} after training on {source.path} (--lr_net {args.lr_net})":
                                     float(sum(p.detach().abs().sum() for p in net.parameters()))})
                 write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
-                about["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                about["sha256"] = _sha256(folder / name)
                 write_json(notes, about)
             else:
                 load_into(net, folder / name)
@@ -493,7 +497,7 @@ class Results:
         """Rows of a job that is done, in place of those that fewer evaluated networks have left."""
         self.content["rows"] = [row for row in self.content["rows"] if not job.is_of(row)] + rows
         self.save()
-        if self.is_unfinished(job):
+        if self.unfinished()["job"] == vars(job):
             self.unfinished_path.unlink()
 
     def save(self):
@@ -501,15 +505,12 @@ class Results:
 
     def slices(self, job, victims):
         """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks."""
-        unfinished = self._unfinished()
+        unfinished = self.unfinished()
         same = unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in victims]
         return unfinished["slices"] if same else []
 
-    def is_unfinished(self, job):
-        """Whether `job` is the one that was interrupted."""
-        return self._unfinished()["job"] == vars(job)
-
-    def _unfinished(self):
+    def unfinished(self):
+        """What is known of the job that was interrupted: its fields, the networks evaluated on, its finished slices."""
         try:
             unfinished = json.loads(self.unfinished_path.read_text())
             return {key: unfinished[key] for key in ("job", "evaluated_on", "slices")}
@@ -811,7 +812,8 @@ def run(args, sources, victims, data, results):
     test = data.take("test", slice(args.limit or None))
     jobs = plan(args, victims, threats)
     waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
-    waiting.sort(key=results.is_unfinished, reverse=True)  # before another one takes its place
+    interrupted = results.unfinished()["job"]
+    waiting.sort(key=lambda job: vars(job) != interrupted)  # that one first, before another one takes its place
     if args.compile:
         compile_planned(args, waiting, victims, len(test[1]), data)
     rate = utils.image_gradients_per_second(victims[0].net, data, next(iter(threats.values())))
@@ -853,7 +855,7 @@ def compile_planned(args, jobs, victims, n, data):
 
 def run_job(job, victims, test, threat, data, args, results, bar):
     """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
-    size = 4 * SLICE if job.attack == "Deepfool" else SLICE
+    size = 4 * SLICE if job.attack in ATTACKS and ATTACKS[job.attack].batches else SLICE
     parts = list(zip(*(tensor.split(size) for tensor in test)))
     slices = results.slices(job, victims)
     if [s["n"] for s in slices] != [len(labels) for _, labels in parts[:len(slices)]]:

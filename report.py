@@ -17,16 +17,27 @@ from pathlib import Path
 
 import numpy as np
 
-import evaluate
 import utils
 from attacks import ATTACKS, THREAT_MODELS, get_threat_model
-from evaluate import CONTROLS, cell_text, groups_of, heat_map, label, metrics_of, transfer_matrices, transfer_of
+from evaluate import (
+    CONTROLS,
+    Source,
+    cell_text,
+    check_rows,
+    check_set,
+    fit_normalisation,
+    groups_of,
+    heat_map,
+    label,
+    metrics_of,
+    transfer_matrices,
+    transfer_of,
+)
 from files import InputError, write_atomically, write_text
 
 HERE = Path(__file__).parent
 METRICS = ("RR", "CREI", "I-RR", "I-CREI")
 PAPER_IPC = [1, 10, 50]  # what Table 1 pools
-ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")
 LOSSES = ("loss_robustness", "loss_performance", "loss_pool", "w_f")
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 
@@ -81,7 +92,7 @@ def read_rows(path):
     """The rows of a results.json. Raises InputError if it is damaged or foreign."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        evaluate.check_rows(rows)
+        check_rows(rows)
         return rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or no result of evaluate.py ({type(error).__name__}: {error})") from None
@@ -109,8 +120,8 @@ def check_event(event):
     if event["event"] == "iteration":
         numbers = [event[key] for key in ("exp", "iteration", *LOSSES)]
     elif event["event"] in ("evaluation", "final"):
-        names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in ACCURACIES for x in event[key])]
-        if not all(isinstance(name, str) for name in names) or not all(event[key] for key in ACCURACIES):
+        names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in utils.ACCURACIES for x in event[key])]
+        if not all(isinstance(name, str) for name in names) or not all(event[key] for key in utils.ACCURACIES):
             raise ValueError(f"an {event['event']} of {names}")
     else:
         raise ValueError(f"an unknown event {event['event']}")
@@ -124,21 +135,21 @@ def pools(files):
     files: {path: rows}. Also returns a line for each file that is left out because it has another accuracy for an attack
     that an earlier file has: those are two evaluations, and half of each would be none.
     """
-    found, sources, refused = {}, {}, []
+    found, refused = {}, []  # key -> (path, row)
     for path, rows in files.items():
         keyed = {tuple(row[k] for k in ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
                                         "eps")): row for row in rows}
-        other = [key for key, row in keyed.items() if key in found and found[key]["accuracy"] != row["accuracy"]]
+        other = [key for key, row in keyed.items() if key in found and found[key][1]["accuracy"] != row["accuracy"]]
         if other:
-            refused.append(f"{path} and {sources[other[0]]} have different figures for {other[0][5]} on {other[0][2]}; report "
+            earlier, row = found[other[0]]
+            refused.append(f"{path} and {earlier} have different figures for {row['attack']} on {row['crafted_on']}; report "
                            "them apart")
             continue
         for key, row in keyed.items():
-            found.setdefault(key, row)
-            sources.setdefault(key, path)
+            found.setdefault(key, (path, row))
     pooled = {}
-    for (dataset, n, *_), row in found.items():
-        pooled.setdefault((dataset, n), []).append(row)
+    for _, row in found.values():
+        pooled.setdefault((row["dataset"], row["n"]), []).append(row)
     return pooled, refused
 
 
@@ -351,7 +362,7 @@ def table_runs(runs):
             state = f"going, iteration {done} of {run.flags['Iteration']} or more"
         for e in last:
             table.rows.append([run.title(), e["set"], e["model"],
-                               *(utils.percent(e[key]).strip() for key in ("clean_acc", "clamp_acc", "robust_acc")), e["n"],
+                               *(utils.percent(e[key]).strip() for key in utils.ACCURACIES), e["n"],
                                state])
     return table if table.rows else None
 
@@ -457,9 +468,9 @@ def figure_tsne(path, data_path, seed):
     if not {"dataset", "packed", "threat_model"} <= set(meta) or not set(trained) <= set(meta.get("flags", {})):
         raise InputError(f"{path} does not say its data set, packing and training; --tsne takes a set of a ROME script")
     data = utils.load_dataset(meta["dataset"], data_path)
-    source = evaluate.Source(Path(path), "", data.name, meta["flags"]["model"], None, sets=sets, meta=meta)
-    evaluate.fit_normalisation([source], data)
-    evaluate.check_set(source, data)
+    source = Source(Path(path), "", data.name, meta["flags"]["model"], None, sets=sets, meta=meta)
+    fit_normalisation([source], data)
+    check_set(source, data)
     threat, model = get_threat_model(meta["threat_model"], data), meta["flags"]["model"]
     images, labels = sets[0]
     if meta["packed"]:

@@ -29,6 +29,7 @@ from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_fl
 from files import InputError, load_into, read_npz, write_atomically, write_json, write_tensors
 from networks import eval_pool, get_network
 
+ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # of a row of an Evaluator, as fractions
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
 
 
@@ -665,7 +666,7 @@ class Run:
             for model, columns in by_model(rows).items():
                 self.metric("final", set=name, model=model, **columns)
                 self.say(f"{name:<24} {model:<12} " + " ".join(
-                    f"{percent(columns[key]):>15}" for key in ("clean_acc", "clamp_acc", "robust_acc")))
+                    f"{percent(columns[key]):>15}" for key in ACCURACIES))
         self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
 
 
@@ -674,7 +675,7 @@ def by_model(rows):
     models = {}
     for row in rows:
         columns = models.setdefault(row["model"], {"n": row["n"]})
-        for key in ("clean_acc", "clamp_acc", "robust_acc", "select_acc"):
+        for key in (*ACCURACIES, "select_acc"):
             if row[key] is not None:
                 columns.setdefault(key, []).append(row[key])
     return models
