@@ -266,7 +266,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
         if it in evaluated_at and it != evaluated:
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
             with run.uninterrupted():
-                select_acc = float(np.mean([row["robust_acc" if args.select == "test" else "select_acc"] for row in rows]))
+                select_acc = float(np.mean([row["select_acc"] for row in rows]))
                 run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=select_acc > best_acc)
                 run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
                 if select_acc > best_acc:

@@ -201,15 +201,15 @@ def main():
             about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
                      "threat_model": args.threat_model, "train_robust_acc": train_acc,
                      "clean_acc": utils.accuracy(net, images, labels),
-                     "robust_acc": utils.robust_accuracy(net, images, labels, threat, rng), "n": len(labels),
+                     **utils.robust_accuracies(net, images, labels, threat, rng), "n": len(labels),
                      "seed": args.seed, "flags": vars(args), "versions": utils.versions(),
                      "device": utils.device_name(data.device)}
             with interrupts.deferred():
                 write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
                 write_json(about_path, about)
                 states.remove()
-            print(f"{path}: clean {100 * about['clean_acc']:.2f} %, under targeted PGD {100 * about['robust_acc']:.2f} % of "
-                  f"{len(labels)} test images, in training {100 * train_acc:.2f} %; "
+            measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in utils.COLUMNS.items() if key in about)
+            print(f"{path}: {measured} of {len(labels)} test images, in training {100 * train_acc:.2f} %; "
                   f"{utils.duration(time.perf_counter() - start)}", flush=True)
     finally:
         interrupts.restore()

@@ -120,8 +120,9 @@ def check_event(event):
     if event["event"] == "iteration":
         numbers = [event[key] for key in ("exp", "iteration", *LOSSES)]
     elif event["event"] in ("evaluation", "final"):
-        names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in utils.ACCURACIES for x in event[key])]
-        if not all(isinstance(name, str) for name in names) or not all(event[key] for key in utils.ACCURACIES):
+        measured = [*utils.ACCURACIES, *(key for key in utils.COLUMNS if key in event and key not in utils.ACCURACIES)]
+        names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in measured for x in event[key])]
+        if not all(isinstance(name, str) for name in names) or not all(event[key] for key in measured):
             raise ValueError(f"an {event['event']} of {names}")
     else:
         raise ValueError(f"an unknown event {event['event']}")
@@ -352,7 +353,7 @@ def table_accuracy(pool, rows):
 def table_runs(runs):
     """The last figures of each run: distilled set and baselines."""
     table = Table("runs", "Distilled sets (accuracy in percent, mean +- standard deviation over networks)",
-                  ["run", "set", "network", "clean", "clamp-only", "robust", "n", "state"], [])
+                  ["run", "set", "network", *utils.COLUMNS.values(), "judged by", "n", "state"], [])
     for run in runs:
         last = run.of("final")
         state = "finished"
@@ -362,9 +363,15 @@ def table_runs(runs):
             state = f"going, iteration {done} of {run.flags['Iteration']} or more"
         for e in last:
             table.rows.append([run.title(), e["set"], e["model"],
-                               *(utils.percent(e[key]).strip() for key in utils.ACCURACIES), e["n"],
-                               state])
+                               *(utils.percent(e[key]).strip() if key in e else None for key in utils.COLUMNS),
+                               judged_by(e), e["n"], state])
     return table if table.rows else None
+
+
+def judged_by(event):
+    """The attack behind the robust accuracies of an evaluation. Under `pixel` it was targeted, as under `published`, until the
+    smaller radii came."""
+    return "untargeted PGD-20" if "robust_2_acc" in event else "targeted PGD-10"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -433,10 +440,11 @@ def figure_run(run):
     weight.set_ylim(bottom=0)
     if iterations:
         losses.legend(fontsize=8)
-    names = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_acc": "robust (PGD)"}
-    for i, (key, name) in enumerate(names.items()):
+    for i, (key, name) in enumerate(utils.COLUMNS.items()):
         points = {}
         for e in run.of("evaluation"):
+            if key not in e:
+                continue
             if e["set"] == run.flags["method"] and not e.get("final"):
                 points.setdefault(e["iteration"], []).extend(e[key])
             elif e["set"] == "random real" and e["exp"] == 0:

@@ -29,7 +29,11 @@ from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_fl
 from files import InputError, load_into, read_npz, write_atomically, write_json, write_tensors
 from networks import eval_pool, get_network
 
-ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # of a row of an Evaluator, as fractions
+# The accuracies in a row of an Evaluator, fractions, and their names in tables. `robust_acc` is at the eps of the threat model
+# (8/255); the smaller radii are measured under `pixel` only.
+COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "robust 2/255", "robust_4_acc": "robust 4/255",
+           "robust_acc": "robust 8/255"}
+ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
 
 
@@ -357,9 +361,20 @@ def accuracy(net, images, labels, chunk=1024):
     return float(correct) / len(labels)
 
 
-def robust_accuracy(net, images, labels, threat, generator, chunk=CHUNK):
-    """Accuracy (fraction) under targeted PGD, 10 steps, random start (SPEC 3.1). Arguments as in `accuracy`."""
-    return accuracy(net, attack_images(net, images, labels, threat, generator, chunk=chunk), labels)
+def robust_accuracies(net, images, labels, threat, generator, chunk=CHUNK):
+    """Accuracies (fractions) under PGD with a random start, as the threat model judges: under `published` targeted, 10 steps
+    (SPEC 3.1); under `pixel` untargeted, 20 steps, at 2, 4 and 8 of 255. Arguments as in `accuracy`.
+
+    Returns {column: accuracy}, the columns those of COLUMNS that are robust ones.
+    """
+    columns = [column for column in COLUMNS if column.startswith("robust_")][-len(threat.judge_eps):]
+    return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, chunk=chunk, **threat.judge),
+                             labels) for column, eps in zip(columns, threat.judge_eps)}
+
+
+def judge_cost(threat):
+    """Image-gradients that `robust_accuracies` takes of an image."""
+    return threat.judge["steps"] * len(threat.judge_eps)
 
 
 class Evaluator:
@@ -384,27 +399,32 @@ class Evaluator:
     def __call__(self, images, labels, packed, *key, select=False):
         """images: (N, C, H, W) normalised, 2x2-packed if `packed`; labels: (N,). key: names the random streams.
 
-        Returns one dict a network: model, clean_acc, clamp_acc (the clamp-only control), robust_acc (targeted PGD), all
-        fractions of the n test images; select_acc (like robust_acc, on the selection images; None unless `select` and
-        there are some); seconds.
+        Returns one dict a network: model; clean_acc, clamp_acc (the clamp-only control) and the columns of
+        `robust_accuracies`, all fractions of the n test images; select_acc, the mean of those columns on the selection images
+        (with --select test, on the test images), None unless `select`; seconds.
         """
         if packed:
             images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W), (4N,)
-        return [self._one_network(images, labels, model, ("evaluate", *key, model, i), select and self.select_set)
+        return [self._one_network(images, labels, model, ("evaluate", *key, model, i), select)
                 for model in self.models for i in range(self.num_eval)]
 
-    def _one_network(self, images, labels, model, key, select_set):
+    def _one_network(self, images, labels, model, key, select):
         start, data, threat = time.perf_counter(), self.data, self.threat
         net = get_network(model, data.channel, data.num_classes, data.size, stream_seed(self.seed, *key, "init"), data.device)
         train_on_set(net, images, labels, generator=stream(self.seed, *key, "train"), **self.protocol)
         rng = stream(self.seed, *key, "attack", device=data.device)
         test_images, test_labels = self.test_set
+        robust = robust_accuracies(net, test_images, test_labels, threat, rng, self.chunk)
+        select_acc = None
+        if select:
+            judged = robust_accuracies(net, *self.select_set, threat, rng, self.chunk) if self.select_set else robust
+            select_acc = float(np.mean(list(judged.values())))
         return {
             "model": model,
             "clean_acc": accuracy(net, test_images, test_labels),
             "clamp_acc": accuracy(net, threat.clamp_only(test_images), test_labels),
-            "robust_acc": robust_accuracy(net, test_images, test_labels, threat, rng, self.chunk),
-            "select_acc": robust_accuracy(net, *select_set, threat, rng, self.chunk) if select_set else None,
+            **robust,
+            "select_acc": select_acc,
             "n": len(test_labels),
             "seconds": round(time.perf_counter() - start, 2),
         }
@@ -628,9 +648,8 @@ class Run:
         where = " ".join(name if value is True else f"{name} {value}" for name, value in values.items() if value is not False)
         for model, columns in by_model(rows).items():
             self.metric("evaluation", **values, model=model, **columns)
-            self.say(f"{where}, {model}: clean {percent(columns['clean_acc'])}  clamp-only {percent(columns['clamp_acc'])}  "
-                     f"robust {percent(columns['robust_acc'])}"
-                     + (f"  select {percent(columns['select_acc'])}" if "select_acc" in columns else ""))
+            self.say(f"{where}, {model}: " + "  ".join(f"{name} {percent(columns[key])}" for key, name in
+                                                       {**COLUMNS, "select_acc": "select"}.items() if key in columns))
 
     def save_grids(self, name, images):
         """PNG grids, a row a class or, of many classes, several (ten at ipc 1); a packed set also with its sub-images."""
@@ -659,14 +678,14 @@ class Run:
         """The final file and the final table. sets: (images, labels) an experiment; table: {set name: rows}."""
         save_synset(self.result_file, sets, table[self.args.method], self._meta())
         args = self.args
+        measured = [key for key in COLUMNS if key in table[args.method][0]]
         self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
                  f"{args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
-                 f"{'set':<24} {'network':<12} {'clean':>15} {'clamp-only':>15} {'robust':>15}")
+                 f"{'set':<24} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
         for name, rows in table.items():
             for model, columns in by_model(rows).items():
                 self.metric("final", set=name, model=model, **columns)
-                self.say(f"{name:<24} {model:<12} " + " ".join(
-                    f"{percent(columns[key]):>15}" for key in ACCURACIES))
+                self.say(f"{name:<24} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
         self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
 
 
@@ -675,8 +694,8 @@ def by_model(rows):
     models = {}
     for row in rows:
         columns = models.setdefault(row["model"], {"n": row["n"]})
-        for key in (*ACCURACIES, "select_acc"):
-            if row[key] is not None:
+        for key in (*COLUMNS, "select_acc"):
+            if row.get(key) is not None:
                 columns.setdefault(key, []).append(row[key])
     return models
 
@@ -868,13 +887,13 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
     networks = len(models) * args.num_eval
     # A training step costs 1.5 image-gradients: it has the gradient of the weights as well.
     gradients_report = networks * (1.5 * trained_on * (args.epoch_eval_train + 1)
-                                   + (PGD_STEPS + 1) * (args.test_limit or test_size))
-    gradients_select = networks * (PGD_STEPS + 1) * (min(SELECT_IMAGES, train_size) if args.select == "train" else 0)
+                                   + (judge_cost(threat) + 1) * (args.test_limit or test_size))
+    gradients_select = networks * judge_cost(threat) * (min(SELECT_IMAGES, train_size) if args.select == "train" else 0)
 
     net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
     flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
     if args.compile:
-        compile_planned(net, data, *planned_batches(args, data), run.say)
+        compile_planned(net, data, *planned_batches(args, data, threat), run.say)
     rate = image_gradients_per_second(net, data, threat)
     clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
     clock.expect("evaluation", evaluations * args.num_exp, (gradients_report + gradients_select) / rate)
@@ -907,7 +926,7 @@ def set_batches(count, batch, epochs):
 COMPILE_PAYS_WITHIN = 50  # outer iterations
 
 
-def planned_batches(args, data):
+def planned_batches(args, data, threat):
     """The batches of COMPILE_PAYS_WITHIN outer iterations and one evaluation, whatever --Iteration says: a run that is given
     more iterations later computes the same as one that had them from the start.
 
@@ -915,9 +934,9 @@ def planned_batches(args, data):
     """
     attacked, trained, chunk = collections.Counter(), collections.Counter(), attack_chunk(data.device, args.chunk)
 
-    def attack(images, times):
-        attacked[chunk] += images // chunk * chunk * PGD_STEPS * times
-        attacked[images % chunk] += images % chunk * PGD_STEPS * times
+    def attack(images, times, steps=PGD_STEPS):
+        attacked[chunk] += images // chunk * chunk * steps * times
+        attacked[images % chunk] += images % chunk * steps * times
 
     updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
     steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.inner_loop * args.fetch_net_num * args.model_train_steps
@@ -926,7 +945,7 @@ def planned_batches(args, data):
         attack(sum(min(args.batch_real, data.class_size(c)) for c in classes), updates)
     attack(pool_batch if args.attack_pool else 0, steps)
     trained[pool_batch] += 1.5 * pool_batch * steps
-    attack(args.test_limit or len(data.labels["test"]), args.num_eval)
+    attack(args.test_limit or len(data.labels["test"]), args.num_eval, judge_cost(threat))
     trained_on = args.ipc * data.num_classes * (4 if args.aug else 1)
     return attacked, trained + set_batches(trained_on, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))
 

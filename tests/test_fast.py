@@ -117,7 +117,7 @@ def test_planned_batches():
     data = random_dataset(per_class=80)
     args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
                             "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
-    attacked, trained = utils.planned_batches(args, data)
+    attacked, trained = utils.planned_batches(args, data, get_threat_model("published", data))
     # 640 images an update = 5 x 128; 200 pool images = 128 + 72, 4 steps; 800 test images = 6 x 128 + 32, two networks
     assert attacked[128] == 10 * (50 * 640 + 50 * 4 * 128 + 2 * 768)
     assert attacked[72] == 10 * 50 * 4 * 72 and attacked[32] == 10 * 2 * 32
@@ -125,7 +125,10 @@ def test_planned_batches():
     assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
     more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
     less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
-    assert utils.planned_batches(more, data) == utils.planned_batches(less, data)
+    published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))
+    assert utils.planned_batches(more, data, published) == utils.planned_batches(less, data, published)
+    judged, _ = utils.planned_batches(args, data, pixel)
+    assert judged[32] == 3 * 20 * 2 * 32  # 20 steps at three radii
 
 
 def test_precision():

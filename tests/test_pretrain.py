@@ -102,7 +102,7 @@ def test_fresh_and_interrupted_in_the_test(pretrained, tmp_path, monkeypatch):
         return forward(net, images)
     monkeypatch.setattr(pretrain, "forward", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "robust_accuracy", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(utils, "robust_accuracies", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
             main(patch, tmp_path, *one, "--fresh")
     assert steps and not (folder / NETWORKS[0]).exists()

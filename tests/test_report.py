@@ -137,11 +137,12 @@ def test_tables_2_and_4_and_figure_3(tmp_path, monkeypatch, capsys):
             assert (tmp_path / "out" / f"figure3_CIFAR10_10000_{threat}_untargeted_ipc_50.{ending}").stat().st_size > 1000
 
 
-def write_run(folder, align_weight, final, flags=None):
+def write_run(folder, align_weight, final, flags=None, more=None):
     folder.mkdir(parents=True)
     flags = {"method": "ROME", "dataset": "CIFAR10", "model": "ConvNet", "ipc": 50, "threat_model": "published",
              "Iteration": 40, "align_weight": align_weight, "save_path": str(folder), **(flags or {})}
-    accuracies = {"model": "ConvNet", "n": 100, "clean_acc": [0.5, 0.6], "clamp_acc": [0.4, 0.5], "robust_acc": [0.3, 0.4]}
+    accuracies = {"model": "ConvNet", "n": 100, "clean_acc": [0.5, 0.6], "clamp_acc": [0.4, 0.5], "robust_acc": [0.3, 0.4],
+                  **(more or {})}
     events = [{"event": "evaluation", "exp": 0, "set": "random real", **accuracies}]
     for it in (0, 10, 20):
         events.append({"event": "iteration", "exp": 0, "iteration": it, "loss_robustness": 9.0 - it / 4,
@@ -160,11 +161,16 @@ def test_runs_finished_and_going_and_the_sweep(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "in" / "c", 0.5, False)
     with open(tmp_path / "in" / "c" / "metrics.jsonl", "a") as file:
         file.write('{"event": "iter')  # being written at this moment
+    smaller = {"robust_2_acc": [0.5, 0.5], "robust_4_acc": [0.4, 0.4]}
+    write_run(tmp_path / "in" / "pixel", 0.2, True, {"threat_model": "pixel"}, smaller)
     out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
-    assert "| 55.00 +- 5.00 | 45.00 +- 5.00 | 35.00 +- 5.00 | 100 | finished |" in out
+    assert "| 55.00 +- 5.00 | 45.00 +- 5.00 |  |  | 35.00 +- 5.00 | targeted PGD-10 | 100 | finished |" in out
+    assert ("| 55.00 +- 5.00 | 45.00 +- 5.00 | 50.00 +- 0.00 | 40.00 +- 0.00 | 35.00 +- 5.00 | untargeted PGD-20 | 100 | "
+            "finished |") in out
     assert "going, iteration 21 of 40 or more" in out and "refused" not in out
     figures = {p.name for p in (tmp_path / "out").glob("*.png")}
-    assert figures == {"figure4_0.png", "curves_a.png", "curves_b.png", "curves_c.png", "curves_other.png"}
+    assert figures == {"figure4_0.png", "curves_a.png", "curves_b.png", "curves_c.png", "curves_other.png",
+                       "curves_pixel.png"}
 
 
 WRONG = [("seconds", "1"), ("seconds", float("nan")), ("method", None), ("n", 2.5), ("targeted", "yes"), ("eps", "a"),

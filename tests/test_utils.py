@@ -1,5 +1,6 @@
 """Data, random streams, the pool, training on a set, and the files of a run."""
 import argparse
+import dataclasses
 import json
 import os
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from conftest import random_dataset
 
+import attacks
 import utils
+from attacks import get_threat_model
 from networks import get_network
 from utils import InputError
 
@@ -236,6 +239,28 @@ def test_accuracy_counts():
     assert utils.accuracy(Echo(), x, torch.tensor([0, 1, 2, 0, 0, 0, 0]), chunk=3) == pytest.approx(4 / 7)
 
 
+@pytest.mark.parametrize("name, targeted, steps, radii", [("published", True, 10, {"robust_acc": 8}),
+                                                         ("pixel", False, 20, {"robust_2_acc": 2, "robust_4_acc": 4,
+                                                                               "robust_acc": 8})])
+def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, radii):
+    """PGD with a random start, with the steps, form and radii of the threat model, and a step size that goes with the radius."""
+    asked, threat = [], get_threat_model(name, digits)
+    net, generator = get_network("MLP", 3, 10, (32, 32), 0), torch.Generator().manual_seed(0)
+
+    def pgd(model, x, labels, **options):
+        asked.append((options, labels))
+        return x.clamp(0, 1)
+    monkeypatch.setitem(attacks.ATTACKS, "PGD", dataclasses.replace(attacks.ATTACKS["PGD"], run=pgd))
+    images, labels = digits.take("test", slice(20))
+    measured = utils.robust_accuracies(net, images, labels, threat, generator)
+    assert list(measured) == list(radii) and utils.judge_cost(threat) == steps * len(radii)
+    for (options, goal), (column, radius) in zip(asked, radii.items(), strict=True):
+        assert options == {"eps": radius / 255, "step_size": threat.step_size * radius / 8, "steps": steps, "targeted": targeted,
+                           "generator": generator}
+        assert torch.equal(goal, (labels + 1) % 10 if targeted else labels)
+        assert measured[column] == utils.accuracy(net, threat.clamp_only(images), labels)
+
+
 def flags(**changes):
     values = {"eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 0, "select": "train", "seed": 0,
               "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none", "chunk": 0}
@@ -244,22 +269,24 @@ def flags(**changes):
 
 def test_evaluator(digits, monkeypatch):
     """Trained on ten real digits a class, networks know most of the others; the rows are complete and repeatable."""
-    from attacks import get_threat_model
-    monkeypatch.setattr(utils, "SELECT_IMAGES", 200)
+    monkeypatch.setattr(utils, "SELECT_IMAGES", 60)
     threat = get_threat_model("pixel", digits)
     x = torch.cat([digits.sample_class(c, 10, torch.Generator().manual_seed(0)) for c in range(10)])
     y = torch.arange(10).repeat_interleave(10)
-    evaluate = utils.Evaluator(flags(test_limit=100), digits, threat)
+    evaluate = utils.Evaluator(flags(test_limit=50), digits, threat)
     rows = evaluate(x, y, False, 0, "test", select=True)
     assert len(rows) == 2 and rows[0]["robust_acc"] != rows[1]["robust_acc"]  # two networks, not one twice
     for row in rows:
-        assert row["clean_acc"] > 0.8 and row["n"] == 100
-        assert row["clamp_acc"] == row["clean_acc"] >= row["robust_acc"]  # pixel: the clamp does nothing
-    again = utils.Evaluator(flags(test_limit=100, select="test"), digits, threat)(x, y, False, 0, "test", select=True)
+        assert row["clean_acc"] > 0.8 and row["n"] == 50
+        assert row["clamp_acc"] == row["clean_acc"]  # pixel: the clamp does nothing
+        assert row["clean_acc"] >= row["robust_2_acc"] >= row["robust_4_acc"] >= row["robust_acc"]
+    again = utils.Evaluator(flags(test_limit=50, select="test"), digits, threat)(x, y, False, 0, "test", select=True)
     for row, same in zip(rows, again):
-        assert same["select_acc"] is None and row["select_acc"] > 0.5
+        assert same["select_acc"] == pytest.approx(np.mean([same[k] for k in ("robust_2_acc", "robust_4_acc", "robust_acc")]))
+        assert row["select_acc"] > 0.5 and row["select_acc"] != same["select_acc"]
         assert [row[k] for k in ("clean_acc", "robust_acc")] == [same[k] for k in ("clean_acc", "robust_acc")]
-    other = utils.Evaluator(flags(test_limit=100, seed=1), digits, threat)(x, y, False, 0, "test")
+    other = utils.Evaluator(flags(test_limit=50, seed=1, num_eval=1), digits, threat)(x, y, False, 0, "test")
+    assert other[0]["select_acc"] is None
     assert [r["robust_acc"] for r in other] != [r["robust_acc"] for r in rows]
 
 
