@@ -564,6 +564,7 @@ class Run:
         self._log = open(self.folder / "log.txt", "a")
         self._metrics = open(self.folder / "metrics.jsonl", "a")
         self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later lines come again
+        self._metrics.seek(0, os.SEEK_END)  # truncation leaves the position, which the next state records, where it was
         self.start = time.perf_counter() - saved["seconds"]
         if self.finished:
             other = saved["flags"]["Iteration"] != self.args.Iteration

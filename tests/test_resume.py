@@ -141,6 +141,30 @@ def test_both_states_damaged(stopped, monkeypatch):
         main(monkeypatch, stopped)
 
 
+def test_killed_again_before_a_new_line(undisturbed, tmp_path, monkeypatch):
+    """Killed after a line that no state knows of; stopped before that line came again; killed after it: no line comes twice."""
+    outer_iteration, calls = rome.outer_iteration, []
+
+    class Killed(Exception):
+        pass
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) in (6, 9):  # iteration 5; the last state is older than the line of the evaluation before iteration 4
+            raise Killed
+        if len(calls) == 7:  # iteration 3 again
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outer_iteration(*args)
+    monkeypatch.setattr(rome, "outer_iteration", disturbed)
+    for stop in (Killed, Interrupted, Killed):
+        with pytest.raises(stop):
+            main(monkeypatch, tmp_path, "--save_interval", "3")
+    main(monkeypatch, tmp_path, "--save_interval", "3")
+    for event in ("iteration", "evaluation", "final"):
+        assert events(tmp_path, event) == events(undisturbed, event), event
+    assert final_files(tmp_path) == final_files(undisturbed)
+
+
 def test_contradicting_flags_are_refused_by_name(stopped, undisturbed, monkeypatch):
     for flags, message in ((["--lr_img", "0.3"], r"--lr_img is 0.3, .* has 0.2.*may change.*--fresh"),
                            (["--net_num", "6"], "--net_num is 6"), (["--optim", "adam"], "--optim is adam"),
@@ -412,6 +436,8 @@ def test_ten_kills_at_random_moments(tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert final_files(tmp_path / "b") == expected
+    for event in ("iteration", "evaluation", "final"):
+        assert events(tmp_path / "b", event) == events(tmp_path / "a", event), event
 
 
 def test_killed_interrupted_starved_and_doubled_as_processes(tmp_path):
