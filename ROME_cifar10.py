@@ -24,9 +24,9 @@ from utils import at_least, stream, stream_seed
 # ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
 DATASET_DEFAULTS = {"dataset": "CIFAR10", "num_eval": 1, "syn_ce": True, "ce_weight": 1.0}
 CE_ONLY_WHILE_WRONG = True  # at ipc 1 without --aug: the performance-aligned term rests while the image is classified right
+REAL_KEPT = 2560  # at ipc 1 without --aug: so many of a class's real batch, those of lowest loss after DSA, make the prior
 # ---- end of the dataset block --------------------------------------------------------------------------------------
 
-REAL_KEPT = 2560  # at ipc 1 without --aug: the real images of lowest loss that are kept of a class's batch
 LOG_INTERVAL = 10  # outer iterations
 
 
@@ -64,9 +64,10 @@ def parse_args(argv=None):
         "squared Euclidean distance")
     utils.add_switch(loss, "attack_prior", True, "match to attacked real images, not to clean ones")
     add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
-    add("--embed_last", type=int, default=-1, help="layers that make the embedding; -1, or more than there are: all")
+    add("--embed_last", type=int, default=-1, help="the embedding is what features[:embed_last] computes; a negative number "
+        "cuts layers off the end, 1000 means all")
     add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
-    add("--outer_loop", type=at_least(1), default=1, help="updates of the images per outer iteration")
+    add("--outer_loop", type=at_least(1), default=1, help="rounds of image updates and network training per outer iteration")
     add("--batch_real", type=at_least(1), default=256, help="real images of each class per update")
     add("--lr_img", type=at_least(0, float), default=1.0, help="learning rate of the images")
     add("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser of the images; sgd has momentum 0.5")
@@ -83,7 +84,6 @@ def parse_args(argv=None):
     add("--net_end", type=at_least(0), default=100000, help="one past the last pool network to choose from, likewise")
     add("--train_net_num", type=at_least(1), default=2, help="networks that update the images per outer iteration")
     add("--fetch_net_num", type=at_least(0), default=2, help="networks that are trained per outer iteration")
-    add("--inner_loop", type=at_least(1), default=1, help="rounds of network training per outer iteration")
     add("--model_train_steps", type=at_least(0), default=10, help="SGD steps for each of them")
     add("--trained_bs", type=at_least(1), default=256, help="real images in each of these steps")
     add("--lr_net", type=at_least(0, float), default=0.01, help="learning rate, here and in evaluation")
@@ -98,8 +98,9 @@ def parse_args(argv=None):
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
-    add("--select", choices=("train", "test"), default="train", help="the best set has the highest robust accuracy on "
-        f"{utils.SELECT_IMAGES} fixed training images, or on the test images (what the published code did)")
+    add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
+        f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "
+        "code")
     add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
     utils.add_switch(evaluation, "baseline", True, "evaluate randomly chosen real images at the same ipc too")
     utils.add_compatibility_flags(parser)
@@ -172,10 +173,11 @@ def robust_prior(net, data, threat, args, rng):
         batches = []
         for c in classes:
             img_real = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
-            if args.ipc == 1 and not args.aug and len(img_real) > REAL_KEPT:
-                img_real = lowest_loss(net, img_real, c, REAL_KEPT)
             draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))
-            batches.append(dsa_apply(img_real, draws[c]))
+            img_real = dsa_apply(img_real, draws[c])
+            if args.ipc == 1 and not args.aug and REAL_KEPT and len(img_real) > REAL_KEPT:
+                img_real = lowest_loss(net, img_real, c, REAL_KEPT)
+            batches.append(img_real)
         sizes = [len(batch) for batch in batches]
         img_adv = torch.cat(batches)  # (sum of sizes, 3, H, W)
         if args.attack_prior:
@@ -194,12 +196,10 @@ def lowest_loss(net, img_real, c, count):
     return img_real[(-F.log_softmax(logits, dim=1)[:, c]).topk(count, largest=False).indices]
 
 
-def train_pool(pool, data, threat, args, rng):
-    """Step 4: train random pool networks on attacked real images. Returns the mean loss, a () tensor; 0 for a fixed pool."""
+def train_pool(members, data, threat, args, rng):
+    """Step 4: train these networks of the pool on attacked real images. Returns the mean loss, a () tensor; 0 for none."""
     losses = [torch.zeros((), device=data.device)]
-    if pool.fixed:
-        return losses[0]
-    for member in pool.choose(args.fetch_net_num, rng["pool"]):
+    for member in members:
         for _ in range(args.model_train_steps):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
             if args.attack_pool:
@@ -219,14 +219,15 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
     # 2. Renew the pool.
     if it % args.net_generate_interval == 0:
         pool.push(args.net_push_num)
-    # 3. Match the synthetic images to the robust prior of random pool networks.
+    matched = pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end)
+    trained = [] if pool.fixed else pool.choose(args.fetch_net_num, rng["pool"])
     for _ in range(args.outer_loop):
-        for member in pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end):
+        # 3. Match the synthetic images to the robust prior of random pool networks.
+        for member in matched:
             loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
             w_f = member.running_accuracy()
-    # 4. Train random pool networks on attacked real images.
-    for _ in range(args.inner_loop):
-        loss_net = train_pool(pool, data, threat, args, rng)
+        # 4. Train random pool networks on attacked real images.
+        loss_net = train_pool(trained, data, threat, args, rng)
     losses = dict(zip(("loss_robustness", "loss_performance", "w_f", "loss_pool"),
                       torch.stack([loss_rob, loss_perf, w_f, loss_net]).tolist()))
     utils.check_finite(losses)
@@ -268,9 +269,10 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
             rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
             with run.uninterrupted():
                 select_acc = float(np.mean([row["select_acc"] for row in rows]))
-                run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=select_acc > best_acc)
+                better = select_acc > best_acc or args.select == "last"
+                run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=better)
                 run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
-                if select_acc > best_acc:
+                if better:
                     best_acc = select_acc
                     best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
                     run.save_best(exp, best)
@@ -323,7 +325,8 @@ def new_pool(args, exp, data, prior):
 
 
 def evaluation_iterations(args):
-    """The outer iterations at whose start the set is evaluated. Deviation: the published code misses the last one."""
+    """The outer iterations at whose start the set is evaluated. Deviation: always the last one too, which the published code
+    misses where --Iteration is no multiple of --eval_interval, or --eval_mode is none of S and SS."""
     regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
     return {*regular, args.Iteration}
 

@@ -271,14 +271,15 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
     L-inf, untargeted.
-    iterations: of each of the first three (the published benchmark had 10). queries: of Square.
+    iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose schedule is scaled to
+    them.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
     AutoAttack, _ = _pyautoattack()
     attack = AutoAttack(model, norm="Linf", eps=eps, seed=_draw_seed(generator), device=x.device)
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
         part.n_iter = iterations
-    attack.square.n_queries = queries
+    attack.square.n_queries, attack.square.resc_schedule = queries, True
     with _own_global_generator(x.device):
         return attack.run_standard_evaluation(x, labels, batch_size=len(x))[0]
 
@@ -286,12 +287,12 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
 def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, targeted=False, generator=None):
     """Square: random squares of +-eps, kept where the margin falls. L-inf, logits only.
 
-    queries: at most so many an image. Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package
+    queries: at most so many an image; the size of the squares falls with the share of them that is used. Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package
     is missing.
     """
     _, SquareAttack = _pyautoattack()
     attack = SquareAttack(model, norm="Linf", eps=eps, n_queries=queries, p_init=p_init, targeted=targeted, loss="margin",
-                          resc_schedule=False, seed=_draw_seed(generator), device=x.device)
+                          resc_schedule=True, seed=_draw_seed(generator), device=x.device)
     with _own_global_generator(x.device), torch.no_grad():
         return attack.perturb(x, labels)
 

@@ -209,7 +209,7 @@ def whole_iteration(bench):
     def quick():
         image_syn, optimizer_img, pool, rng = fast_parts
         rome.update_images(image_syn, optimizer_img, pool.members[0], bench.data, bench.threat, flags, rng)
-        rome.train_pool(pool, bench.data, bench.threat, flags, rng)
+        rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, flags, rng)
     trained = 2 * flags.model_train_steps * flags.trained_bs
     work = 10 * (10 * flags.batch_real + trained) + TRAINING_STEP * trained
     return 10 * flags.batch_real + trained, *bench.compare(plain, quick), work

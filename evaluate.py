@@ -204,6 +204,8 @@ def fit_normalisation(sources, data):
     zca = {bool(source.meta.get("zca")) for source in sources if source.sets}
     if len(zca) > 1:
         raise InputError("some of the sets are ZCA-whitened and some are not: evaluate them in runs of their own")
+    if zca == {True}:
+        data.fit_zca()
     for source in sources:
         for key in ("mean", "std"):
             ours = getattr(data, key)
@@ -211,8 +213,6 @@ def fit_normalisation(sources, data):
             if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-4):
                 raise InputError(f"{source.path} is normalised with {key} {source.meta[key]}, {data.name} with "
                                  f"{list(ours)}")
-    if zca == {True}:
-        data.fit_zca()
 
 
 def check_set(source, data):

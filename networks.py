@@ -41,18 +41,18 @@ class Network(nn.Module):
         """(N, C, H, W) normalised images -> (N, num_classes) class scores (logits)."""
         return self.classifier(self.features(x).flatten(1))
 
-    def embed_and_classify(self, x, last=-1):
+    def embed_and_classify(self, x, last=None):
         """The embedding and the class scores in one pass.
 
-        x: (N, C, H, W) normalised images. last: how many layers of `features` make the embedding; negative, or more
-        than there are, means all of them (every published command has 1000).
-        Returns ((N, D) embedding, (N, num_classes) class scores).
+        x: (N, C, H, W) normalised images. last: the embedding is what `features[:last]` computes, so that a negative number
+        cuts layers off the end; None, or at least as many as there are (every published command has 1000), means all.
+        Returns ((N, D) embedding, (N, num_classes) class scores). Source: SPEC 1.2, --embed_last.
         """
-        if last < 0 or last >= len(self.features):
+        if last is None or last >= len(self.features):
             embedding = self.features(x).flatten(1)  # (N, D)
             return embedding, self.classifier(embedding)
         x = self.features[:last](x)
-        return x.flatten(1), self.classifier(self.features[last:](x).flatten(1))
+        return x.flatten(1), self.classifier(self.features[last:](x.clone()).flatten(1))  # a copy: the next layer may be in place
 
 
 # ---------------------------------------------------------------------------------------------------- building blocks
@@ -147,9 +147,13 @@ def vgg11(channel, size, norm="instancenorm"):
 
 
 def resnet18(channel, size, norm="instancenorm"):
-    """torchvision's ResNet-18 with the first layers of the CIFAR variant: 3x3 stride 1, no max pooling."""
+    """torchvision's ResNet-18 with the first layers of the CIFAR variant: 3x3 stride 1, no max pooling; its convolutions start
+    as PyTorch's layers do, not as torchvision's networks do."""
     from torchvision.models import resnet18 as torchvision_resnet18
     net = torchvision_resnet18(norm_layer=lambda c: NORMS[norm](c, None, None))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
     first = nn.Conv2d(channel, 64, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(first, net.bn1, net.relu, net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool,
                          nn.Flatten()), 512

@@ -27,7 +27,7 @@ from attacks import CHUNK, PGD_STEPS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
 from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
 from files import InputError, load_into, read_npz, write_atomically, write_json, write_tensors
-from networks import eval_pool, get_network
+from networks import NETWORKS, eval_pool, get_network
 
 # The accuracies in a row of an Evaluator, fractions, and their names in tables. `robust_acc` is at the eps of the threat model
 # (8/255); the smaller radii are measured under `pixel` only.
@@ -68,7 +68,7 @@ class Dataset:
     """Images that stay as uint8 on the device and are normalised batch by batch.
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, ...}; both on one device.
-    mean, std: per-channel floats, pixels in [0, 1]. With `fit_zca` the normalisation includes a ZCA whitening.
+    mean, std: per-channel floats, pixels in [0, 1]. After `fit_zca` the images are ZCA-whitened instead.
     """
 
     def __init__(self, name, images, labels, classes, mean, std, device="cpu"):
@@ -92,10 +92,12 @@ class Dataset:
         return digest.hexdigest()
 
     def fit_zca(self):
-        """Add ZCA whitening, fitted on the normalised training images, to `normalize` and `denormalize`."""
+        """Let ZCA whitening, fitted on the pixels of the training images, take the place of the normalisation (SPEC 1.2)."""
         import kornia
+        self.mean, self.std = (0.0,) * self.channel, (1.0,) * self.channel
+        self._mean, self._std = torch.zeros_like(self._mean), torch.ones_like(self._std)
         zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-        self._zca = zca.fit(self.normalize(self.images["train"].float() / 255))
+        self._zca = zca.fit(self.images["train"].float() / 255)
 
     def normalize(self, pixels):
         """(N, C, H, W) pixels in [0, 1] -> normalised units."""
@@ -401,7 +403,7 @@ class Evaluator:
 
         Returns one dict a network: model; clean_acc, clamp_acc (the clamp-only control) and the columns of
         `robust_accuracies`, all fractions of the n test images; select_acc, the mean of those columns on the selection images
-        (with --select test, on the test images), None unless `select`; seconds.
+        (with --select test or last, on the test images), None unless `select`; seconds.
         """
         if packed:
             images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W), (4N,)
@@ -713,7 +715,7 @@ def add_compatibility_flags(parser):
     """The flags of the published scripts that nothing reads or that had a single legal value. Source: SPEC 1.2."""
     group = parser.add_argument_group("accepted for compatibility, without effect")
     group.add_argument("--net_train_real", action="store_true")
-    for name in ("mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight", "conf_path", "last",
+    for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight", "conf_path", "last",
                  "dis_metric", "ij_selection", "aug_num"):
         group.add_argument(f"--{name}", metavar="X")
 
@@ -879,9 +881,9 @@ def print_plan(args, data, threat, run, clock, evaluations, reports):
     per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
     train_size, test_size = len(data.labels["train"]), len(data.labels["test"])
     # Image-gradients: (images x PGD steps), and one more for a training step. Source: SPEC 4.
-    trained = 0 if args.robust_prior else args.inner_loop * args.fetch_net_num * args.model_train_steps
-    gradients = ((PGD_STEPS if args.attack_prior else 0.5) * args.outer_loop * args.train_net_num * sum(per_class)
-                 + ((PGD_STEPS if args.attack_pool else 0) + 1) * trained * min(args.trained_bs, train_size))
+    trained = 0 if args.robust_prior else args.fetch_net_num * args.model_train_steps
+    gradients = args.outer_loop * ((PGD_STEPS if args.attack_prior else 0.5) * args.train_net_num * sum(per_class)
+                                   + ((PGD_STEPS if args.attack_pool else 0) + 1) * trained * min(args.trained_bs, train_size))
     stored = args.ipc * data.num_classes
     trained_on = stored * (4 if args.aug else 1)
     models = eval_pool(args.eval_mode, args.model)
@@ -940,7 +942,7 @@ def planned_batches(args, data, threat):
         attacked[images % chunk] += images % chunk * steps * times
 
     updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
-    steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.inner_loop * args.fetch_net_num * args.model_train_steps
+    steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.outer_loop * args.fetch_net_num * args.model_train_steps
     pool_batch = min(args.trained_bs, len(data.labels["train"]))
     for classes in class_groups(args, data) if args.attack_prior else ():
         attack(sum(min(args.batch_real, data.class_size(c)) for c in classes), updates)
@@ -971,7 +973,15 @@ def class_groups(args, data):
 
 
 def check_sizes(args, data):
-    """Raise InputError for sizes that this data set cannot serve."""
+    """Raise InputError for sizes that this data set or this network cannot serve."""
+    net = get_network(args.model, data.channel, data.num_classes, data.size, 0)
+    if any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules()) and not args.robust_prior:
+        others = ", ".join(name for name in NETWORKS if not name.endswith("BN"))
+        raise InputError(f"--model {args.model} has BatchNorm, which the pool does not admit (an embedding would depend on the "
+                         f"batch around it); choose one of {others}, or --robust_prior")
+    if not range(len(net.features))[:args.embed_last]:
+        raise InputError(f"--embed_last {args.embed_last} leaves none of the {len(net.features)} layers of {args.model}; 1000 "
+                         "means all")
     needed = args.ipc * (4 if args.aug else 1)
     for c in range(data.num_classes):
         if data.class_size(c) == 0:

@@ -399,7 +399,7 @@ def test_autoattack_and_square_equal_pyautoattack(digits_lenet):
     seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(5)))
     with torch.random.fork_rng():
         theirs = AutoAttack(net, norm="Linf", eps=8 / 255, seed=seed, version="standard")
-        theirs.square.n_queries = 200
+        theirs.square.n_queries, theirs.square.resc_schedule = 200, True
         theirs = theirs.run_standard_evaluation(x, labels, batch_size=12)[0]
     state = torch.get_rng_state()
     ours = autoattack(net, x, labels, eps=8 / 255, queries=200, generator=torch.Generator().manual_seed(5))
@@ -408,7 +408,7 @@ def test_autoattack_and_square_equal_pyautoattack(digits_lenet):
         goal = (labels + 1) % 10 if targeted else labels
         with torch.random.fork_rng():
             theirs = SquareAttack(net, eps=8 / 255, n_queries=100, p_init=0.8, loss="margin", targeted=targeted, seed=seed,
-                                  resc_schedule=False).perturb(x, goal)
+                                  resc_schedule=True).perturb(x, goal)
         ours = square_attack(net, x, goal, queries=100, targeted=targeted, generator=torch.Generator().manual_seed(5))
         assert torch.equal(ours, theirs) and torch.equal(state, torch.get_rng_state())
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHARED
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,12 +41,26 @@ def test_convnet_is_the_one_of_the_specification():
 def test_embed_last():
     net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0).eval()
     x = torch.randn(2, 3, 32, 32)
-    full, scores = net.embed_and_classify(x, -1)
+    full, scores = net.embed_and_classify(x)
     for last in (1000, 12):
         assert torch.equal(net.embed_and_classify(x, last)[0], full)
+    before_pooling, same = net.embed_and_classify(x, -1)  # as published, the default of --embed_last
+    assert torch.allclose(F.avg_pool2d(before_pooling.view(2, 32, 8, 8), 2).flatten(1), full) and torch.equal(same, scores)
+    normed, _ = net.embed_and_classify(x, -2)  # the layer after it works in place
+    assert normed.min() < 0 and torch.equal(normed.relu().view(2, -1), before_pooling)
     first_block, same = net.embed_and_classify(x, 4)
     assert first_block.shape == (2, 32 * 16 * 16) and torch.allclose(same, scores, atol=1e-5)
     assert torch.equal(first_block, net.features[:4](x).flatten(1))
+
+
+def test_resnet_starts_as_pytorchs_layers_do():
+    """Uniform within 1/sqrt(fan-in), and nothing of torchvision's normal distribution by fan-out."""
+    layers = [m for m in get_network("ResNet18", 3, 10, (32, 32), seed=0).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(layers) == 20
+    for layer in layers:
+        bound = layer.weight[0].numel() ** -0.5
+        assert 0.99 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.detach().std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_instance_norm_against_pytorchs():

@@ -184,8 +184,8 @@ def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
     seen = []
     pool.members[0].net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
-    rome.train_pool(pool, digits, get_threat_model("pixel", digits), args, rng)
+    rng = {name: torch.Generator().manual_seed(0) for name in ("data", "attack")}
+    rome.train_pool(pool.members, digits, get_threat_model("pixel", digits), args, rng)
     assert torch.equal(seen[0], digits.sample(256, torch.Generator().manual_seed(0))[0])
 
 

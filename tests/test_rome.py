@@ -85,13 +85,13 @@ def small_network():
         def forward(self, x):
             return self.embed_and_classify(x)[1]
 
-        def embed_and_classify(self, x, last=-1):
+        def embed_and_classify(self, x, last=None):
             embedding = torch.tanh(x.flatten(1) @ net.w1.T)
             return embedding, embedding @ net.w2.T
     return Net()
 
 
-def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
+def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat, kept=None):
     """SPEC 1.1 step 3, class after class, every line spelled out; SGD with momentum 0.5 on the whole set at every step."""
     velocity = torch.zeros_like(image_syn)
     for _ in range(passes):
@@ -101,6 +101,9 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
             batches.append((img_real, dsa_draw(args.dsa_strategy, data.size, rng["dsa"])))
         for c, (img_real, draw) in enumerate(batches):
             x = dsa_apply(img_real, draw)
+            if kept:  # the augmented images on which the network is most certain of their class
+                losses = [float(F.cross_entropy(net(image[None]), torch.tensor([c]))) for image in x]
+                x = torch.stack([x[i] for i in sorted(range(len(x)), key=losses.__getitem__)[:kept]])
             z = data.denormalize(x).clamp(0, 1) if threat == "pixel" else x
             eps, step = 8 / 255, 2 / 255 if threat == "pixel" else 2 / 225
             z_adv = (z + torch.empty_like(z).uniform_(-eps, eps, generator=rng["attack"])).clamp(0, 1)
@@ -134,26 +137,28 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat):
 
 
 @pytest.mark.parametrize("threat", ["pixel", "published"])
-@pytest.mark.parametrize("ipc, aug, syn_ce, attack, distance, group", [
-    (2, False, True, True, "tv", 3), (2, True, True, True, "tv", 1), (1, False, True, True, "tv", 3),
-    (1, True, False, True, "tv", 2), (2, True, True, False, "tv", 3), (2, False, True, True, "l2", 3)])
-def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, attack, distance, group):
+@pytest.mark.parametrize("ipc, aug, syn_ce, attack, distance, group, kept", [
+    (2, False, True, True, "tv", 3, None), (2, True, True, True, "tv", 1, None), (1, False, True, True, "tv", 3, None),
+    (1, False, True, True, "tv", 2, 4), (1, True, False, True, "tv", 2, None), (2, True, True, False, "tv", 3, None),
+    (2, False, True, True, "l2", 3, None)])
+def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, attack, distance, group, kept):
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="color_crop_cutout_flip", optim="sgd", chunk=256,
+                           embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd", chunk=256,
                            attack_prior=attack, align_distance=distance)
     monkeypatch.setattr(utils, "CLASS_GROUP_IMAGES", 6 * group)
+    monkeypatch.setattr(rome, "REAL_KEPT", kept)
     model = get_threat_model(threat, data)
     if threat == "published":  # ten target classes by quirk; this network has three, and classes 1 and 2 aim at 2 and 3
         net_three = net
         net = small_network()
-        net.embed_and_classify = lambda x, last=-1: (lambda e, s: (e, F.pad(s, (0, 7))))(*net_three.embed_and_classify(x))
+        net.embed_and_classify = lambda x, last=None: (lambda e, s: (e, F.pad(s, (0, 7))))(*net_three.embed_and_classify(x))
     start = torch.randn(3 * ipc, 1, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def streams():
         return {name: torch.Generator().manual_seed(i) for i, name in enumerate(("data", "dsa", "attack"))}
     passes = 3
-    expected = slow_updates(start, ipc, net, data, args, 40.0, streams(), passes, threat)
+    expected = slow_updates(start, ipc, net, data, args, 40.0, streams(), passes, threat, kept)
 
     image_syn, rng = start.clone().requires_grad_(), streams()
     member = utils.PoolMember(net, None, torch.tensor(4.0, dtype=torch.float64), seen=10)  # w_f = 40 percent
@@ -168,7 +173,7 @@ def test_momentum_moves_the_other_classes():
     """In the second pass class 0's images also move, by momentum alone, while classes 1 and 2 take their steps."""
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=1, aug=False, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=-1, dsa_strategy="none", optim="sgd", chunk=256, attack_prior=True, align_distance="tv")
+                           embed_last=1000, dsa_strategy="none", optim="sgd", chunk=256, attack_prior=True, align_distance="tv")
     image_syn = torch.randn(3, 1, 8, 8, dtype=torch.float64).requires_grad_()
     optimizer = rome.image_optimizer(args, image_syn)
     steps = []
@@ -182,13 +187,13 @@ def test_momentum_moves_the_other_classes():
 
 
 def test_train_pool_counts_and_learns(digits):
-    """fetch_net_num networks, model_train_steps batches each; the running accuracy is that of the attacked batches."""
-    args = SimpleNamespace(fetch_net_num=2, model_train_steps=3, trained_bs=64, attack_pool=True, chunk=256)
+    """model_train_steps batches for each network; the running accuracy is that of the attacked batches."""
+    args = SimpleNamespace(model_train_steps=3, trained_bs=64, attack_pool=True, chunk=256)
     pool = utils.NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
     threat = get_threat_model("pixel", digits)
-    losses = [rome.train_pool(pool, digits, threat, args, rng).item() for _ in range(4)]
+    losses = [rome.train_pool(pool.choose(2, rng["pool"]), digits, threat, args, rng).item() for _ in range(4)]
     assert sum(member.seen for member in pool.members) == 4 * 2 * 3 * 64
     assert losses[0] > 2 and losses[-1] < 0.8 * losses[0]
     assert 15 < max(member.running_accuracy().item() for member in pool.members) < 100
@@ -204,9 +209,26 @@ def test_the_optimisers_are_the_ones_of_the_flags(digits):
     assert isinstance(adam, torch.optim.Adam) and adam.param_groups[0]["lr"] == 0.3
 
 
-@pytest.mark.parametrize("select, evaluations", [("train", [2, 4, 6, "final"]), ("test", [2, 4, 6])])
-def test_distill_evaluates_resets_renews_and_keeps_the_best(digits, monkeypatch, select, evaluations):
-    """The order of SPEC 1.1: evaluation 2 of 3 is the best; the final figures are of fresh networks unless --select test."""
+def test_outer_loop_repeats_image_updates_and_pool_training_with_the_same_networks(digits, monkeypatch):
+    args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--outer_loop", "3", "--train_net_num", "2",
+                            "--fetch_net_num", "4", "--inner_loop", "5"])  # the last one has no effect
+    pool, rng, calls = rome.new_pool(args, 0, digits, []), {"pool": torch.Generator().manual_seed(0)}, []
+    pool.push(20)
+
+    def update(image_syn, optimizer_img, member, *rest):
+        calls.append(member)
+        return torch.zeros(2)
+    monkeypatch.setattr(rome, "update_images", update)
+    monkeypatch.setattr(rome, "train_pool", lambda members, *rest: (calls.append(members), torch.zeros(()))[1])
+    rome.outer_iteration(1, None, None, pool, digits, None, args, rng)
+    assert len(calls) == 3 * (2 + 1) and len({id(member) for member in calls[:2]}) == 2 and len(calls[2]) == 4
+    assert calls[3:6] == calls[:3] and calls[6:] == calls[:3]
+
+
+@pytest.mark.parametrize("select, evaluations, kept", [("train", [2, 4, 6, "final"], [2, 4]), ("test", [2, 4, 6], [2, 4]),
+                                                       ("last", [2, 4, 6], [2, 4, 6])])
+def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, select, evaluations, kept):
+    """The order of SPEC 1.1: evaluation 2 of 3 is the best; the final figures are of fresh networks only with --select train."""
     args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--Iteration", "6", "--eval_interval", "2",
                             "--net_generate_interval", "3", "--batch_real", "4", "--trained_bs", "4", "--model_train_steps",
                             "1", "--lr_img", "0.1", "--select", select])
@@ -226,10 +248,10 @@ def test_distill_evaluates_resets_renews_and_keeps_the_best(digits, monkeypatch,
     clock = SimpleNamespace(lap=lambda phase: None)
     best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), [], evaluate, run_, clock)
     assert [it for it, _ in evaluated] == evaluations
-    assert saved == [2, 4] and best["iteration"] == 4 and torch.equal(best["images"], evaluated[1][1])
+    assert saved == kept and best["iteration"] == kept[-1] and torch.equal(best["images"], evaluated[len(kept) - 1][1])
     assert resets == [1, 2, 3] and pushed == [3, 1, 1]  # the first three, then at iterations 0 and 3
     assert not torch.equal(evaluated[0][1], evaluated[1][1])
-    assert best["rows"][0]["robust_acc"] == pytest.approx(0.4 if select == "test" else 0.9)
+    assert best["rows"][0]["robust_acc"] == pytest.approx({"train": 0.9, "test": 0.4, "last": 0.5}[select])
 
 
 def test_evaluation_iterations():
@@ -252,6 +274,19 @@ def test_initial_set(digits):
     assert packed.shape == (20, 3, 32, 32)
     noise, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "noise", packed=True)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "ConvNetBN"], "--model ConvNetBN has BatchNorm.*choose one of MLP.*ConvNetGN.*--robust_prior"),
+    (["--model", "ConvNetW32", "--embed_last", "0"], "--embed_last 0 leaves none of the 12 layers of ConvNetW32"),
+    (["--model", "ConvNetW32", "--embed_last", "-12"], "--embed_last -12 leaves none"),
+])
+def test_what_the_pool_does_not_admit(digits, flags, message):
+    with pytest.raises(utils.InputError, match=message):
+        utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", *flags]), digits)
+    utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", "--embed_last", "-11"]), digits)
+    utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", "--model", "ConvNetBN", "--robust_prior", "f"]),
+                      digits)
 
 
 # -------------------------------------------------------------------------------------------------------------- commands
@@ -300,7 +335,7 @@ def test_defaults_of_the_specification():
     expected = dict(dataset="CIFAR10", model="ConvNet", ipc=50, eval_mode="S", num_exp=5, num_eval=1, epoch_eval_train=1000,
                     Iteration=20000, lr_img=1.0, lr_net=0.01, batch_real=256, batch_train=256, trained_bs=256, init="real",
                     dsa_strategy="color_crop_cutout_flip_scale_rotate", data_path="./data", save_path="./result", outer_loop=1,
-                    inner_loop=1, eval_interval=100, net_num=100, net_push_num=1, net_generate_interval=30, net_begin=0,
+                    eval_interval=100, net_num=100, net_push_num=1, net_generate_interval=30, net_begin=0,
                     net_end=100000, train_net_num=2, fetch_net_num=2, model_train_steps=10, embed_last=-1, syn_ce=True,
                     ce_weight=1.0, optim="sgd", net_decay=False, aug=False, zca=False, align_weight=0.2)
     assert {name: args[name] for name in expected} == expected

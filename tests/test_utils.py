@@ -48,7 +48,7 @@ def test_zca():
     images[:, :, :, 1:] = images[:, :, :, :1] // 2 + images[:, :, :, 1:] // 2  # correlated
     data = utils.Dataset("d", {"train": images, "test": images}, {"train": labels, "test": labels}, "abcd",
                          mean=(0.5,) * 3, std=(0.25,) * 3)
-    plain = data.take("train", slice(None))[0].flatten(1).double().numpy()
+    plain = images.flatten(1).double().numpy() / 255  # the pixels: whitening takes the place of the normalisation
     data.fit_zca()
     x, _ = data.take("train", slice(None))
     centred = plain - plain.mean(0)
