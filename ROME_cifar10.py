@@ -168,7 +168,7 @@ def robust_prior(net, data, threat, args, rng):
 
     Returns the DSA draw of each class, shared with its synthetic images, and the embeddings, (C, D).
     """
-    draws, emb_adv, chunk = [], [], utils.attack_chunk(data.device, args.chunk)
+    draws, emb_adv = [], []
     for classes in utils.class_groups(args, data):  # as many at a time as the memory allows
         batches = []
         for c in classes:
@@ -182,9 +182,9 @@ def robust_prior(net, data, threat, args, rng):
         img_adv = torch.cat(batches)  # (sum of sizes, 3, H, W)
         if args.attack_prior:
             label_real = torch.tensor(classes).repeat_interleave(torch.tensor(sizes)).to(data.device)
-            img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=chunk)
+            img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=data.chunk)
         with torch.no_grad():
-            embeddings = torch.cat([net.embed_and_classify(x, args.embed_last)[0] for x in img_adv.split(chunk)])
+            embeddings = torch.cat([net.embed_and_classify(x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
         emb_adv += [embedding.mean(0) for embedding in embeddings.split(sizes)]  # (D,) a class
     return draws, torch.stack(emb_adv)
 
@@ -203,8 +203,7 @@ def train_pool(members, data, threat, args, rng):
         for _ in range(args.model_train_steps):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
             if args.attack_pool:
-                img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"],
-                                         chunk=utils.attack_chunk(data.device, args.chunk))
+                img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk)
             logits = forward(member.net, img_real)
             losses.append(F.cross_entropy(logits, label_real))
             member.optimizer.zero_grad()
@@ -253,6 +252,8 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     if run.experiment:  # an interrupted run has saved it
         saved = run.experiment
         it, evaluated, best, best_acc = (saved[key] for key in ("it", "evaluated", "best", "best_acc"))
+        if best:  # a state is read into the memory of the CPU
+            best |= {key: best[key].to(data.device) for key in ("images", "labels")}
         image_syn.data.copy_(saved["image_syn"])
         optimizer_img.load_state_dict(saved["optimizer_img"])
         pool.load_state_dict(saved["pool"])
@@ -347,7 +348,7 @@ def initial_set(args, data, generator, init, packed):
 def main():
     args = parse_args()
     fast.set_precision(args.precision)
-    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device, args.deterministic))
+    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device, args.deterministic), args.chunk)
     utils.check_sizes(args, data)
     if args.zca:
         data.fit_zca()

@@ -11,7 +11,7 @@ space relates to the normalised images that the networks take (SPEC 2):
 import itertools
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Callable
 
@@ -313,8 +313,9 @@ def _draw_seed(generator):
 
 @contextmanager
 def _own_global_generator(device):
-    """pyautoattack seeds the global generators; the caller's are put back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """pyautoattack seeds the global generators, of CUDA that of the current device; the caller's are put back."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []), torch.cuda.device(device) if cuda else nullcontext():
         yield
 
 

@@ -93,6 +93,7 @@ class Bench:
                   for split in ("train", "test")}
         self.data = utils.Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
                                   **utils.DATASETS["CIFAR10"])
+        self.pgd_batch = min(self.data.chunk, len(labels))
         self.threat = get_threat_model(args.threat_model, self.data)
         # The published flags of CIFAR-10 at 10 images a class, but for the sizes asked for.
         self.flags = rome.parse_args([
@@ -175,12 +176,11 @@ def ceilings(bench):
 
 def pgd_step(bench):
     """(b) One PGD step on a chunk of images."""
-    count = utils.attack_chunk(bench.device)
-    images, labels = bench.data.take("train", slice(count))
+    images, labels = bench.data.take("train", slice(bench.pgd_batch))
     net, rng = bench.network(0), torch.Generator(bench.device).manual_seed(0)
 
     def attack():
-        attack_images(net, images, labels, bench.threat, rng, steps=10, chunk=count)
+        attack_images(net, images, labels, bench.threat, rng, steps=10, chunk=len(images))
     plain, quick = bench.compare(attack, attack)
     return len(images), plain / 10, quick / 10, len(images)
 
@@ -258,20 +258,20 @@ def main():
     fast.set_precision(args.precision)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    chunk, compile_seconds = utils.attack_chunk(bench.device), 0.0
+    chunk, compile_seconds = bench.data.chunk, 0.0
     sets = {ipc: utils.set_batches(40 * ipc, 256, 1) for ipc in args.train_ipc}
     if args.compile:
         start = time.perf_counter()
         trained = {args.trained_bs, *(size for sizes in sets.values() for size in sizes if size)}
         last = 10 * args.batch_real % chunk
-        attacked = {chunk, min(args.trained_bs, chunk), *([last] if last else [])}
+        attacked = {bench.pgd_batch, chunk, min(args.trained_bs, chunk), *([last] if last else [])}
         problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained))
         compile_seconds = time.perf_counter() - start
         print(problem or f"compiled {len(attacked) + len(trained)} kinds of batches in {compile_seconds:.1f} s", flush=True)
 
     ceiling = ceilings(bench)
     peak = ceiling["convolution, bf16" if args.precision == "bf16" else "convolution"]
-    measurements = {f"PGD step, {chunk} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,
+    measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,
                     "outer iteration": whole_iteration}
     measurements |= {f"100 epochs of training, ipc {ipc}": lambda bench, ipc=ipc: evaluation_training(bench, ipc)
                      for ipc in args.train_ipc}

@@ -32,7 +32,7 @@ from checkpoint import lock, refuse_other_flags
 from fast import forward
 from files import InputError, load_into, read_synset, write_atomically, write_json, write_tensors, write_text
 from networks import NETWORKS, get_network
-from utils import at_least, attack_chunk, stream, stream_seed
+from utils import at_least, stream, stream_seed
 
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
 QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
@@ -374,10 +374,10 @@ def typical_cost(args, attack):
             "SPSA": 256 * forward * args.spsa_steps}.get(attack, forward)
 
 
-def run_slice(job, number, x, labels, victims, threat, args):
+def run_slice(job, number, x, labels, victims, threat, chunk, args):
     """One slice of test images: attack, evaluate, measure.
 
-    victims: the networks to evaluate on, the crafting one first. Returns plain numbers: right answers by evaluated network,
+    victims: the networks to evaluate on, the crafting one first. chunk: images attacked at a time. Returns plain numbers: right answers by evaluated network,
     n, seconds (attack, and evaluation on the crafting network), forward and backward passes of the attack (in images),
     max_linf, max_l2 (attack space).
     """
@@ -393,7 +393,7 @@ def run_slice(job, number, x, labels, victims, threat, args):
         x_adv = threat.clamp_only(x)
     else:
         x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, targeted=job.targeted, eps=job.eps, generator=rng,
-                                chunk=attack_chunk(x.device), **attack_options(args, job.attack))
+                                chunk=chunk, **attack_options(args, job.attack))
     with torch.no_grad():
         correct = {own.name: int((own.net(x_adv).argmax(1) == labels).sum())}  # to int: waits for the device
         seconds = time.perf_counter() - start
@@ -461,7 +461,10 @@ class Results:
                 raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
             self.content = self._read(self.path)
             refuse_other_flags(self.content["flags"], flags, MAY_CHANGE, f"the run in {self.folder}", "another --out")
-            self.content["flags"] = flags
+            if self.content["rows"] and self.content["device"] != utils.device_name(device):
+                raise InputError(f"the seconds in {self.path} are those of {self.content['device']}, this is "
+                                 f"{utils.device_name(device)}: AE and CREI would mix them; go on there, or choose another --out")
+            self.content |= {"flags": flags, "device": utils.device_name(device)}
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             self._lock = lock(self.folder)
@@ -849,7 +852,7 @@ def compile_planned(args, jobs, victims, n, data):
         nets = {v.name: v.net for v in victims if v.model == model}
         cost = sum(typical_cost(args, job.attack) for job in jobs
                    if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool"))
-        batch = min(attack_chunk(data.device), SLICE)
+        batch = min(data.chunk, SLICE)
         utils.compile_planned(next(iter(nets.values())), data, {batch: cost * n}, {}, tqdm.write)
 
 
@@ -861,15 +864,23 @@ def run_job(job, victims, test, threat, data, args, results, bar):
     if [s["n"] for s in slices] != [len(labels) for _, labels in parts[:len(slices)]]:
         slices = []  # of another version of this file, which cut them otherwise
     bar.update(sum(len(labels) for _, labels in parts[:len(slices)]))
-    with torch.no_grad():
-        victims[0].net(parts[0][0])  # warm-up
+    warm_up(victims[0].net, parts[0][0], data.chunk)
     for number in range(len(slices), len(parts)):
-        slices.append(run_slice(job, number, *parts[number], victims, threat, args))
+        slices.append(run_slice(job, number, *parts[number], victims, threat, data.chunk, args))
         results.save_slices(job, victims, slices)
         bar.update(len(parts[number][1]))
     rows = rows_of(job, slices, victims, data, args)
     results.add(job, rows)
     tqdm.write(f"{job}: {100 * rows[0]['accuracy']:.2f} % in {utils.duration(rows[0]['seconds'])}")
+
+
+def warm_up(net, images, chunk):
+    """A pass forward, and on a GPU backward, that no clock sees. images: (N, C, H, W) normalised."""
+    x = images[:chunk].clone().requires_grad_(images.device.type != "cpu")
+    with torch.set_grad_enabled(x.requires_grad):
+        logits = forward(net, x)
+    if x.requires_grad:
+        torch.autograd.grad(logits.sum(), x)
 
 
 if __name__ == "__main__":

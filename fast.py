@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ def compile_batches(net, shape, attacked=(), trained=()):
     Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
     """
     device, was_training = next(net.parameters()).device, net.training
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]  # the statistics of BatchNorm
     try:
         import torch._dynamo.config
         import torch._functorch.config
@@ -84,6 +86,8 @@ def compile_batches(net, shape, attacked=(), trained=()):
         return f"torch.compile does not work here ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
     finally:
         net.train(was_training).requires_grad_(True)
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
     return None
 
 
@@ -120,6 +124,17 @@ def set_precision(name):
         raise ValueError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}")
     _precision = name
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+
+
+@contextmanager
+def exact_products():
+    """Matrix products inside are not rounded to TensorFloat-32, whatever the precision of the process."""
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory

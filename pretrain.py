@@ -86,7 +86,7 @@ def train(args, k, data, threat, states, interrupts):
     def state():
         return {"flags": vars(args), "data": fingerprint, "k": k, "step": step, "net": net.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()},
-                "correct": correct, "seen": seen}
+                "correct": correct, "seen": seen, "chunk": data.chunk}
 
     saved, damage = states.load(state())
     if damage:
@@ -102,6 +102,7 @@ def train(args, k, data, threat, states, interrupts):
         for name, generator in rng.items():
             generator.set_state(saved["rng"][name])
         correct, seen, step = saved["correct"].to(data.device), saved["seen"], saved["step"]
+        data.chunk = saved["chunk"]  # another one draws other random starts on CUDA
         tqdm.write(f"going on with network {k} at step {step}")
 
     size = len(data.labels["train"])
@@ -123,7 +124,7 @@ def train(args, k, data, threat, states, interrupts):
                     images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, rng["dsa"], n=len(images)))
                     if args.attack_steps:
                         images = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
-                                               steps=args.attack_steps, chunk=utils.attack_chunk(data.device))
+                                               steps=args.attack_steps, chunk=data.chunk)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
                     logits = forward(net, images)
@@ -150,7 +151,7 @@ def train(args, k, data, threat, states, interrupts):
 def compile_planned(args, data):
     """Compile for the batches of this training, if they are many enough."""
     net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
-    chunk = utils.attack_chunk(data.device)
+    chunk = data.chunk
     trained = utils.set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
     attacked = {chunk: trained[args.batch_train] / 1.5 * args.attack_steps} if args.batch_train % chunk == 0 else {}
     utils.compile_planned(net, data, attacked, trained, print)
@@ -201,7 +202,7 @@ def main():
             about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
                      "threat_model": args.threat_model, "train_robust_acc": train_acc,
                      "clean_acc": utils.accuracy(net, images, labels),
-                     **utils.robust_accuracies(net, images, labels, threat, rng), "n": len(labels),
+                     **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels),
                      "seed": args.seed, "flags": vars(args), "versions": utils.versions(),
                      "device": utils.device_name(data.device)}
             with interrupts.deferred():

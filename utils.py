@@ -64,16 +64,34 @@ DATASETS = {
 ZCA_EPS = 0.1
 
 
+BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
+MOST_ATTACKED = 4096  # images at a time: an activation of ConvNetW256 then has 2^30 values, and an index of 32 bits is enough
+
+
+def attack_chunk(device, chunk=0):
+    """How many images are attacked at a time: `chunk` if it is given, else by the free memory of the device.
+
+    A power of two, so that a little memory in use elsewhere does not change it.
+    """
+    if chunk or device.type != "cuda":
+        return chunk or CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = max(256, min(MOST_ATTACKED, free // 2 // BYTES_PER_ATTACKED_IMAGE))
+    return 1 << fits.bit_length() - 1
+
+
 class Dataset:
     """Images that stay as uint8 on the device and are normalised batch by batch.
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, ...}; both on one device.
     mean, std: per-channel floats, pixels in [0, 1]. After `fit_zca` the images are ZCA-whitened instead.
+    chunk: how many images go through a network at a time where they are attacked; 0: see `attack_chunk`.
     """
 
-    def __init__(self, name, images, labels, classes, mean, std, device="cpu"):
+    def __init__(self, name, images, labels, classes, mean, std, device="cpu", chunk=0):
         self.name, self.classes, self.num_classes = name, list(classes), len(classes)
         self.device = torch.device(device)
+        self.chunk = attack_chunk(self.device, chunk)
         self.images = {split: x.to(self.device) for split, x in images.items()}
         self.labels = {split: y.to(self.device) for split, y in labels.items()}
         self.channel, self.size = self.images["train"].shape[1], tuple(self.images["train"].shape[2:])
@@ -97,16 +115,22 @@ class Dataset:
         self.mean, self.std = (0.0,) * self.channel, (1.0,) * self.channel
         self._mean, self._std = torch.zeros_like(self._mean), torch.ones_like(self._std)
         zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-        self._zca = zca.fit(self.images["train"].float() / 255)
+        with fast.exact_products():
+            self._zca = zca.fit(self.images["train"].float() / 255)
 
     def normalize(self, pixels):
         """(N, C, H, W) pixels in [0, 1] -> normalised units."""
         x = (pixels - self._mean) / self._std
-        return self._zca(x) if self._zca else x
+        if self._zca is None:
+            return x
+        with fast.exact_products():
+            return self._zca(x)
 
     def denormalize(self, x):
         """(N, C, H, W) normalised units -> pixels; outside [0, 1] where x is no image. Inverse of `normalize`."""
-        x = self._zca.inverse_transform(x) if self._zca else x
+        if self._zca is not None:
+            with fast.exact_products():
+                x = self._zca.inverse_transform(x)
         return x * self._std + self._mean
 
     def take(self, split, index):
@@ -183,17 +207,17 @@ def _download_cifar(name, folder, path):
 LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}  # (name, folder) -> arrays as in the npz files
 
 
-def load_dataset(name, data_path, device="cpu"):
+def load_dataset(name, data_path, device="cpu", chunk=0):
     """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
 
-    Returns a Dataset on `device`. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
+    Returns a Dataset on `device`; chunk: see there. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
     """
     if name not in DATASETS:
         raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
     arrays = LOADERS[name](name, Path(data_path))
     images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
     labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
-    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, **DATASETS[name])
+    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, chunk=chunk, **DATASETS[name])
 
 
 # -------------------------------------------------------------------------------------------------------- pool of networks
@@ -391,7 +415,6 @@ class Evaluator:
         self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
         self.protocol = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
                          "dsa_strategy": args.dsa_strategy}
-        self.chunk = attack_chunk(data.device, args.chunk)
         self.test_set = data.take("test", slice(args.test_limit or None))
         self.select_set = None
         if args.select == "train":  # the same images for every run of a data set, so no seed enters
@@ -416,10 +439,10 @@ class Evaluator:
         train_on_set(net, images, labels, generator=stream(self.seed, *key, "train"), **self.protocol)
         rng = stream(self.seed, *key, "attack", device=data.device)
         test_images, test_labels = self.test_set
-        robust = robust_accuracies(net, test_images, test_labels, threat, rng, self.chunk)
+        robust = robust_accuracies(net, test_images, test_labels, threat, rng, data.chunk)
         select_acc = None
         if select:
-            judged = robust_accuracies(net, *self.select_set, threat, rng, self.chunk) if self.select_set else robust
+            judged = robust_accuracies(net, *self.select_set, threat, rng, data.chunk) if self.select_set else robust
             select_acc = float(np.mean(list(judged.values())))
         return {
             "model": model,
@@ -532,9 +555,10 @@ class Run:
         self._same = {"flags": vars(args), "versions": versions(), "device": device_name(data.device),
                       "data": data.fingerprint()}
         saved, damage = (None, None) if args.fresh else self._state_file.load(
-            (*self._same, "progress", "experiment", "seconds", "metrics_bytes", "finished"))
+            (*self._same, "chunk", "progress", "experiment", "seconds", "metrics_bytes", "finished"))
         if saved:
             self._check_saved(saved)
+            data.chunk = saved["chunk"]  # another one draws other random starts on CUDA, and free memory changes
         else:
             self._state_file.remove()
         saved = saved or {"progress": {}, "experiment": None, "seconds": 0.0, "metrics_bytes": 0, "finished": False}
@@ -551,7 +575,8 @@ class Run:
         if saved["data"] != self._same["data"]:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
         if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
-            raise InputError(f"{where} ran on {saved['device']}, this is {self._same['device']}")
+            raise InputError(f"{where} ran on {saved['device']}, whose random streams {self._same['device']} does not have; go on "
+                             "there, or start over with --fresh")
         if saved["progress"].get("sets") and saved["flags"]["Iteration"] != self.args.Iteration:
             raise InputError(f"--Iteration {self.args.Iteration}: {where} has finished experiments of "
                              f"{saved['flags']['Iteration']} iterations, and all of its sets are to be alike")
@@ -624,7 +649,8 @@ class Run:
 
     def save_state(self, finished=False):
         self._metrics.flush()
-        self._state_file.save({**self._same, "progress": self.progress, "experiment": self._describe and self._describe(),
+        self._state_file.save({**self._same, "chunk": self.data.chunk, "progress": self.progress,
+                               "experiment": self._describe and self._describe(),
                                "seconds": time.perf_counter() - self.start, "metrics_bytes": self._metrics.tell(),
                                "finished": finished})
 
@@ -776,6 +802,9 @@ def run_script(main):
         main()
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the memory of the device is full ({str(error).split('.')[0]}); smaller numbers "
+                 "of images at a time need less: --chunk, --batch_real, --trained_bs, --batch_train")
     except Interrupted as stop:
         rest = "goes on from here" if stop.whole else "goes on from the last saved state"
         same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
@@ -843,7 +872,7 @@ def device_name(device):
     """What the run computes on, for a reader."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
 def forward_flops(net, channel, size):
@@ -864,10 +893,11 @@ def forward_flops(net, channel, size):
 
 
 def image_gradients_per_second(net, data, threat):
-    """Measure the speed of attacks: (images x PGD steps) a second on real images. Takes less than a second."""
-    images, labels = data.take("train", slice(CHUNK))
+    """Measure the speed of attacks: (images x PGD steps) a second on real images, as many at a time as the run will take. Takes
+    about a second."""
+    images, labels = data.take("train", slice(data.chunk))
     generator = torch.Generator(data.device).manual_seed(0)
-    for steps in (1, 1):  # the first is the warm-up
+    for steps in (1, 1 if data.device.type == "cpu" else PGD_STEPS):  # the first is the warm-up
         start = time.perf_counter()
         attack_images(net, images, labels, threat, generator, steps=steps)  # its audit synchronises the device
     return len(images) * steps / (time.perf_counter() - start)
@@ -935,7 +965,7 @@ def planned_batches(args, data, threat):
 
     Returns {batch size: image-gradients} of the attacks, and of training.
     """
-    attacked, trained, chunk = collections.Counter(), collections.Counter(), attack_chunk(data.device, args.chunk)
+    attacked, trained, chunk = collections.Counter(), collections.Counter(), data.chunk
 
     def attack(images, times, steps=PGD_STEPS):
         attacked[chunk] += images // chunk * chunk * steps * times
@@ -954,17 +984,6 @@ def planned_batches(args, data, threat):
 
 
 CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
-BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
-
-
-def attack_chunk(device, chunk=0):
-    """How many images are attacked at a time: `chunk` if it is given, else by the memory of the device."""
-    if chunk or device.type != "cuda":
-        return chunk or CHUNK
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(256, memory // 2 // BYTES_PER_ATTACKED_IMAGE // 256 * 256)
-
-
 def class_groups(args, data):
     """Ranges of classes whose real batches are held at a time, so that memory does not grow with their number."""
     largest = max(min(args.batch_real, data.class_size(c)) for c in range(data.num_classes))

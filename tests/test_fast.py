@@ -63,7 +63,7 @@ def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch):
     rounding: it turns a sign here and there, in an attack or in the total variation, and then that class differs by more)."""
     calls = count_compiled(monkeypatch)
     bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--threat_model", "pixel"]))
-    bench.flags.chunk = 16  # 80 images = 5 x 16
+    bench.data.chunk = 16  # 80 images = 5 x 16
     images, optimizer, plain_pool, rng = bench.start()
     start = images.detach().clone()
     with benchmark.plain_mode():

@@ -56,7 +56,7 @@ def test_lowest_loss():
 class SmallData:
     """Three classes of 8x8 images in double precision, so that a rounding error does not turn a sign."""
 
-    num_classes, size, device, channel = 3, (8, 8), torch.device("cpu"), 1
+    num_classes, size, device, channel, chunk = 3, (8, 8), torch.device("cpu"), 1, 256
 
     def class_size(self, c):
         return 10
@@ -144,7 +144,7 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat, kept
 def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, attack, distance, group, kept):
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd", chunk=256,
+                           embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd",
                            attack_prior=attack, align_distance=distance)
     monkeypatch.setattr(utils, "CLASS_GROUP_IMAGES", 6 * group)
     monkeypatch.setattr(rome, "REAL_KEPT", kept)
@@ -173,7 +173,7 @@ def test_momentum_moves_the_other_classes():
     """In the second pass class 0's images also move, by momentum alone, while classes 1 and 2 take their steps."""
     data, net = SmallData(), small_network()
     args = SimpleNamespace(ipc=1, aug=False, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=1000, dsa_strategy="none", optim="sgd", chunk=256, attack_prior=True, align_distance="tv")
+                           embed_last=1000, dsa_strategy="none", optim="sgd", attack_prior=True, align_distance="tv")
     image_syn = torch.randn(3, 1, 8, 8, dtype=torch.float64).requires_grad_()
     optimizer = rome.image_optimizer(args, image_syn)
     steps = []
@@ -188,7 +188,7 @@ def test_momentum_moves_the_other_classes():
 
 def test_train_pool_counts_and_learns(digits):
     """model_train_steps batches for each network; the running accuracy is that of the attacked batches."""
-    args = SimpleNamespace(model_train_steps=3, trained_bs=64, attack_pool=True, chunk=256)
+    args = SimpleNamespace(model_train_steps=3, trained_bs=64, attack_pool=True)
     pool = utils.NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}

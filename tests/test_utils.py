@@ -263,7 +263,7 @@ def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, ra
 
 def flags(**changes):
     values = {"eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 0, "select": "train", "seed": 0,
-              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none", "chunk": 0}
+              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none"}
     return argparse.Namespace(**{**values, **changes})
 
 
