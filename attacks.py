@@ -287,8 +287,8 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
 def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, targeted=False, generator=None):
     """Square: random squares of +-eps, kept where the margin falls. L-inf, logits only.
 
-    queries: at most so many an image; the size of the squares falls with the share of them that is used. Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package
-    is missing.
+    queries: at most so many an image; the squares shrink with the share of them that is used.
+    Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
     _, SquareAttack = _pyautoattack()
     attack = SquareAttack(model, norm="Linf", eps=eps, n_queries=queries, p_init=p_init, targeted=targeted, loss="margin",

@@ -377,9 +377,9 @@ def typical_cost(args, attack):
 def run_slice(job, number, x, labels, victims, threat, chunk, args):
     """One slice of test images: attack, evaluate, measure.
 
-    victims: the networks to evaluate on, the crafting one first. chunk: images attacked at a time. Returns plain numbers: right answers by evaluated network,
-    n, seconds (attack, and evaluation on the crafting network), forward and backward passes of the attack (in images),
-    max_linf, max_l2 (attack space).
+    victims: the networks to evaluate on, the crafting one first. chunk: images attacked at a time.
+    Returns plain numbers: right answers by evaluated network, n, seconds (attack, and evaluation on the crafting network),
+    forward and backward passes of the attack (in images), max_linf, max_l2 (attack space).
     """
     own, *others = victims
     counter = PassCounter(own.net).eval()
@@ -463,7 +463,8 @@ class Results:
             refuse_other_flags(self.content["flags"], flags, MAY_CHANGE, f"the run in {self.folder}", "another --out")
             if self.content["rows"] and self.content["device"] != utils.device_name(device):
                 raise InputError(f"the seconds in {self.path} are those of {self.content['device']}, this is "
-                                 f"{utils.device_name(device)}: AE and CREI would mix them; go on there, or choose another --out")
+                                 f"{utils.device_name(device)}: AE and CREI would mix them; go on there, or choose another "
+                                 "--out")
             self.content |= {"flags": flags, "device": utils.device_name(device)}
         if not self.folder.exists():
             self.folder.mkdir(parents=True)

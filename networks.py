@@ -52,7 +52,8 @@ class Network(nn.Module):
             embedding = self.features(x).flatten(1)  # (N, D)
             return embedding, self.classifier(embedding)
         x = self.features[:last](x)
-        return x.flatten(1), self.classifier(self.features[last:](x.clone()).flatten(1))  # a copy: the next layer may be in place
+        # of a copy, since the next layer may work in place
+        return x.flatten(1), self.classifier(self.features[last:](x.clone()).flatten(1))
 
 
 # ---------------------------------------------------------------------------------------------------- building blocks

@@ -210,7 +210,8 @@ LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}  # (name, f
 def load_dataset(name, data_path, device="cpu", chunk=0):
     """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
 
-    Returns a Dataset on `device`; chunk: see there. Raises InputError for an unknown name, a damaged file, or data that is not to be had.
+    Returns a Dataset on `device`; chunk: see there. Raises InputError for an unknown name, a damaged file, or data that is not
+    to be had.
     """
     if name not in DATASETS:
         raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
@@ -575,8 +576,8 @@ class Run:
         if saved["data"] != self._same["data"]:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
         if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
-            raise InputError(f"{where} ran on {saved['device']}, whose random streams {self._same['device']} does not have; go on "
-                             "there, or start over with --fresh")
+            raise InputError(f"{where} ran on {saved['device']}, whose random streams {self._same['device']} does not have; go "
+                             "on there, or start over with --fresh")
         if saved["progress"].get("sets") and saved["flags"]["Iteration"] != self.args.Iteration:
             raise InputError(f"--Iteration {self.args.Iteration}: {where} has finished experiments of "
                              f"{saved['flags']['Iteration']} iterations, and all of its sets are to be alike")
@@ -741,8 +742,8 @@ def add_compatibility_flags(parser):
     """The flags of the published scripts that nothing reads or that had a single legal value. Source: SPEC 1.2."""
     group = parser.add_argument_group("accepted for compatibility, without effect")
     group.add_argument("--net_train_real", action="store_true")
-    for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight", "conf_path", "last",
-                 "dis_metric", "ij_selection", "aug_num"):
+    for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight",
+                 "conf_path", "last", "dis_metric", "ij_selection", "aug_num"):
         group.add_argument(f"--{name}", metavar="X")
 
 
@@ -803,8 +804,8 @@ def run_script(main):
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: the memory of the device is full ({str(error).split('.')[0]}); smaller numbers "
-                 "of images at a time need less: --chunk, --batch_real, --trained_bs, --batch_train")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the memory of the device is full ({str(error).split('.')[0]}); smaller "
+                 "numbers of images at a time need less: --chunk, --batch_real, --trained_bs, --batch_train")
     except Interrupted as stop:
         rest = "goes on from here" if stop.whole else "goes on from the last saved state"
         same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 CUDA = torch.device("cuda:0")
 # Reading a value out of a device tensor, or an output whose size depends on values.
-WAITS = {"item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "tolist", "cpu", "nonzero", "argwhere", "equal",
-         "allclose", "is_nonzero", "masked_select", "unique", "bincount"}
+WAITS = {"item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "tolist", "cpu", "nonzero", "argwhere",
+         "equal", "allclose", "is_nonzero", "masked_select", "unique", "bincount"}
 # Of those that the scripts could meet. Source: torch.use_deterministic_algorithms. (F.interpolate is listed there too, but is
 # computed in another way in deterministic mode.)
 NOT_DIFFERENTIABLE_REPEATABLY = {F.grid_sample, torch.grid_sampler, F.adaptive_max_pool2d, torch.median, torch.histc}
@@ -76,6 +76,9 @@ class FakeCuda(TorchFunctionMode):
             return self._wrap(result) if name == "__get__" and on_device(args[0]) else result  # .grad, .data
         if name in ("to", "cpu") and isinstance(args[0], torch.Tensor):
             return self._move(func, name, args, kwargs)
+        if name == "__format__" and on_device(args[0]):
+            self.count("item")
+            return format(plain(args[0]), *args[1:])
         given = list(tensors_in(args)) + list(tensors_in(list(kwargs.values())))
         there = [t for t in given if on_device(t)]
         self._check(func, name, args, given, there)
@@ -96,6 +99,8 @@ class FakeCuda(TorchFunctionMode):
             index = list(tensors_in(args[1])) if len(args) > 1 else []
             if on_device(args[0]) and any(i.dtype in (torch.bool, torch.uint8) or not on_device(i) for i in index):
                 self.count("index")
+        if func is F.interpolate:  # in deterministic mode it takes another way, which makes tensors where this is not looked at
+            args, kwargs = plain(args), plain(kwargs)
         result = func(*args, **kwargs)
         return self._wrap(result) if wanted else result
 

@@ -228,7 +228,7 @@ def test_outer_loop_repeats_image_updates_and_pool_training_with_the_same_networ
 @pytest.mark.parametrize("select, evaluations, kept", [("train", [2, 4, 6, "final"], [2, 4]), ("test", [2, 4, 6], [2, 4]),
                                                        ("last", [2, 4, 6], [2, 4, 6])])
 def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, select, evaluations, kept):
-    """The order of SPEC 1.1: evaluation 2 of 3 is the best; the final figures are of fresh networks only with --select train."""
+    """The order of SPEC 1.1; evaluation 2 of 3 is the best; with --select train the final figures are of fresh networks."""
     args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--Iteration", "6", "--eval_interval", "2",
                             "--net_generate_interval", "3", "--batch_real", "4", "--trained_bs", "4", "--model_train_steps",
                             "1", "--lr_img", "0.1", "--select", select])

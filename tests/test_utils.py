@@ -243,7 +243,7 @@ def test_accuracy_counts():
                                                          ("pixel", False, 20, {"robust_2_acc": 2, "robust_4_acc": 4,
                                                                                "robust_acc": 8})])
 def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, radii):
-    """PGD with a random start, with the steps, form and radii of the threat model, and a step size that goes with the radius."""
+    """PGD with a random start, the steps, form and radii of the threat model, and a step size that goes with the radius."""
     asked, threat = [], get_threat_model(name, digits)
     net, generator = get_network("MLP", 3, 10, (32, 32), 0), torch.Generator().manual_seed(0)
 
@@ -255,8 +255,8 @@ def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, ra
     measured = utils.robust_accuracies(net, images, labels, threat, generator)
     assert list(measured) == list(radii) and utils.judge_cost(threat) == steps * len(radii)
     for (options, goal), (column, radius) in zip(asked, radii.items(), strict=True):
-        assert options == {"eps": radius / 255, "step_size": threat.step_size * radius / 8, "steps": steps, "targeted": targeted,
-                           "generator": generator}
+        assert options == {"eps": radius / 255, "step_size": threat.step_size * radius / 8, "steps": steps,
+                           "targeted": targeted, "generator": generator}
         assert torch.equal(goal, (labels + 1) % 10 if targeted else labels)
         assert measured[column] == utils.accuracy(net, threat.clamp_only(images), labels)
 

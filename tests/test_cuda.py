@@ -1,0 +1,275 @@
+"""The scripts on a stand-in for a CUDA device (fake_cuda.py), interrupted and resumed too."""
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_dataset
+from fake_cuda import CudaTensor, fake_cuda, on_device
+
+import augment
+import evaluate
+import fast
+import pretrain
+import ROME_cifar10
+import ROME_cifar100
+import utils
+from attacks import autoattack, get_threat_model
+from checkpoint import Interrupted
+from files import InputError
+from networks import get_network
+
+ROME = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "4",
+        "--trained_bs", "8", "--model_train_steps", "1", "--num_exp", "1", "--num_eval", "1", "--epoch_eval_train", "2",
+        "--test_limit", "10", "--lr_img", "0.2", "--net_decay", "--embed_last", "1000", "--Iteration", "4", "--eval_interval",
+        "2", "--no_compile", "--no_baseline", "--device", "cuda"]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(utils, "SELECT_IMAGES", 20)
+    with fake_cuda(monkeypatch, memory=1 << 30) as device:  # chunks of 256: more take longer in the measurement at the start
+        yield device
+    torch.use_deterministic_algorithms(False)
+
+
+def main(monkeypatch, folder, script, *flags):
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    script.main()
+
+
+# ------------------------------------------------------------------------------------------------------- the stand-in itself
+def test_what_the_stand_in_refuses(cuda):
+    x, generator = torch.ones(2, 3, device="cuda"), torch.Generator("cuda").manual_seed(0)
+    assert x.device == torch.device("cuda:0") and (x + 1).is_cuda and generator.device.type == "cuda" and not x.cpu().is_cuda
+    for mixed in (lambda: x + torch.ones(2, 3), lambda: torch.cat([torch.ones(2, 3), x]),
+                  lambda: F.cross_entropy(x, torch.zeros(2, dtype=torch.long)), lambda: torch.ones(3)[x[0].long()]):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    for wrong in (lambda: torch.rand(2, generator=generator), lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
+                  lambda: x.uniform_(generator=torch.Generator())):
+        with pytest.raises(RuntimeError, match="device type for generator"):
+            wrong()
+    with pytest.raises(TypeError, match="Tensor.cpu"):
+        x.numpy()
+    assert (x + torch.tensor(1.0)).sum().item() == 12  # a CPU tensor without dimensions may take part
+    grid = F.affine_grid(torch.eye(2, 3, device="cuda")[None], (1, 1, 4, 4), align_corners=False)
+    F.grid_sample(torch.ones(1, 1, 4, 4, device="cuda").requires_grad_(), grid, align_corners=False)
+    torch.use_deterministic_algorithms(True)
+    F.grid_sample(torch.ones(1, 1, 4, 4, device="cuda"), grid, align_corners=False)
+    with pytest.raises(RuntimeError, match="deterministic implementation"):
+        F.grid_sample(torch.ones(1, 1, 4, 4, device="cuda").requires_grad_(), grid, align_corners=False)
+
+
+def test_what_the_stand_in_counts(cuda):
+    x = torch.arange(4).to("cuda")
+    x[torch.tensor([0, 1])], x[x > 1], x.sum().item(), x.cpu(), x + 1, x[1:]
+    assert cuda.syncs == {"copy to the device": 1, "index": 2, "item": 1, "cpu": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------ end to end
+@pytest.mark.parametrize("script, flags", [(ROME_cifar10, ["--deterministic", "--threat_model", "published"]),
+                                           (ROME_cifar100, ["--model", "LeNet", "--optim", "adam"])])
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(cuda, tmp_path, monkeypatch, script, flags):
+    """Stopped after its best set, which then comes from a file and goes into grids, the last evaluation and the result."""
+    one_network = utils.Evaluator._one_network
+
+    def first_is_best(self, images, labels, model, key, select):  # key: "evaluate", experiment, iteration, ...
+        return {**one_network(self, images, labels, model, key, select), "select_acc": 1 / key[2] if select else None}
+    monkeypatch.setattr(utils.Evaluator, "_one_network", first_is_best)
+    main(monkeypatch, tmp_path / "a", script, *ROME, *flags)
+    outer_iteration, calls = script.outer_iteration, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outer_iteration(*args)
+    monkeypatch.setattr(script, "outer_iteration", disturbed)
+    with pytest.raises(Interrupted):
+        main(monkeypatch, tmp_path / "b", script, *ROME, *flags)
+    with pytest.raises(InputError, match="ran on Fake GPU, whose random streams CPU .* does not have|--device is cpu"):
+        main(monkeypatch, tmp_path / "b", script, *ROME, *flags, "--device", "cpu")
+    main(monkeypatch, tmp_path / "b", script, *ROME, *flags)
+    (first, meta), (second, _) = (result(tmp_path / name) for name in ("a", "b"))
+    assert torch.equal(first[0], second[0]) and not on_device(second[0]) and meta["device"] == "Fake GPU"
+    assert events(tmp_path / "a") == events(tmp_path / "b") and len(events(tmp_path / "a")) == 3
+
+
+def result(folder):
+    (path,) = (folder / "result").glob("*.pt")
+    content = torch.load(path, weights_only=True)
+    return content["data"][0], content["meta"]
+
+
+def events(folder):
+    (path,) = (folder / "result").glob("*/metrics.jsonl")
+    lines = map(json.loads, path.read_text().splitlines())
+    return [[line["iteration"], *(line.get(key) for key in utils.COLUMNS)] for line in lines if line["event"] == "evaluation"]
+
+
+def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
+    flags = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "1", "--attack_steps", "1",
+             "--batch_train", "256", "--test_limit", "10", "--device", "cuda", "--no_compile"]
+    main(monkeypatch, tmp_path / "a", pretrain, *flags)
+    attack_images, calls = pretrain.attack_images, []
+
+    def disturbed(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return attack_images(*args, **options)
+    monkeypatch.setattr(pretrain, "attack_images", disturbed)
+    with pytest.raises(Interrupted):
+        main(monkeypatch, tmp_path / "b", pretrain, *flags)
+    main(monkeypatch, tmp_path / "b", pretrain, *flags)
+    name = "full_LeNet_Digits_142_PGD-pixel_seed0-0.pth"
+    assert (tmp_path / "a" / "checkpoints" / name).read_bytes() == (tmp_path / "b" / "checkpoints" / name).read_bytes()
+    main(monkeypatch, tmp_path / "b", ROME_cifar10, *ROME, "--model", "LeNet", "--robust_prior",
+         tmp_path / "b" / "checkpoints" / name, "--select", "last")
+
+
+def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
+    images = torch.cat([digits.sample_class(c, 1, torch.Generator().manual_seed(c)) for c in range(10)])
+    meta = {"dataset": "Digits", "packed": True, "flags": {"model": "LeNet"}}
+    torch.save({"data": [[images, torch.arange(10)]], "meta": meta}, tmp_path / "set.pt")
+    flags = ["--synset", tmp_path / "set.pt", "--epoch_eval_train", "2", "--num_eval", "1", "--limit", "6", "--transfer",
+             "--threat_model", "pixel", "--queries", "20", "--aa_iterations", "2", "--no_compile", "--resume", "--attacks",
+             "FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA", "Square", "SPSA"]
+    run_slice, calls = evaluate.run_slice, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return run_slice(*args)
+    monkeypatch.setattr(evaluate, "SLICE", 4)
+    monkeypatch.setattr(evaluate, "run_slice", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
+    with pytest.raises(InputError, match="seconds in .*results.json are those of Fake GPU, this is CPU"):
+        main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cpu")
+    main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
+    content = json.loads((tmp_path / "out" / "result" / "evaluation" / "results.json").read_text())
+    assert content["device"] == "Fake GPU" and len(content["rows"]) == 2 + 2 * 6 + 2 and content["sanity"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- details
+SYNCHRONISATIONS = 73  # of the outer iteration below: 51 copies to the device, 21 audits of attacks, the losses
+
+
+def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
+    """As the published commands have it, but for the sizes: 10 classes, one network matched, two trained for 10 steps."""
+    data = random_dataset(per_class=8)
+    data = utils.Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
+    args = ROME_cifar10.parse_args(["--model", "LeNet", "--ipc", "1", "--aug", "--train_net_num", "1", "--embed_last", "1000",
+                                    "--batch_real", "2", "--trained_bs", "4", "--net_decay", "--device", "cuda"])
+    rng = {name: utils.stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": utils.stream(0, device="cuda")}
+    image_syn, _ = ROME_cifar10.initial_set(args, data, utils.stream(0, "init"), "real", True)
+    optimizer_img = ROME_cifar10.image_optimizer(args, image_syn.requires_grad_())
+    pool, threat = ROME_cifar10.new_pool(args, 0, data, None), get_threat_model("published", data)
+    counts = []
+    for it in (1, 2, 3):
+        cuda.syncs.clear()
+        ROME_cifar10.outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
+        counts.append(sum(cuda.syncs.values()))
+    assert max(counts) <= SYNCHRONISATIONS, (counts, cuda.syncs)
+
+
+@pytest.mark.parametrize("name", ["scale", "rotate"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_repeatable_sampling_equals_grid_sample(name, n):
+    """Values and gradients, in double precision; per image too."""
+    draw = augment.dsa_draw(name, (9, 12), torch.Generator().manual_seed(1), n=n)[1].double()
+    x = torch.randn(5, 3, 9, 12, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.randn(x.shape, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    expected = augment.DSA_OPERATIONS[name][1](x, draw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "grid_sample", lambda x, grid, **_: augment._sample_repeatably(x, grid))
+        ours = augment.DSA_OPERATIONS[name][1](x, draw)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    assert torch.allclose(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, expected)), atol=1e-12)
+
+
+def test_the_chunk_goes_with_the_free_memory_and_stays(monkeypatch, tmp_path):
+    for free, expected in ((79 << 30, 4096), (30 << 30, 1024), (1 << 30, 256)):
+        with fake_cuda(monkeypatch, free):
+            assert utils.attack_chunk(torch.device("cuda:0")) == expected
+            assert utils.attack_chunk(torch.device("cuda:0"), 300) == 300
+    outer_iteration, chunks = ROME_cifar10.outer_iteration, []
+
+    def disturbed(it, image_syn, optimizer_img, pool, data, *rest):
+        chunks.append(data.chunk)
+        if len(chunks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outer_iteration(it, image_syn, optimizer_img, pool, data, *rest)
+    monkeypatch.setattr(ROME_cifar10, "outer_iteration", disturbed)
+    flags = [*ROME, "--model", "MLP", "--select", "last"]
+    with fake_cuda(monkeypatch, 79 << 30), pytest.raises(Interrupted):
+        main(monkeypatch, tmp_path, ROME_cifar10, *flags)
+    with fake_cuda(monkeypatch, 30 << 30):
+        main(monkeypatch, tmp_path, ROME_cifar10, *flags)
+    assert chunks == [4096] * 4
+
+
+def test_zca_is_never_rounded_to_tf32(monkeypatch):
+    asked, data = [], random_dataset(per_class=2)
+
+    class Whitening:
+        def fit(self, x):
+            return self(x) is not None and self
+
+        def __call__(self, x):
+            asked.append(torch.backends.cuda.matmul.allow_tf32)
+            return x
+        inverse_transform = __call__
+    import kornia
+    monkeypatch.setattr(kornia.enhance, "ZCAWhitening", lambda **_: Whitening())
+    fast.set_precision("tf32")
+    data.fit_zca()
+    threat = get_threat_model("pixel", data)
+    threat.decode(threat.encode(data.take("train", slice(2))[0]))
+    assert asked == [False] * 4 and torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_full_memory_is_one_line(monkeypatch):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore")
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py"])
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(full)
+    assert "\n" not in stop.value.code and "CUDA out of memory" in stop.value.code and "--chunk" in stop.value.code
+
+
+def test_compiling_leaves_batchnorm_as_it_was(monkeypatch):
+    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x: net(x))
+    net = get_network("ConvNetBN", 3, 10, (32, 32), 0)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert fast.compile_batches(net, (3, 32, 32), trained=[4]) is None
+    fast._ready.clear()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_autoattack_seeds_the_device_of_its_images(cuda, monkeypatch):
+    """pyautoattack seeds the current CUDA device, whatever device its images are on."""
+    import contextlib
+    current, seeded = [], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda.random, "manual_seed", lambda seed: seeded.append(list(current)))
+    net = get_network("MLP", 3, 10, (32, 32), 0, "cuda").eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    with torch.no_grad():
+        labels = net(x).argmax(1)
+    x_adv = autoattack(net, x, labels, iterations=2, queries=5, generator=torch.Generator("cuda").manual_seed(0))
+    assert isinstance(x_adv, CudaTensor) and seeded and all(at == [x.device] for at in seeded)
