@@ -1,20 +1,37 @@
-# make demo   install into .venv and distil the embedded digits (3 minutes on two CPU cores)
-# make test   install into .venv and run the tests
-# make test-slow   the tests marked slow: ten kills of a real run, a full pool saved
+# make demo            install into .venv and distil the embedded digits (3 minutes on two CPU cores)
+# make demo-table      the demo for five seeds on each kind of processor (an hour), and the table over the seeds
+# make test            install into .venv and run the tests
+# make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
+# make test-machines   the tests on each kind of processor, with two threads, with the lowest and the newest torch (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow clean
+.PHONY: demo demo-table test test-slow test-machines clean
 
 demo: $(VENV)/installed
-	$(BIN)/python ROME_cifar10.py $(DEMO_FLAGS)
+	$(BIN)/python pretrain.py --seed 0 $(DEMO_PRIOR)
+	$(BIN)/python ROME_cifar10.py --seed 0 $(DEMO_FLAGS) --robust_prior checkpoints/$(DEMO_NETWORKS)_seed0-*.pth
+
+# Two runs at a time, of one thread each. Each line: capability, seed.
+demo-table: $(VENV)/installed
+	for capability in $(CAPABILITIES); do for seed in 0 1 2 3 4; do echo $$capability $$seed; done; done | \
+	OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'out=result/demo/$$0/seed$$1; \
+	  tests/on_processor.sh $$0 $(BIN)/python pretrain.py --seed $$1 $(DEMO_PRIOR) --checkpoint_path $$out && \
+	  tests/on_processor.sh $$0 $(BIN)/python ROME_cifar10.py --seed $$1 $(DEMO_FLAGS) --save_path $$out --checkpoint_path $$out \
+	    --robust_prior $$out/$(DEMO_NETWORKS)_seed$$1-*.pth'
+	$(BIN)/python report.py result/demo --out result/demo/report
+
+CAPABILITIES = default avx2 $(shell grep -q avx512f /proc/cpuinfo && echo avx512)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-machines: $(VENV)/installed-test
+	$(BIN)/python tests/machines.py $(if $(MACHINES),--machines $(MACHINES)) -- $(PYTEST_FLAGS)
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {v} found: make PYTHON=python3.12")'
@@ -31,7 +48,11 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 clean:
 	rm -rf $(VENV)
 
-# Small enough for two CPU cores: 25 iterations, little batches, 3 networks an evaluation, the valid threat model.
-DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 25 --eval_interval 25 \
-	--batch_real 32 --trained_bs 32 --model_train_steps 2 --train_net_num 1 --net_generate_interval 5 --lr_img 0.2 \
-	--net_decay --embed_last 1000 --ce_weight 0.5 --num_exp 1 --num_eval 3 --epoch_eval_train 100
+# Small enough for two CPU cores: a robust prior of four networks, 100 iterations, small batches, 3 networks an evaluation, the valid
+# threat model. The last set is kept: with one evaluation there is nothing to select.
+DEMO_NETWORKS = full_ConvNetW32_Digits_142_PGD-pixel
+DEMO_PRIOR = --dataset Digits --model ConvNetW32 --threat_model pixel --num_nets 4 --epochs 4 --attack_steps 3 --batch_train 64 \
+	--lr_net 0.1 --test_limit 50
+DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 100 --eval_interval 100 \
+	--batch_real 16 --train_net_num 1 --lr_img 0.02 --embed_last 1000 --ce_weight 0.05 --select last --num_exp 1 \
+	--num_eval 3 --epoch_eval_train 100 --test_limit 200

@@ -66,6 +66,7 @@ class Run:
     folder: Path
     flags: dict
     events: list  # dicts, one a line of metrics.jsonl
+    device: str = ""
 
     def of(self, name):
         return [event for event in self.events if event["event"] == name]
@@ -73,6 +74,14 @@ class Run:
     def title(self):
         f = self.flags
         return f"{f['method']} {f['dataset']} {f['model']} ipc {f['ipc']} {f['threat_model']}"
+
+    def other_flags(self, *names):
+        """The flags but for these and the paths, as text: the same for runs that differ in nothing else."""
+        left_out = {*names, "save_path", "checkpoint_path", "data_path", "save_interval", "fresh"}
+        flags = {key: value for key, value in self.flags.items() if key not in left_out}
+        flags["robust_prior"] = [Path(name).name for name in self.flags.get("robust_prior", [])]
+        text = json.dumps(flags, sort_keys=True)
+        return text.replace(f"seed{self.flags.get('seed')}-", "seed-") if "seed" in names else text
 
 
 def find(paths):
@@ -103,14 +112,15 @@ def read_run(path):
     try:
         lines = path.read_text().split("\n")
         events = [json.loads(line) for line in lines[:-1]]
-        flags = json.loads(path.with_name("flags.json").read_text())["flags"]
+        about = json.loads(path.with_name("flags.json").read_text())
+        flags = about["flags"]
         for key, kind in {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int, "Iteration": int,
                           "align_weight": (int, float)}.items():
             if not isinstance(flags[key], kind):
                 raise TypeError(f"the flag {key} is {flags[key]}")
         for event in events:
             check_event(event)
-        return Run(path.parent, flags, events)
+        return Run(path.parent, flags, events, str(about.get("device", "")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or not of a ROME run ({type(error).__name__}: {error})") from None
 
@@ -368,6 +378,50 @@ def table_runs(runs):
     return table if table.rows else None
 
 
+def table_seeds(runs):
+    """Finished runs that differ in nothing but the seed, on the same device: mean and standard deviation over the seeds, and of
+    the differences between the distilled set and each other one, seed by seed."""
+    groups = {}
+    for run in runs:
+        if run.of("final"):
+            groups.setdefault((run.title(), run.other_flags("seed"), run.device), {})[run.flags.get("seed")] = run
+    table = Table("seeds", "Over seeds (accuracy in percent of the mean over a seed's networks; mean +- standard deviation over "
+                  "seeds; a difference is taken seed by seed, * where it is more than two of its standard deviations)",
+                  ["run", "device", "set", *utils.COLUMNS.values(), "judged by", "n", "seeds"], [])
+    for (title, _, device), seeds in groups.items():
+        if len(seeds) < 2:
+            continue
+        runs = list(seeds.values())
+        first = runs[0].of("final")
+        for e in first:
+            means = {key: seed_means(runs, e, key) for key in utils.COLUMNS if key in e}
+            table.rows.append([title, device, e["set"], *(_over_seeds(means.get(key)) for key in utils.COLUMNS), judged_by(e),
+                               e["n"], len(runs)])
+        distilled = [e for e in first if e["set"] == runs[0].flags["method"]]
+        for ours, other in ((d, e) for d in distilled for e in first if e["set"] != d["set"] and e["model"] == d["model"]):
+            differences = {key: seed_means(runs, ours, key) - seed_means(runs, other, key)
+                           for key in utils.COLUMNS if key in ours}
+            table.rows.append([title, device, f"{ours['set']} minus {other['set']}",
+                               *(_over_seeds(differences.get(key), sign=True) for key in utils.COLUMNS), judged_by(ours),
+                               ours["n"], len(runs)])
+    return table if table.rows else None
+
+
+def seed_means(runs, event, key):
+    """Percent, (seeds,): the mean over the networks of each run for the set and the network of `event`."""
+    return np.array([100 * np.mean(e[key]) for run in runs for e in run.of("final")
+                     if (e["set"], e["model"]) == (event["set"], event["model"])])
+
+
+def _over_seeds(values, sign=False):
+    """'87.31 +- 1.02', or for a difference '+5.30 +- 1.90 *'; the sample standard deviation."""
+    if values is None:
+        return None
+    mean, std = values.mean(), values.std(ddof=1)
+    text = f"{mean:{'+' if sign else ''}.2f} +- {std:.2f}"
+    return text + " *" if sign and abs(mean) > 2 * std else text
+
+
 def judged_by(event):
     """The attack behind the robust accuracies of an evaluation. Under `pixel` it was targeted, as under `published`, until the
     smaller radii came."""
@@ -403,10 +457,8 @@ def figure_4(runs, published):
     sweeps = {}
     for run in runs:
         final = [e for e in run.of("final") if e["set"] == run.flags["method"]]
-        same = json.dumps({k: v for k, v in run.flags.items() if k not in (
-            "align_weight", "save_path", "checkpoint_path", "save_interval", "fresh")}, sort_keys=True)
         if final:
-            sweeps.setdefault(same, {})[run.flags["align_weight"]] = (run, final[0])
+            sweeps.setdefault(run.other_flags("align_weight"), {})[run.flags["align_weight"]] = (run, final[0])
     for number, sweep in enumerate(s for s in sweeps.values() if len(s) > 1):
         figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
         weights = sorted(sweep)
@@ -550,7 +602,7 @@ def main():
     if all_of_it or 4 in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:
-        tables.append(table_runs(runs))
+        tables += [table_seeds(runs), table_runs(runs)]
         names = [run.folder.name for run in runs]
         draw(("curves_" + ("" if names.count(run.folder.name) == 1 else f"{run.folder.parent.name}_") + run.folder.name,
               figure_run(run)) for run in runs)

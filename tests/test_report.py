@@ -173,6 +173,27 @@ def test_runs_finished_and_going_and_the_sweep(tmp_path, monkeypatch, capsys):
                        "curves_pixel.png"}
 
 
+def test_over_seeds(tmp_path, monkeypatch, capsys):
+    """Three seeds on one device and one on another; the figures by hand, the differences seed by seed."""
+    for seed, (real, rome, device) in enumerate(((40, 45, "A"), (50, 56, "A"), (30, 35, "A"), (30, 90, "B"))):
+        prior = [f"somewhere{seed}/net_seed{seed}-0.pth"]
+        folder = tmp_path / "in" / f"seed{seed}"
+        write_run(folder, 0.2, True, {"seed": seed, "robust_prior": prior})
+        lines = [{"event": "final", "set": name, "model": "ConvNet", "n": 100, "clean_acc": [0.5, 0.5], "clamp_acc": [0.5, 0.5],
+                  "robust_acc": [accuracy / 100 - 0.01, accuracy / 100 + 0.01]}
+                 for name, accuracy in (("random real", real), ("ROME", rome))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        about = json.loads((folder / "flags.json").read_text())
+        (folder / "flags.json").write_text(json.dumps({**about, "device": device}))
+    main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    lines = {line["set"]: line for line in csv.DictReader((tmp_path / "out" / "seeds.csv").open())}
+    assert {line["device"] for line in lines.values()} == {"A"} and {line["seeds"] for line in lines.values()} == {"3"}
+    assert lines["random real"]["robust 8/255"] == "40.00 +- 10.00"
+    assert lines["ROME"]["robust 8/255"] == f"45.33 +- {np.std([45, 56, 35], ddof=1):.2f}"
+    assert lines["ROME minus random real"]["robust 8/255"] == f"+5.33 +- {np.std([5, 6, 5], ddof=1):.2f} *"
+    assert lines["ROME minus random real"]["clean"] == "+0.00 +- 0.00" and lines["ROME"]["robust 2/255"] == ""
+
+
 WRONG = [("seconds", "1"), ("seconds", float("nan")), ("method", None), ("n", 2.5), ("targeted", "yes"), ("eps", "a"),
          ("ipc", "10"), ("dataset", "a/b"), ("dataset", [])]
 
