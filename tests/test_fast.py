@@ -36,8 +36,8 @@ def count_compiled(monkeypatch):
 
 
 def test_compiled_equals_plain(compiled, monkeypatch):
-    """Attacks, training gradients and a whole outer iteration; on one network of the pool and, without compiling again,
-    on another. The sign of a gradient that is almost 0 may differ, so nearly all pixels must agree, not all."""
+    """A step of an attack and training gradients, on one network of the pool and, without compiling again, on another. The sign
+    of a gradient that is almost 0 may differ, so nearly all pixels must agree, not all; after more steps the paths part."""
     calls, graphs = count_compiled(monkeypatch), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     data = random_dataset(per_class=16)
     threat = get_threat_model("pixel", data)
@@ -47,21 +47,23 @@ def test_compiled_equals_plain(compiled, monkeypatch):
         results = []
         for plain in (False, True):
             with benchmark.plain_mode() if plain else torch.enable_grad():
-                adv, linf, _ = craft(net, x, labels, threat, "PGD", targeted=False, random_start=False)
+                adv, linf, _ = craft(net, x, labels, threat, "PGD", targeted=False, random_start=False, steps=1)
                 net.zero_grad()
                 F.cross_entropy(fast.forward(net, x), labels).backward()
                 results.append((adv, [p.grad.clone() for p in net.parameters()]))
         (adv, grads), (adv_plain, grads_plain) = results
-        assert ((adv - adv_plain).abs() > 1e-4).float().mean() < 1e-3 and linf.max() > 0.03
+        assert ((adv - adv_plain).abs() > 1e-4).float().mean() < 1e-3 and linf.min() > 0.9 * threat.step_size
         assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(grads, grads_plain))
-    assert calls == 2 * ([16] * 11) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    assert net(x[:5]).shape == (5, 10) and len(calls) == 22  # another batch size stays plain
+    assert calls == 2 * ([16] * 2) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert net(x[:5]).shape == (5, 10) and len(calls) == 4  # another batch size stays plain
 
 
-def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch):
-    """One outer iteration as benchmark's class-by-class loop, as the script batches it, and compiled (up to
-    rounding: it turns a sign here and there, in an attack or in the total variation, and then that class differs by more)."""
+def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch, request):
+    """One outer iteration as benchmark's class-by-class loop, as the script batches it, and compiled; in double precision, since
+    rounding in single precision turns a sign here and there, after which the paths part."""
     calls = count_compiled(monkeypatch)
+    torch.set_default_dtype(torch.double)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float))
     bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--threat_model", "pixel"]))
     bench.data.chunk = 16  # 80 images = 5 x 16
     images, optimizer, plain_pool, rng = bench.start()
@@ -81,15 +83,13 @@ def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch):
 
     with benchmark.plain_mode():
         eager, eager_pool = script_iteration()
-    assert not calls and torch.allclose(eager, images, atol=1e-5)
-    assert torch.allclose(parameters(eager_pool), parameters(plain_pool), atol=1e-6)
+    assert not calls and eager.dtype == torch.double and torch.allclose(eager, images, atol=1e-9)
+    assert torch.allclose(parameters(eager_pool), parameters(plain_pool), atol=1e-12)
     quick, quick_pool = script_iteration()
     assert calls == [16] * (5 * 10 + 2 * 2 * 11)
     moved = (eager - start).flatten(1).norm(dim=1)  # one image a class
     assert moved.min() > 1
-    differs = (quick - eager).flatten(1).norm(dim=1) / moved
-    assert differs.median() < 1e-3 and differs.max() < 0.3, differs
-    assert torch.allclose(parameters(quick_pool), parameters(eager_pool), atol=1e-3)
+    assert torch.allclose(quick, eager, atol=1e-9) and torch.allclose(parameters(quick_pool), parameters(eager_pool), atol=1e-12)
 
 
 def test_no_compiler_means_plain(monkeypatch):
