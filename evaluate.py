@@ -857,6 +857,15 @@ def compile_planned(args, jobs, victims, n, data):
         utils.compile_planned(next(iter(nets.values())), data, {batch: cost * n}, {}, tqdm.write)
 
 
+def warm_up(net, images, chunk):
+    """A pass forward, and on a GPU backward, that no clock sees. images: (N, C, H, W) normalised."""
+    x = images[:chunk].clone().requires_grad_(images.device.type != "cpu")
+    with torch.set_grad_enabled(x.requires_grad):
+        logits = forward(net, x)
+    if x.requires_grad:
+        torch.autograd.grad(logits.sum(), x)
+
+
 def run_job(job, victims, test, threat, data, args, results, bar):
     """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
     size = 4 * SLICE if job.attack in ATTACKS and ATTACKS[job.attack].batches else SLICE
@@ -873,15 +882,6 @@ def run_job(job, victims, test, threat, data, args, results, bar):
     rows = rows_of(job, slices, victims, data, args)
     results.add(job, rows)
     tqdm.write(f"{job}: {100 * rows[0]['accuracy']:.2f} % in {utils.duration(rows[0]['seconds'])}")
-
-
-def warm_up(net, images, chunk):
-    """A pass forward, and on a GPU backward, that no clock sees. images: (N, C, H, W) normalised."""
-    x = images[:chunk].clone().requires_grad_(images.device.type != "cpu")
-    with torch.set_grad_enabled(x.requires_grad):
-        logits = forward(net, x)
-    if x.requires_grad:
-        torch.autograd.grad(logits.sum(), x)
 
 
 if __name__ == "__main__":
