@@ -385,8 +385,8 @@ def table_seeds(runs):
     for run in runs:
         if run.of("final"):
             groups.setdefault((run.title(), run.other_flags("seed"), run.device), {})[run.flags.get("seed")] = run
-    table = Table("seeds", "Over seeds (accuracy in percent of the mean over a seed's networks; mean +- standard deviation over "
-                  "seeds; a difference is taken seed by seed, * where it is more than two of its standard deviations)",
+    table = Table("seeds", "Over seeds (accuracy in percent, mean over the networks of a seed; mean +- standard deviation over "
+                  "seeds; differences are taken seed by seed; *: more than two of its standard deviations)",
                   ["run", "device", "set", *utils.COLUMNS.values(), "judged by", "n", "seeds"], [])
     for (title, _, device), seeds in groups.items():
         if len(seeds) < 2:

@@ -196,8 +196,8 @@ def _download_cifar(name, folder, path):
         if new_folder and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # torchvision made it
         raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once where there is internet "
-                         f"access, or put {path.name} (uint8 arrays x_train, y_train, x_test, y_test, classes; see README, "
-                         f"Data) into {folder}") from None
+                         f"access, or put {path.name} (uint8 arrays x_train, y_train, x_test, y_test, classes; see "
+                         f"docs/reproduce.md) into {folder}") from None
     arrays = {"classes": np.array(splits["train"].classes)}
     for split, images in splits.items():
         arrays[f"x_{split}"], arrays[f"y_{split}"] = images.data, np.array(images.targets, dtype=np.uint8)
