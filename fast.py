@@ -6,6 +6,7 @@ and benchmark.py measures both. The settings are of the process, as those of tor
 import ctypes
 import functools
 import logging
+import re
 import time
 from contextlib import contextmanager
 
@@ -83,7 +84,8 @@ def compile_batches(net, shape, attacked=(), trained=()):
                 _ready.add(kind)
     except Exception as error:  # of dynamo, of the code generator, of the compiler: whatever it is, eager mode works
         _ready.clear()
-        return f"torch.compile does not work here ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        said = re.sub(r"raised:\s+", "raised ", str(error)).splitlines() or [""]  # which backend; the reason is in the next line
+        return f"torch.compile does not work here ({type(error).__name__}: {said[0][:200]})"
     finally:
         net.train(was_training).requires_grad_(True)
         for buffer, kept in buffers:
