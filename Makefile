@@ -17,9 +17,9 @@ demo: $(VENV)/installed
 demo-table: $(VENV)/installed
 	for capability in $(CAPABILITIES); do for seed in 0 1 2 3 4; do echo $$capability $$seed; done; done | \
 	OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'out=result/demo/$$0/seed$$1; \
-	  tests/on_processor.sh $$0 $(BIN)/python pretrain.py --seed $$1 $(DEMO_PRIOR) --checkpoint_path $$out && \
-	  tests/on_processor.sh $$0 $(BIN)/python ROME_cifar10.py --seed $$1 $(DEMO_FLAGS) --save_path $$out --checkpoint_path $$out \
-	    --robust_prior $$out/$(DEMO_NETWORKS)_seed$$1-*.pth'
+	  tests/on_processor.sh $$0 $(BIN)/python pretrain.py --seed $$1 $(DEMO_PRIOR) --checkpoint_path $$out/checkpoints && \
+	  tests/on_processor.sh $$0 $(BIN)/python ROME_cifar10.py --seed $$1 $(DEMO_FLAGS) --save_path $$out \
+	    --checkpoint_path $$out/checkpoints --robust_prior $$out/checkpoints/$(DEMO_NETWORKS)_seed$$1-*.pth'
 	$(BIN)/python report.py result/demo --out result/demo/report
 
 CAPABILITIES = default avx2 $(shell grep -q avx512f /proc/cpuinfo && echo avx512)

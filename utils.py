@@ -544,6 +544,9 @@ class Run:
         self.name = f"{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
         self.folder = Path(args.save_path) / self.name
         self.checkpoint_folder = Path(args.checkpoint_path) / self.name
+        if self.folder.resolve() == self.checkpoint_folder.resolve():
+            raise InputError(f"--save_path and --checkpoint_path are both {args.save_path}; choose two folders: the one of an "
+                             "earlier run is moved aside, and its saved state must not be")
         self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
         for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", self.checkpoint_folder)):
             try:

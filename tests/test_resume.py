@@ -212,6 +212,12 @@ def test_two_runs_with_one_result_folder(stopped, monkeypatch):
     held.close()
 
 
+def test_one_folder_for_results_and_states(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--save_path and --checkpoint_path are both out; choose two folders"):
+        main(monkeypatch, tmp_path, "--save_path", "out", "--checkpoint_path", "./out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_state_of_something_else(stopped, monkeypatch):
     for name in ("state.pt", "state.previous.pt"):
         torch.save({"data": []}, stopped / "checkpoints" / NAME / name)
