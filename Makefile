@@ -1,4 +1,4 @@
-# make demo            install into .venv and distil the embedded digits (3 minutes on two CPU cores)
+# make demo            install into .venv and distil the embedded digits (2 to 3 minutes on two CPU cores)
 # make demo-table      the demo for five seeds on each kind of processor (an hour), and the table over the seeds
 # make test            install into .venv and run the tests
 # make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
