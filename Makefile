@@ -22,7 +22,7 @@ demo-table: $(VENV)/installed
 	    --checkpoint_path $$out/checkpoints --robust_prior $$out/checkpoints/$(DEMO_NETWORKS)_seed$$1-*.pth'
 	$(BIN)/python report.py result/demo --out result/demo/report
 
-CAPABILITIES = default avx2 $(shell grep -q avx512f /proc/cpuinfo && echo avx512)
+CAPABILITIES = $(shell $(PYTHON) tests/machines.py --capabilities)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
@@ -46,7 +46,7 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-torch-*
 
 # Small enough for two CPU cores: a robust prior of four networks, 100 iterations, small batches, 3 networks an evaluation, the valid
 # threat model. The last set is kept: with one evaluation there is nothing to select.

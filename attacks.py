@@ -38,7 +38,7 @@ class ThreatModel:
     encode: (N, C, H, W) normalised images -> attack space, not yet clamped; decode: its inverse.
     eps, step_size: L-inf radius and PGD step in attack space. target_classes: the modulus of `target_labels`.
     judge: the options of the PGD attack, with a random start, that a "robust accuracy" is measured with. judge_eps: its
-    radii in attack space, the last one is `eps`.
+    radii in attack space, by the name of the result (utils.COLUMNS).
     """
 
     name: str
@@ -48,7 +48,7 @@ class ThreatModel:
     step_size: float
     target_classes: int
     judge: dict
-    judge_eps: tuple
+    judge_eps: dict
 
     def target_labels(self, labels):
         """The class that a targeted attack aims at: the next one. labels: (N,) int64. Returns (N,) int64."""
@@ -62,7 +62,7 @@ class ThreatModel:
 def _published(data):
     # QUIRK (published): normalised images are attacked as if they were pixels; 10 classes whatever the data set has.
     return ThreatModel("published", encode=lambda x: x, decode=lambda z: z, eps=EPS, step_size=2 / 225,
-                       target_classes=10, judge={"targeted": True, "steps": PGD_STEPS}, judge_eps=(EPS,))
+                       target_classes=10, judge={"targeted": True, "steps": PGD_STEPS}, judge_eps={"robust_acc": EPS})
 
 
 def _pixel(data):
@@ -70,7 +70,7 @@ def _pixel(data):
     # Judged untargeted: a targeted attack leaves 2 to 6 % on networks of which an untargeted one leaves nothing.
     return ThreatModel("pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=data.normalize, eps=EPS,
                        step_size=2 / 255, target_classes=data.num_classes, judge={"targeted": False, "steps": 2 * PGD_STEPS},
-                       judge_eps=(2 / 255, 4 / 255, EPS))
+                       judge_eps={"robust_2_acc": 2 / 255, "robust_4_acc": 4 / 255, "robust_acc": EPS})
 
 
 THREAT_MODELS = {"published": _published, "pixel": _pixel}

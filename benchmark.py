@@ -264,7 +264,7 @@ def main():
         start = time.perf_counter()
         trained = {args.trained_bs, *(size for sizes in sets.values() for size in sizes if size)}
         last = 10 * args.batch_real % chunk
-        attacked = {bench.pgd_batch, chunk, min(args.trained_bs, chunk), *([last] if last else [])}
+        attacked = {bench.pgd_batch, min(args.trained_bs, chunk), *([last] if last else [])}
         problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained))
         compile_seconds = time.perf_counter() - start
         print(problem or f"compiled {len(attacked) + len(trained)} kinds of batches in {compile_seconds:.1f} s", flush=True)

@@ -84,7 +84,8 @@ def compile_batches(net, shape, attacked=(), trained=()):
                 _ready.add(kind)
     except Exception as error:  # of dynamo, of the code generator, of the compiler: whatever it is, eager mode works
         _ready.clear()
-        said = re.sub(r"raised:\s+", "raised ", str(error)).splitlines() or [""]  # which backend; the reason is in the next line
+        # the first line; of a backend's error the next one too, which has the reason
+        said = re.sub(r"raised:\s+", "raised ", str(error)).splitlines() or [""]
         return f"torch.compile does not work here ({type(error).__name__}: {said[0][:200]})"
     finally:
         net.train(was_training).requires_grad_(True)

@@ -130,7 +130,7 @@ def check_event(event):
     if event["event"] == "iteration":
         numbers = [event[key] for key in ("exp", "iteration", *LOSSES)]
     elif event["event"] in ("evaluation", "final"):
-        measured = [*utils.ACCURACIES, *(key for key in utils.COLUMNS if key in event and key not in utils.ACCURACIES)]
+        measured = [key for key in utils.COLUMNS if key in event or key in utils.ACCURACIES]
         names, numbers = [event["set"], event["model"]], [event["n"], *(x for key in measured for x in event[key])]
         if not all(isinstance(name, str) for name in names) or not all(event[key] for key in measured):
             raise ValueError(f"an {event['event']} of {names}")
@@ -392,18 +392,13 @@ def table_seeds(runs):
         if len(seeds) < 2:
             continue
         runs = list(seeds.values())
-        first = runs[0].of("final")
-        for e in first:
-            means = {key: seed_means(runs, e, key) for key in utils.COLUMNS if key in e}
-            table.rows.append([title, device, e["set"], *(_over_seeds(means.get(key)) for key in utils.COLUMNS), judged_by(e),
-                               e["n"], len(runs)])
-        distilled = [e for e in first if e["set"] == runs[0].flags["method"]]
-        for ours, other in ((d, e) for d in distilled for e in first if e["set"] != d["set"] and e["model"] == d["model"]):
-            differences = {key: seed_means(runs, ours, key) - seed_means(runs, other, key)
-                           for key in utils.COLUMNS if key in ours}
-            table.rows.append([title, device, f"{ours['set']} minus {other['set']}",
-                               *(_over_seeds(differences.get(key), sign=True) for key in utils.COLUMNS), judged_by(ours),
-                               ours["n"], len(runs)])
+        means = [(e, {key: seed_means(runs, e, key) for key in utils.COLUMNS if key in e}) for e in runs[0].of("final")]
+        rows = [(e, e["set"], values, False) for e, values in means]
+        rows += [(ours, f"{ours['set']} minus {other['set']}", {key: values[key] - others[key] for key in values}, True)
+                 for ours, values in means if ours["set"] == runs[0].flags["method"]
+                 for other, others in means if other["set"] != ours["set"] and other["model"] == ours["model"]]
+        table.rows += [[title, device, name, *(_over_seeds(values.get(key), sign) for key in utils.COLUMNS), judged_by(e),
+                        e["n"], len(runs)] for e, name, values, sign in rows]
     return table if table.rows else None
 
 
@@ -413,8 +408,8 @@ def seed_means(runs, event, key):
                      if (e["set"], e["model"]) == (event["set"], event["model"])])
 
 
-def _over_seeds(values, sign=False):
-    """'87.31 +- 1.02', or for a difference '+5.30 +- 1.90 *'; the sample standard deviation."""
+def _over_seeds(values, sign):
+    """'87.31 +- 1.02', or with the sign, for a difference, '+5.30 +- 1.90 *'; the sample standard deviation."""
     if values is None:
         return None
     mean, std = values.mean(), values.std(ddof=1)

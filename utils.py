@@ -62,8 +62,6 @@ DATASETS = {
     "Digits": {"mean": (0.3054,) * 3, "std": (0.3237,) * 3},
 }
 ZCA_EPS = 0.1
-
-
 BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
 MOST_ATTACKED = 4096  # images at a time: an activation of ConvNetW256 then has 2^30 values, and an index of 32 bits is enough
 
@@ -392,11 +390,10 @@ def robust_accuracies(net, images, labels, threat, generator, chunk=CHUNK):
     """Accuracies (fractions) under PGD with a random start, as the threat model judges: under `published` targeted, 10 steps
     (SPEC 3.1); under `pixel` untargeted, 20 steps, at 2, 4 and 8 of 255. Arguments as in `accuracy`.
 
-    Returns {column: accuracy}, the columns those of COLUMNS that are robust ones.
+    Returns {column: accuracy}; the columns are those of COLUMNS that the threat model has.
     """
-    columns = [column for column in COLUMNS if column.startswith("robust_")][-len(threat.judge_eps):]
     return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, chunk=chunk, **threat.judge),
-                             labels) for column, eps in zip(columns, threat.judge_eps)}
+                             labels) for column, eps in threat.judge_eps.items()}
 
 
 def judge_cost(threat):
@@ -988,6 +985,8 @@ def planned_batches(args, data, threat):
 
 
 CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
+
+
 def class_groups(args, data):
     """Ranges of classes whose real batches are held at a time, so that memory does not grow with their number."""
     largest = max(min(args.batch_real, data.class_size(c)) for c in range(data.num_classes))

@@ -1,4 +1,6 @@
 """Fixtures. The suite needs no network and no data file; what lies in ../shared or data/ is used where it is there."""
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +25,18 @@ def random_dataset(num_classes=10, per_class=8, seed=0):
     images = {s: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)) for s in ("train", "test")}
     return utils.Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
                          **utils.DATASETS["CIFAR10"])
+
+
+def sigterm_at(monkeypatch, owner, name, call):
+    """SIGTERM to this process at that call (from 1) of the function `name` of `owner`, which is then called all the same."""
+    function, calls = getattr(owner, name), []
+
+    def disturbed(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **options)
+    monkeypatch.setattr(owner, name, disturbed)
 
 
 @pytest.fixture(scope="session")

@@ -127,13 +127,13 @@ class FakeCuda(TorchFunctionMode):
         to_cuda = on_device(tensor) if target is None else is_cuda(target)
         clean = [torch.device("cpu") if isinstance(a, (torch.device, str)) else a for a in args[1:]]
         more = {key: torch.device("cpu") if isinstance(v, (torch.device, str)) else v for key, v in kwargs.items()}
-        plain = func(tensor.as_subclass(torch.Tensor), *clean, **more)
+        moved = func(plain(tensor), *clean, **more)
         if to_cuda != on_device(tensor):
             self.count("cpu" if on_device(tensor) else "copy to the device")
-            plain = plain.clone()
-        elif plain is tensor:
+            moved = moved.clone()
+        elif moved is tensor:
             return tensor
-        return plain.as_subclass(CudaTensor) if to_cuda else plain
+        return self._wrap(moved) if to_cuda else moved
 
     def _wrap(self, value):
         if isinstance(value, torch.Tensor):

@@ -86,8 +86,12 @@ def run(capability, threads, torch, pytest_arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--machines", nargs="*", type=machine, metavar="CAPABILITY:THREADS[:TORCH]")
+    parser.add_argument("--capabilities", action="store_true", help="only print those of this processor")
     parser.add_argument("pytest_arguments", nargs="*", metavar="ARGUMENT", help="after --, of pytest")
     args = parser.parse_args()
+    if args.capabilities:
+        print(*capabilities())
+        return
     (ROOT / "result" / "machines").mkdir(parents=True, exist_ok=True)
     green = True
     row = "{:<14} {:<10} {:>7}  {:<34} {:>7}  {}".format

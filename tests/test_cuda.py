@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_dataset
+from conftest import random_dataset, sigterm_at
 from fake_cuda import CudaTensor, fake_cuda, on_device
 
 import augment
@@ -83,14 +83,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(cuda, tmp_path, mon
         return {**one_network(self, images, labels, model, key, select), "select_acc": 1 / key[2] if select else None}
     monkeypatch.setattr(utils.Evaluator, "_one_network", first_is_best)
     main(monkeypatch, tmp_path / "a", script, *ROME, *flags)
-    outer_iteration, calls = script.outer_iteration, []
-
-    def disturbed(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return outer_iteration(*args)
-    monkeypatch.setattr(script, "outer_iteration", disturbed)
+    sigterm_at(monkeypatch, script, "outer_iteration", 3)
     with pytest.raises(Interrupted):
         main(monkeypatch, tmp_path / "b", script, *ROME, *flags)
     with pytest.raises(InputError, match="ran on Fake GPU, whose random streams CPU .* does not have|--device is cpu"):
@@ -117,14 +110,7 @@ def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     flags = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "1", "--attack_steps", "1",
              "--batch_train", "256", "--test_limit", "10", "--device", "cuda", "--no_compile"]
     main(monkeypatch, tmp_path / "a", pretrain, *flags)
-    attack_images, calls = pretrain.attack_images, []
-
-    def disturbed(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return attack_images(*args, **options)
-    monkeypatch.setattr(pretrain, "attack_images", disturbed)
+    sigterm_at(monkeypatch, pretrain, "attack_images", 3)
     with pytest.raises(Interrupted):
         main(monkeypatch, tmp_path / "b", pretrain, *flags)
     main(monkeypatch, tmp_path / "b", pretrain, *flags)

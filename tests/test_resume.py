@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sigterm_at
 
 import ROME_cifar10 as rome
 import utils
@@ -100,15 +100,8 @@ def test_a_finished_run_is_finished(undisturbed, monkeypatch, capsys):
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """A run that was stopped in its first experiment, with two saved states."""
-    outer_iteration, calls = rome.outer_iteration, []
-
-    def disturbed(*args):
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return outer_iteration(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(rome, "outer_iteration", disturbed)
+        sigterm_at(patch, rome, "outer_iteration", 7)
         with pytest.raises(Interrupted):
             main(patch, tmp_path, "--save_interval", "3")
     folder = tmp_path / "checkpoints" / NAME
@@ -188,15 +181,8 @@ def test_flags_that_may_change(stopped, monkeypatch):
 
 
 def test_sets_of_one_run_have_equally_many_iterations(undisturbed, tmp_path, monkeypatch, capsys):
-    outer_iteration, calls = rome.outer_iteration, []
-
-    def disturbed(*args):
-        calls.append(1)
-        if len(calls) == 12:  # in the second experiment
-            os.kill(os.getpid(), signal.SIGTERM)
-        return outer_iteration(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(rome, "outer_iteration", disturbed)
+        sigterm_at(patch, rome, "outer_iteration", 12)  # in the second experiment
         with pytest.raises(Interrupted):
             main(patch, tmp_path)
     with pytest.raises(InputError, match="--Iteration 12: .* finished experiments of 9 iterations"):
