@@ -13,13 +13,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import fast
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, pack, parse_dsa_strategy, unpack
-from fast import forward
-from networks import EVAL_MODES, NETWORKS, get_network
-from utils import at_least, stream, stream_seed
+from engine.clock import Clock
+from engine.command_line import add_compatibility_flags, add_fast_flags, add_switch, at_least, fraction, method_name, run_script
+from engine.datasets import DATASETS, load_dataset
+from engine.device import get_device
+from engine.fast import forward, set_precision
+from engine.plan import print_plan
+from engine.pool import FixedPool, NetPool
+from engine.run_folder import Run
+from networks import EVAL_MODES, NETWORKS, network_for
+from utils import stream, stream_seed
 
 # ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
 DATASET_DEFAULTS = {"dataset": "CIFAR10", "num_eval": 1, "syn_ce": True, "ce_weight": 1.0}
@@ -28,92 +34,6 @@ REAL_KEPT = 2560  # at ipc 1 without --aug: so many of a class's real batch, tho
 # ---- end of the dataset block --------------------------------------------------------------------------------------
 
 LOG_INTERVAL = 10  # outer iterations
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", choices=utils.DATASETS, help="real data set")
-    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--save_path", default="./result", help="folder for the final set and the run's own folder")
-    add("--checkpoint_path", default="./checkpoints", help="folder for the best set so far")
-    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
-    add("--ipc", type=at_least(1), default=50, help="images per class")
-    add("--init", choices=("real", "noise"), default="real", help="where the synthetic images start")
-    add("--method", type=utils.method_name, default="ROME", help="name in the files and tables, for instance of an ablation")
-    add("--seed", type=at_least(0), default=0, help="governs everything that is random")
-    add("--threat_model", choices=THREAT_MODELS, default="published",
-        help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--chunk", type=at_least(0), default=0, help="real images attacked at a time; 0: by the memory at hand")
-    add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
-        "saving takes 1 %% of the time")
-    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
-    add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
-    utils.add_fast_flags(parser)
-    utils.add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
-    utils.add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
-    add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
-
-    loss = parser.add_argument_group("losses and the synthetic images")
-    add = loss.add_argument
-    add("--align_weight", type=utils.fraction, default=0.2, help="robustness- against performance-aligned term, 0 to 1")
-    utils.add_switch(loss, "syn_ce", True, "use the performance-aligned term")
-    add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation, or "
-        "squared Euclidean distance")
-    utils.add_switch(loss, "attack_prior", True, "match to attacked real images, not to clean ones")
-    add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
-    add("--embed_last", type=int, default=-1, help="the embedding is what features[:embed_last] computes; a negative number "
-        "cuts layers off the end, 1000 means all")
-    add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
-    add("--outer_loop", type=at_least(1), default=1, help="rounds of image updates and network training per outer iteration")
-    add("--batch_real", type=at_least(1), default=256, help="real images of each class per update")
-    add("--lr_img", type=at_least(0, float), default=1.0, help="learning rate of the images")
-    add("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser of the images; sgd has momentum 0.5")
-
-    pool = parser.add_argument_group("the pool of networks")
-    add = pool.add_argument
-    add("--robust_prior", nargs="+", default=[], metavar="FILE", help="networks of pretrain.py, used as they are instead of "
-        "the pool")
-    utils.add_switch(pool, "attack_pool", True, "train the pool on attacked real images, not on clean ones")
-    add("--net_num", type=at_least(1), default=100, help="most networks in the pool")
-    add("--net_push_num", type=at_least(0), default=1, help="fresh networks pushed at a time")
-    add("--net_generate_interval", type=at_least(1), default=30, help="outer iterations between two pushes")
-    add("--net_begin", type=at_least(0), default=0, help="first pool network to choose from, if more than 10 remain")
-    add("--net_end", type=at_least(0), default=100000, help="one past the last pool network to choose from, likewise")
-    add("--train_net_num", type=at_least(1), default=2, help="networks that update the images per outer iteration")
-    add("--fetch_net_num", type=at_least(0), default=2, help="networks that are trained per outer iteration")
-    add("--model_train_steps", type=at_least(0), default=10, help="SGD steps for each of them")
-    add("--trained_bs", type=at_least(1), default=256, help="real images in each of these steps")
-    add("--lr_net", type=at_least(0, float), default=0.01, help="learning rate, here and in evaluation")
-    utils.add_switch(pool, "net_decay", False, "momentum 0.9 and weight decay 5e-4 for the pool")
-
-    evaluation = parser.add_argument_group("evaluation")
-    add = evaluation.add_argument
-    add("--eval_mode", choices=EVAL_MODES, default="S", help="networks to evaluate with: S the same, M several, W widths, "
-        "D depths, A activations, P poolings, N norms; all but S (SS) at the last iteration only")
-    add("--num_exp", type=at_least(1), default=5, help="synthetic sets to distil")
-    add("--num_eval", type=at_least(1), help="networks trained per evaluation")
-    add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
-    add("--batch_train", type=at_least(1), default=256, help="batch of that training")
-    add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
-    add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
-        f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "
-        "code")
-    add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
-    utils.add_switch(evaluation, "baseline", True, "evaluate randomly chosen real images at the same ipc too")
-    utils.add_compatibility_flags(parser)
-    parser.set_defaults(**DATASET_DEFAULTS)
-    args = parser.parse_args(argv)
-
-    try:
-        parse_dsa_strategy(args.dsa_strategy)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.robust_prior and args.zca:
-        parser.error("the networks of --robust_prior know no whitened images: leave out --zca")
-    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- the two losses
@@ -169,7 +89,7 @@ def robust_prior(net, data, threat, args, rng):
     Returns the DSA draw of each class, shared with its synthetic images, and the embeddings, (C, D).
     """
     draws, emb_adv = [], []
-    for classes in utils.class_groups(args, data):  # as many at a time as the memory allows
+    for classes in data.class_groups(args.batch_real):  # as many at a time as the memory allows
         batches = []
         for c in classes:
             img_real = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
@@ -272,7 +192,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
                 select_acc = float(np.mean([row["select_acc"] for row in rows]))
                 better = select_acc > best_acc or args.select == "last"
                 run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=better)
-                run.save_grids(f"syn_exp{exp}_it{it:05d}", image_syn.detach())
+                utils.save_grids(run, f"syn_exp{exp}_it{it:05d}", image_syn.detach(), args.aug)
                 if better:
                     best_acc = select_acc
                     best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
@@ -287,10 +207,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
             try:
                 losses = outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
             except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"{error} (experiment {exp}, iteration {it}; --lr_img {args.lr_img} --optim {args.optim} --ce_weight "
-                    f"{args.ce_weight} --align_weight {args.align_weight} --lr_net {args.lr_net}); smaller learning rates may "
-                    "help, with --fresh: the state saved before is kept, but the same flags lead from there to here") from None
+                raise utils.diverged(error, args, exp, it) from None
             clock.lap("iteration")
             if it % LOG_INTERVAL == 0:
                 run.metric("iteration", exp=exp, iteration=it, **losses)
@@ -299,7 +216,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
                         f"pool {losses['loss_pool']:.4g}  {clock}")
             it += 1
 
-    run.save_grids(f"best_exp{exp}", best["images"])
+    utils.save_grids(run, f"best_exp{exp}", best["images"], args.aug)
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
         clock.lap("report")
@@ -316,11 +233,10 @@ def image_optimizer(args, image_syn):
 def new_pool(args, exp, data, prior):
     """The pool of networks that the robust prior is made with: those of --robust_prior, or one that is trained on the way."""
     if prior:
-        return utils.FixedPool(prior)
+        return FixedPool(prior)
     decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
-    return utils.NetPool(
-        make_net=lambda k: get_network(args.model, data.channel, data.num_classes, data.size,
-                                       stream_seed(args.seed, exp, "pool", k), data.device),
+    return NetPool(
+        make_net=lambda k: network_for(data, args.model, stream_seed(args.seed, exp, "pool", k)),
         make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **decay),
         limit=args.net_num)
 
@@ -347,16 +263,16 @@ def initial_set(args, data, generator, init, packed):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    fast.set_precision(args.precision)
-    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device, args.deterministic), args.chunk)
+    set_precision(args.precision)
+    data = load_dataset(args.dataset, args.data_path, get_device(args.device, args.deterministic), args.chunk)
     utils.check_sizes(args, data)
     if args.zca:
         data.fit_zca()
     threat = get_threat_model(args.threat_model, data)
     prior = utils.load_robust_prior(args, data)
-    with utils.Run(args, data) as run:
+    with Run(args, data) as run:
         if not run.finished:
-            run_experiments(args, data, threat, prior, run, utils.Clock())
+            run_experiments(args, data, threat, prior, run, Clock())
 
 
 def run_experiments(args, data, threat, prior, run, clock):
@@ -365,8 +281,8 @@ def run_experiments(args, data, threat, prior, run, clock):
     baselines = {"random real": False, "random real, 2x2 packed": True} if args.aug else {"random real": False}
     if not args.baseline:
         baselines = {}
-    utils.print_plan(args, data, threat, run, clock,
-                     evaluations=len(evaluation_iterations(args)), reports=len(baselines) + (args.select == "train"))
+    print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
+               evaluations=len(evaluation_iterations(args)), reports=len(baselines) + (args.select == "train"))
 
     # Evaluation rows by name of the set; the distilled sets. Both are saved with the state of the run.
     table, sets = (run.progress.setdefault(key, kind()) for key, kind in (("table", dict), ("sets", list)))
@@ -393,5 +309,92 @@ def run_experiments(args, data, threat, prior, run, clock):
         run.finish()
 
 
+# ----------------------------------------------------------------------------------------------------------------- flags
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="real data set")
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--save_path", default="./result", help="folder for the final set and the run's own folder")
+    add("--checkpoint_path", default="./checkpoints", help="folder for the best set so far")
+    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
+    add("--ipc", type=at_least(1), default=50, help="images per class")
+    add("--init", choices=("real", "noise"), default="real", help="where the synthetic images start")
+    add("--method", type=method_name, default="ROME", help="name in the files and tables, for instance of an ablation")
+    add("--seed", type=at_least(0), default=0, help="governs everything that is random")
+    add("--threat_model", choices=THREAT_MODELS, default="published",
+        help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--chunk", type=at_least(0), default=0, help="real images attacked at a time; 0: by the memory at hand")
+    add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
+        "saving takes 1 %% of the time")
+    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
+    add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
+    add_fast_flags(parser)
+    add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
+    add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
+    add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
+
+    loss = parser.add_argument_group("losses and the synthetic images")
+    add = loss.add_argument
+    add("--align_weight", type=fraction, default=0.2, help="robustness- against performance-aligned term, 0 to 1")
+    add_switch(loss, "syn_ce", True, "use the performance-aligned term")
+    add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation, or "
+        "squared Euclidean distance")
+    add_switch(loss, "attack_prior", True, "match to attacked real images, not to clean ones")
+    add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
+    add("--embed_last", type=int, default=-1, help="the embedding is what features[:embed_last] computes; a negative number "
+        "cuts layers off the end, 1000 means all")
+    add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
+    add("--outer_loop", type=at_least(1), default=1, help="rounds of image updates and network training per outer iteration")
+    add("--batch_real", type=at_least(1), default=256, help="real images of each class per update")
+    add("--lr_img", type=at_least(0, float), default=1.0, help="learning rate of the images")
+    add("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser of the images; sgd has momentum 0.5")
+
+    pool = parser.add_argument_group("the pool of networks")
+    add = pool.add_argument
+    add("--robust_prior", nargs="+", default=[], metavar="FILE", help="networks of pretrain.py, used as they are instead of "
+        "the pool")
+    add_switch(pool, "attack_pool", True, "train the pool on attacked real images, not on clean ones")
+    add("--net_num", type=at_least(1), default=100, help="most networks in the pool")
+    add("--net_push_num", type=at_least(0), default=1, help="fresh networks pushed at a time")
+    add("--net_generate_interval", type=at_least(1), default=30, help="outer iterations between two pushes")
+    add("--net_begin", type=at_least(0), default=0, help="first pool network to choose from, if more than 10 remain")
+    add("--net_end", type=at_least(0), default=100000, help="one past the last pool network to choose from, likewise")
+    add("--train_net_num", type=at_least(1), default=2, help="networks that update the images per outer iteration")
+    add("--fetch_net_num", type=at_least(0), default=2, help="networks that are trained per outer iteration")
+    add("--model_train_steps", type=at_least(0), default=10, help="SGD steps for each of them")
+    add("--trained_bs", type=at_least(1), default=256, help="real images in each of these steps")
+    add("--lr_net", type=at_least(0, float), default=0.01, help="learning rate, here and in evaluation")
+    add_switch(pool, "net_decay", False, "momentum 0.9 and weight decay 5e-4 for the pool")
+
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
+    add("--eval_mode", choices=EVAL_MODES, default="S", help="networks to evaluate with: S the same, M several, W widths, "
+        "D depths, A activations, P poolings, N norms; all but S (SS) at the last iteration only")
+    add("--num_exp", type=at_least(1), default=5, help="synthetic sets to distil")
+    add("--num_eval", type=at_least(1), help="networks trained per evaluation")
+    add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
+    add("--batch_train", type=at_least(1), default=256, help="batch of that training")
+    add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
+    add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
+        f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "
+        "code")
+    add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
+    add_switch(evaluation, "baseline", True, "evaluate randomly chosen real images at the same ipc too")
+    add_compatibility_flags(parser)
+    parser.set_defaults(**DATASET_DEFAULTS)
+    args = parser.parse_args(argv)
+
+    try:
+        parse_dsa_strategy(args.dsa_strategy)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.robust_prior and args.zca:
+        parser.error("the networks of --robust_prior know no whitened images: leave out --zca")
+    return args
+
+
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -9,22 +9,20 @@ space relates to the normalised images that the networks take (SPEC 2):
   to reproduce published figures; the `clamp_only` control shows how much of a "robust accuracy" is the clamp.
 """
 import itertools
-import logging
-import math
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
-from fast import forward
+from engine.audit import audit
+from engine.autoattack import draw_seed, own_global_generator, pyautoattack
+from engine.device import CHUNK
+from engine.fast import forward, frozen
 
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
 PGD_STEPS = 10
-TOLERANCE = 1e-6  # of the audit, attack-space units
-CHUNK = 128  # images attacked at a time; more are no faster on a CPU
 TINY = 1e-10  # keeps a division by a norm finite
 STEEPER = 5.0  # DeepFool: gradient of another class, of that of the first one; the largest seen: 1.6 on ConvNet, 5.2 on AlexNet
 MARGIN = 1.2  # and of the largest seen on the network at hand
@@ -36,9 +34,10 @@ class ThreatModel:
     """How normalised images become attack-space images and back, and how far an attack may go.
 
     encode: (N, C, H, W) normalised images -> attack space, not yet clamped; decode: its inverse.
-    eps, step_size: L-inf radius and PGD step in attack space. target_classes: the modulus of `target_labels`.
+    eps, step_size, steps: L-inf radius, size and number of PGD's steps, in attack space. target_classes: the modulus of
+    `target_labels`.
     judge: the options of the PGD attack, with a random start, that a "robust accuracy" is measured with. judge_eps: its
-    radii in attack space, by the name of the result (utils.COLUMNS).
+    radii in attack space, by the name of the result (COLUMNS of engine.results).
     """
 
     name: str
@@ -49,6 +48,12 @@ class ThreatModel:
     target_classes: int
     judge: dict
     judge_eps: dict
+    steps: int = PGD_STEPS
+
+    @property
+    def judge_cost(self):
+        """Image-gradients that judging an image takes."""
+        return self.judge["steps"] * len(self.judge_eps)
 
     def target_labels(self, labels):
         """The class that a targeted attack aims at: the next one. labels: (N,) int64. Returns (N,) int64."""
@@ -275,12 +280,12 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
     them.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
-    AutoAttack, _ = _pyautoattack()
-    attack = AutoAttack(model, norm="Linf", eps=eps, seed=_draw_seed(generator), device=x.device)
+    AutoAttack, _ = pyautoattack()
+    attack = AutoAttack(model, norm="Linf", eps=eps, seed=draw_seed(generator), device=x.device)
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
         part.n_iter = iterations
     attack.square.n_queries, attack.square.resc_schedule = queries, True
-    with _own_global_generator(x.device):
+    with own_global_generator(x.device):
         return attack.run_standard_evaluation(x, labels, batch_size=len(x))[0]
 
 
@@ -290,33 +295,11 @@ def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, target
     queries: at most so many an image; the squares shrink with the share of them that is used.
     Source: Andriushchenko et al. 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
-    _, SquareAttack = _pyautoattack()
+    _, SquareAttack = pyautoattack()
     attack = SquareAttack(model, norm="Linf", eps=eps, n_queries=queries, p_init=p_init, targeted=targeted, loss="margin",
-                          resc_schedule=True, seed=_draw_seed(generator), device=x.device)
-    with _own_global_generator(x.device), torch.no_grad():
+                          resc_schedule=True, seed=draw_seed(generator), device=x.device)
+    with own_global_generator(x.device), torch.no_grad():
         return attack.perturb(x, labels)
-
-
-def _pyautoattack():
-    try:
-        from pyautoattack import AutoAttack
-        from pyautoattack.square import SquareAttack
-    except ImportError:
-        raise ValueError("AA and Square need the package pyautoattack (pip install pyautoattack)") from None
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # its advice, batch by batch; evaluate.py has a sanity report
-    return AutoAttack, SquareAttack
-
-
-def _draw_seed(generator):
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else None))
-
-
-@contextmanager
-def _own_global_generator(device):
-    """pyautoattack seeds the global generators, of CUDA that of the current device; the caller's are put back."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []), torch.cuda.device(device) if cuda else nullcontext():
-        yield
 
 
 @dataclass(frozen=True)
@@ -344,7 +327,8 @@ class Attack:
 # Source of the settings: SPEC 3.2.
 ATTACKS = {
     "FGSM": Attack(fgsm, "Linf", eps=lambda t: t.eps),
-    "PGD": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True),
+    "PGD": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True,
+                  options=lambda t: {"steps": t.steps}),
     "PGD_L2": Attack(pgd_l2, "L2", eps=lambda t: EPS_L2, step_size=lambda t: STEP_SIZE_L2),
     "CW": Attack(cw, "L2", gives_up=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
     "Deepfool": Attack(deepfool, "L2", targetable=False, gives_up=True, batches=True),
@@ -359,31 +343,6 @@ def get_attack(name):
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
     return ATTACKS[name]
-
-
-def audit(x, x_adv, norm, eps, gives_up=False):
-    """Verify an attack after the fact: finite, inside [0, 1], within eps of the (clamped) image.
-
-    x, x_adv: (N, C, H, W) attack space. norm: "Linf" or "L2", of eps; eps None: no bound. gives_up: an image that came back
-    as it was is right wherever it lies, and counts as no change.
-    Returns the L-inf and the L2 change of each image, (N,) each. Raises FloatingPointError if x_adv is not finite,
-    RuntimeError with the figures if it is out of bounds: a broken attack must never become a result.
-    """
-    change = x_adv - x.clamp(0, 1)
-    if gives_up:
-        unchanged = (x_adv == x).flatten(1).all(1).view(-1, 1, 1, 1)
-        x_adv, change = (torch.where(unchanged, 0, t) for t in (x_adv, change))
-    linf, l2 = change.flatten(1).abs().amax(1), change.flatten(1).norm(dim=1)  # (N,), (N,)
-    if len(x) == 0:
-        return linf, l2
-    largest = (linf if norm == "Linf" else l2).max()
-    low, high, largest = torch.stack([x_adv.min(), x_adv.max(), largest]).tolist()  # one synchronisation; NaN propagates
-    if not math.isfinite(low + high + largest):
-        raise FloatingPointError("an attack met values that are not finite: the network or the images have diverged")
-    if not (low >= 0 and high <= 1 and (eps is None or largest <= eps + TOLERANCE)):
-        raise RuntimeError(f"an attack left its bounds: values in [{low:.6g}, {high:.6g}], largest {norm} change "
-                           f"{largest:.6g}, allowed are [0, 1] and {eps}")
-    return linf, l2
 
 
 def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, chunk=CHUNK, **options):
@@ -414,29 +373,17 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
         options["generator"] = generator
     if spec.batches:
         options["batch"], chunk = chunk, max(len(x), 1)
-    was_training, wanted = net.training, [p for p in net.parameters() if p.requires_grad]
+    was_training = net.training
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
     parts = []
-    with _frozen(wanted):
+    with frozen(net):
         for x_part, goal_part in zip(x.split(chunk), goal.split(chunk)):
             z = threat.encode(x_part)
             z_adv = spec.run(lambda z: forward(net, threat.decode(z)), z, goal_part, **options)
             parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
     net.train(was_training)
     return tuple(torch.cat(part) for part in zip(*parts))
-
-
-@contextmanager
-def _frozen(parameters):
-    """No gradient of `parameters` is taken inside."""
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, **options):

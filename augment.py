@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fast import exact_products
+from engine.fast import exact_products
 
 # Strengths, in the units of SPEC 1.4.
 BRIGHTNESS = 1.0  # width of the interval of the additive term, normalised units

@@ -9,26 +9,32 @@ Distributed under the MIT licence.
 """
 import argparse
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import fast
-import ROME_cifar10 as rome
 import utils
 from attacks import attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from files import write_json
-from networks import NETWORKS, get_network
-from utils import at_least, stream
+from engine import fast
+from engine.command_line import add_fast_flags, at_least, run_script
+from engine.datasets import DATASETS, Dataset
+from engine.device import device_name, get_device, synchronise, versions
+from engine.plan import TRAINING_STEP, forward_flops, set_batches
+from engine.safe_files import write_json
+from networks import NETWORKS, network_for
+from utils import stream
 
-TRAINING_STEP = 1.5  # of an image-gradient: a training step has the gradient of the parameters as well (SPEC 4)
+SCRIPT = Path(__file__).with_name("ROME_cifar10.py")
+rome = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # the functions that are measured
 
 
 def parse_args(argv=None):
@@ -46,7 +52,7 @@ def parse_args(argv=None):
     add("--repeats", type=at_least(1), default=5, help="runs of which the median is taken")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", default="./result/benchmark.json", metavar="FILE")
-    utils.add_fast_flags(parser)
+    add_fast_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -86,13 +92,13 @@ class Bench:
     """What both loops work on: random images in place of CIFAR-10, a pool, a synthetic set, and the flags of the script."""
 
     def __init__(self, args):
-        self.args, self.device = args, utils.get_device(args.device)
+        self.args, self.device = args, get_device(args.device)
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
                   for split in ("train", "test")}
-        self.data = utils.Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
-                                  **utils.DATASETS["CIFAR10"])
+        self.data = Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
+                            **DATASETS["CIFAR10"])
         self.pgd_batch = min(self.data.chunk, len(labels))
         self.threat = get_threat_model(args.threat_model, self.data)
         # The published flags of CIFAR-10 at 10 images a class, but for the sizes asked for.
@@ -101,10 +107,10 @@ class Bench:
             "--train_net_num", "1", *(word for name in ("model", "ipc", "batch_real", "trained_bs", "model_train_steps")
                                       for word in (f"--{name}", str(getattr(args, name))))])
         self.flags.compile = args.compile
-        self.flops = 2 * utils.forward_flops(self.network(0), 3, (32, 32))  # of an image-gradient
+        self.flops = 2 * forward_flops(self.network(0), 3, (32, 32))  # of an image-gradient
 
     def network(self, seed):
-        return get_network(self.args.model, 3, 10, (32, 32), seed, self.device)
+        return network_for(self.data, self.args.model, seed)
 
     def start(self):
         """(images, their optimiser, a pool of two, random streams), the same at every call."""
@@ -117,15 +123,11 @@ class Bench:
 
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
-        self.wait()
+        synchronise(self.device)
         start = time.perf_counter()
         call()
-        self.wait()
+        synchronise(self.device)
         return time.perf_counter() - start
-
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def compare(self, plain, fast_one):
         """Median seconds of both, measured in turn after a warm-up; (plain, fast)."""
@@ -234,7 +236,7 @@ def start_up():
         return None
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run = subprocess.Popen([sys.executable, "-u", "ROME_cifar10.py", "--no_compile", "--no_baseline", "--save_path", folder,
+        run = subprocess.Popen([sys.executable, "-u", SCRIPT, "--no_compile", "--no_baseline", "--save_path", folder,
                                 "--checkpoint_path", folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             for line in run.stdout:
@@ -259,7 +261,7 @@ def main():
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     chunk, compile_seconds = bench.data.chunk, 0.0
-    sets = {ipc: utils.set_batches(40 * ipc, 256, 1) for ipc in args.train_ipc}
+    sets = {ipc: set_batches(40 * ipc, 256, 1) for ipc in args.train_ipc}
     if args.compile:
         start = time.perf_counter()
         trained = {args.trained_bs, *(size for sizes in sets.values() for size in sizes if size)}
@@ -275,7 +277,7 @@ def main():
                     "outer iteration": whole_iteration}
     measurements |= {f"100 epochs of training, ipc {ipc}": lambda bench, ipc=ipc: evaluation_training(bench, ipc)
                      for ipc in args.train_ipc}
-    print(f"{utils.device_name(bench.device)}, torch {torch.__version__}, {args.model}, ipc {args.ipc}, batch_real "
+    print(f"{device_name(bench.device)}, torch {torch.__version__}, {args.model}, ipc {args.ipc}, batch_real "
           f"{args.batch_real}, trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}, {args.threat_model}, "
           f"{args.precision}; medians of {args.repeats}\n\n"
           + "\n".join(f"{name}: {rate:.0f} GFLOP/s" for name, rate in ceiling.items())
@@ -292,10 +294,10 @@ def main():
     print(f"\nstart-up to the first iteration: {'no data/cifar10.npz here' if startup is None else f'{startup:.1f} s'}; "
           f"peak memory {memory:.1f} GiB")
     write_json(Path(args.out), {
-        "command": " ".join(sys.argv), "flags": vars(args), "device": utils.device_name(bench.device),
-        "versions": utils.versions(), "ceilings_gflops": ceiling, "compile_seconds": compile_seconds, "rows": rows,
+        "command": " ".join(sys.argv), "flags": vars(args), "device": device_name(bench.device),
+        "versions": versions(), "ceilings_gflops": ceiling, "compile_seconds": compile_seconds, "rows": rows,
         "start_up_seconds": startup, "peak_memory_gib": memory})
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -204,6 +204,11 @@ def get_network(model, channel, num_classes, size, seed, device="cpu"):
     return net.to(device)
 
 
+def network_for(data, model, seed):
+    """`get_network` for the images of a data set, on its device. data: a Dataset."""
+    return get_network(model, data.channel, data.num_classes, data.size, seed, data.device)
+
+
 def eval_pool(eval_mode, model):
     """The names of the networks that `--eval_mode` stands for; "S" and "SS" mean `model` itself.
 

@@ -18,15 +18,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import fast
 import utils
 from attacks import PGD_STEPS, THREAT_MODELS, attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
-from checkpoint import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
-from fast import forward
-from files import InputError, write_json, write_tensors
-from networks import NETWORKS, get_network
-from utils import at_least, stream, stream_seed
+from engine.clock import duration
+from engine.command_line import add_fast_flags, add_switch, at_least, run_script
+from engine.datasets import DATASETS, load_dataset
+from engine.device import device_name, get_device, versions
+from engine.fast import forward, set_precision
+from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
+from engine.results import COLUMNS
+from engine.safe_files import InputError, write_json, write_tensors
+from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
+from networks import NETWORKS, network_for
+from utils import stream, stream_seed
 
 MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
 
@@ -35,13 +40,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=utils.DATASETS, default="CIFAR10")
+    add("--dataset", choices=DATASETS, default="CIFAR10")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--checkpoint_path", default="./checkpoints", help="folder for the networks")
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
-    utils.add_switch(parser, "targeted", False, "attacks in training aim at the next class, as in distillation")
+    add_switch(parser, "targeted", False, "attacks in training aim at the next class, as in distillation")
     add("--attack_steps", type=at_least(0), default=PGD_STEPS, help="PGD steps in training; 0 trains on clean images")
     add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
@@ -52,7 +57,7 @@ def parse_args(argv=None):
     add("--save_interval", type=at_least(0), default=0, help="steps between two saved states; 0: so many that saving takes "
         "1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
-    utils.add_fast_flags(parser)
+    add_fast_flags(parser)
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
@@ -76,7 +81,7 @@ def train(args, k, data, threat, states, interrupts):
 
     Returns the network and its accuracy (fraction) on the attacked batches of its last epoch.
     """
-    net = get_network(args.model, data.channel, data.num_classes, data.size, stream_seed(args.seed, "pretrain", k), data.device)
+    net = network_for(data, args.model, stream_seed(args.seed, "pretrain", k))
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr_net, momentum=0.9, weight_decay=5e-4)
     rng = {"dsa": stream(args.seed, "pretrain", k, "dsa"),
            "attack": stream(args.seed, "pretrain", k, "attack", device=data.device)}
@@ -148,35 +153,34 @@ def train(args, k, data, threat, states, interrupts):
     return net.eval(), correct.item() / seen
 
 
-def compile_planned(args, data):
+def compile_training(args, data):
     """Compile for the batches of this training, if they are many enough."""
-    net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device)
-    chunk = data.chunk
-    trained = utils.set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
-    attacked = {chunk: trained[args.batch_train] / 1.5 * args.attack_steps} if args.batch_train % chunk == 0 else {}
-    utils.compile_planned(net, data, attacked, trained, print)
+    trained = set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
+    attacked = {}
+    if args.batch_train % data.chunk == 0:
+        attacked[data.chunk] = trained[args.batch_train] / TRAINING_STEP * args.attack_steps
+    compile_planned(network_for(data, args.model, 0), data, attacked, trained, print)
 
 
-def print_plan(args, data, threat):
+def print_plan(args, data):
     """Say what the run is about to do and, from a short measurement, how long it will take."""
-    net = get_network(args.model, data.channel, data.num_classes, data.size, 0, data.device).eval()
     images = len(data.labels["train"])
     gradients = args.epochs * images * (args.attack_steps + 1)
-    estimate = utils.duration(gradients / utils.image_gradients_per_second(net, data, threat))
-    print(f"{args.num_nets} network(s) {args.model} on {utils.device_name(data.device)}: {args.epochs} epochs of {images} "
+    estimate = duration(gradients / image_gradients_per_second(network_for(data, args.model, 0), data))
+    print(f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} epochs of {images} "
           f"training images of {data.name}, threat model {args.threat_model}; about {estimate} each", flush=True)
 
 
 def main():
     args = parse_args()
-    fast.set_precision(args.precision)
-    data = utils.load_dataset(args.dataset, args.data_path, utils.get_device(args.device))
+    set_precision(args.precision)
+    data = load_dataset(args.dataset, args.data_path, get_device(args.device))
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
     threat = get_threat_model(args.threat_model, data)
-    print_plan(args, data, threat)
+    print_plan(args, data)
     if args.compile:
-        compile_planned(args, data)
+        compile_training(args, data)
     trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
@@ -203,19 +207,19 @@ def main():
                      "threat_model": args.threat_model, "train_robust_acc": train_acc,
                      "clean_acc": utils.accuracy(net, images, labels),
                      **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels),
-                     "seed": args.seed, "flags": vars(args), "versions": utils.versions(),
-                     "device": utils.device_name(data.device)}
+                     "seed": args.seed, "flags": vars(args), "versions": versions(),
+                     "device": device_name(data.device)}
             with interrupts.deferred():
                 write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
                 write_json(about_path, about)
                 states.remove()
-            measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in utils.COLUMNS.items() if key in about)
+            measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items() if key in about)
             print(f"{path}: {measured} of {len(labels)} test images, in training {100 * train_acc:.2f} %; "
-                  f"{utils.duration(time.perf_counter() - start)}", flush=True)
+                  f"{duration(time.perf_counter() - start)}", flush=True)
     finally:
         interrupts.restore()
         held.close()
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

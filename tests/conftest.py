@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-import fast  # noqa: E402
-import utils  # noqa: E402
+from engine.datasets import DATASETS, Dataset, load_dataset  # noqa: E402
+from engine.fast import reuse_freed_memory  # noqa: E402
 
-fast.reuse_freed_memory()  # as the scripts do; a third of the time
+reuse_freed_memory()  # as the scripts do; a third of the time
 
 
 def random_dataset(num_classes=10, per_class=8, seed=0):
@@ -23,8 +23,8 @@ def random_dataset(num_classes=10, per_class=8, seed=0):
     rng = np.random.default_rng(seed)
     labels = torch.arange(num_classes).repeat(per_class)
     images = {s: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)) for s in ("train", "test")}
-    return utils.Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
-                         **utils.DATASETS["CIFAR10"])
+    return Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
+                   **DATASETS["CIFAR10"])
 
 
 def sigterm_at(monkeypatch, owner, name, call):
@@ -41,7 +41,7 @@ def sigterm_at(monkeypatch, owner, name, call):
 
 @pytest.fixture(scope="session")
 def digits():
-    return utils.load_dataset("Digits", "no folder needed")
+    return load_dataset("Digits", "no folder needed")
 
 
 @pytest.fixture(scope="session")

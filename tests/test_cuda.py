@@ -12,14 +12,18 @@ from fake_cuda import CudaTensor, fake_cuda, on_device
 
 import augment
 import evaluate
-import fast
 import pretrain
 import ROME_cifar10
 import ROME_cifar100
 import utils
 from attacks import autoattack, get_threat_model
-from checkpoint import Interrupted
-from files import InputError
+from engine import fast
+from engine.command_line import run_script
+from engine.datasets import Dataset
+from engine.device import attack_chunk
+from engine.results import COLUMNS
+from engine.safe_files import InputError
+from engine.saved_state import Interrupted
 from networks import get_network
 
 ROME = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "4",
@@ -103,7 +107,7 @@ def result(folder):
 def events(folder):
     (path,) = (folder / "result").glob("*/metrics.jsonl")
     lines = map(json.loads, path.read_text().splitlines())
-    return [[line["iteration"], *(line.get(key) for key in utils.COLUMNS)] for line in lines if line["event"] == "evaluation"]
+    return [[line["iteration"], *(line.get(key) for key in COLUMNS)] for line in lines if line["event"] == "evaluation"]
 
 
 def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
@@ -152,7 +156,7 @@ SYNCHRONISATIONS = 73  # of the outer iteration below: 51 copies to the device, 
 def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
     """As the published commands have it, but for the sizes: 10 classes, one network matched, two trained for 10 steps."""
     data = random_dataset(per_class=8)
-    data = utils.Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
+    data = Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
     args = ROME_cifar10.parse_args(["--model", "LeNet", "--ipc", "1", "--aug", "--train_net_num", "1", "--embed_last", "1000",
                                     "--batch_real", "2", "--trained_bs", "4", "--net_decay", "--device", "cuda"])
     rng = {name: utils.stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": utils.stream(0, device="cuda")}
@@ -185,8 +189,8 @@ def test_repeatable_sampling_equals_grid_sample(name, n):
 def test_the_chunk_goes_with_the_free_memory_and_stays(monkeypatch, tmp_path):
     for free, expected in ((79 << 30, 4096), (30 << 30, 1024), (1 << 30, 256)):
         with fake_cuda(monkeypatch, free):
-            assert utils.attack_chunk(torch.device("cuda:0")) == expected
-            assert utils.attack_chunk(torch.device("cuda:0"), 300) == 300
+            assert attack_chunk(torch.device("cuda:0")) == expected
+            assert attack_chunk(torch.device("cuda:0"), 300) == 300
     outer_iteration, chunks = ROME_cifar10.outer_iteration, []
 
     def disturbed(it, image_syn, optimizer_img, pool, data, *rest):
@@ -228,7 +232,7 @@ def test_a_full_memory_is_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore")
     monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py"])
     with pytest.raises(SystemExit) as stop:
-        utils.run_script(full)
+        run_script(full)
     assert "\n" not in stop.value.code and "CUDA out of memory" in stop.value.code and "--chunk" in stop.value.code
 
 

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import signal
@@ -14,8 +13,10 @@ from conftest import ROOT
 import evaluate
 import utils
 from attacks import ATTACKS, attack_images, get_threat_model
-from checkpoint import lock
-from files import InputError
+from engine.results import CONTROLS
+from engine.safe_files import InputError
+from engine.saved_state import lock
+from engine.tables import warnings_of
 from networks import get_network
 
 ROW_KEYS = {"dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps", "n",
@@ -52,63 +53,6 @@ def digits_networks(digits, digits_set, tmp_path_factory):
                            generator=torch.Generator().manual_seed(i))
         torch.save(net.state_dict(), folder / f"{method}_LeNet_Digits_10_None_0.8.pth")
     return sorted(folder.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------------------- metrics
-# What the published benchmark logged for BACON on CIFAR-10 at ipc 1, 10, 50: clean (accuracy, seconds of the targeted and of
-# the untargeted pass), then (accuracy, seconds) by attack. Percent.
-BACON_CLEAN = [(44.95, 2.5, 2.25), (61.73, 3.06, 2.29), (69.95, 3.04, 2.31)]
-BACON_TARGETED = [(29.59, 3.01), (30.61, 8.52), (33.73, 8.71), (36.58, 73.94), (39.13, 2.85), (40.1, 8.32), (44.06, 8.5),
-                  (44.93, 73.75), (44.68, 3.01), (45.59, 11.96), (50.81, 12.22), (44.71, 75.82)]
-BACON_UNTARGETED = [(24.51, 3.12), (20.78, 8.79), (33.72, 8.77), (11.49, 1647.63), (13.68, 74.66), (17.64, 762.71),
-                    (33.27, 2.84), (26.45, 8.29), (44.05, 8.46), (16.11, 2102.68), (11.84, 73.91), (23.85, 1086.94),
-                    (38.16, 3.68), (28.86, 12.21), (50.8, 9.18), (18.28, 2374.8), (8.31, 76.49), (27.0, 968.53)]
-
-
-@pytest.mark.parametrize("attacked, expected", [
-    (BACON_TARGETED, {"RR": 36.83, "I-RR": 84.37, "AE": 29.83}),
-    (BACON_UNTARGETED, {"RR": 32.87, "I-RR": 50.49, "AE": 21.53, "CREI": 27.20, "I-CREI": 36.01}),
-])
-def test_golden_metrics(attacked, expected):
-    metrics = utils.robustness_metrics([c[0] / 100 for c in BACON_CLEAN], [a[0] / 100 for a in attacked],
-                                       [min(c[1:]) for c in BACON_CLEAN], [a[1] for a in attacked])
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=0.01), name
-
-
-def test_metrics_at_their_edges():
-    same = utils.robustness_metrics([0.5], [0.5, 0.5], [1.0], [1.0, 1.0])
-    assert same["RR"] == 0 and same["I-RR"] == 100 and same["AE"] == 0
-    assert utils.robustness_metrics([0.5], [0.6, 0.4], [1.0], [2.0, 3.0], crei_weight=1.0)["CREI"] == pytest.approx(100)
-    assert utils.robustness_metrics([0.5], [0.6, 0.58, 0.45], [1.0], [2.0, 3.0, 4.0])["RR"] > 100
-    for clean, attacked in (([], [0.5]), ([0.5], []), ([0.0], [0.0])):
-        with pytest.raises(ValueError):
-            utils.robustness_metrics(clean, attacked, [1.0], [1.0])
-
-
-def test_recorded_results_agree_with_the_published_logs():
-    """All 10 000 test images: BACON as crafting network, on BACON and transferred to IDM and MTT, targeted and untargeted."""
-    path = ROOT / "result" / "recorded" / "released_published" / "results.json"
-    if not path.exists():
-        pytest.skip("not recorded yet")
-    logs = json.loads((ROOT / "published.json").read_text())["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]
-    tolerance = {"Clean": 0.05, "FGSM": 0.1, "PGD_L2": 0.1, "PGD": 0.2, "CW": 1.0}  # points
-    compared = 0
-    for row in json.loads(path.read_text())["rows"]:
-        if row["attack"] in tolerance and (row["crafted_on"].startswith("BACON") or row["attack"] == "Clean"):
-            form = "untargeted" if row["targeted"] is False else "targeted"
-            difference = 100 * (row["accuracy"] - logs[row["attack"]][form][row["method"]])
-            assert abs(difference) <= tolerance[row["attack"]] + 0.005, (row, difference)
-            assert row["n"] == 10000
-            compared += 1
-    assert compared == 3 + 4 * 2 * 3
-
-    path = ROOT / "result" / "recorded" / "released_published_1000" / "results.json"
-    slow = {(row["attack"], row["method"]): row["accuracy"] for row in json.loads(path.read_text())["rows"]}
-    for attack, method in itertools.product(("Deepfool", "AA"), ("BACON", "IDM", "MTT")):
-        # DeepFool on its own network leaves its examples on the boundary: see docs/results.md.
-        if (attack, method) != ("Deepfool", "BACON"):
-            assert abs(slow[attack, method] - logs[attack]["untargeted"][method]) <= 0.03
 
 
 # ------------------------------------------------------------------------------------------------------------ end to end
@@ -252,22 +196,6 @@ def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     assert {r["evaluated_on"] for r in content["rows"] if r["attack"] == "FGSM"} == {p.name for p in digits_networks}
 
 
-def test_the_diagonal_of_the_transfer_is_white_box():
-    """Two networks a method: attacked itself, 10 %; from its sister, 30 %; from another method, 40 %."""
-    rows = []
-    for evaluated_on in ("A0", "A1", "B0", "B1"):
-        common = {"threat_model": "pixel", "ipc": 1, "method": evaluated_on[0], "evaluated_on": evaluated_on}
-        rows.append({**common, "attack": "Clean", "targeted": None, "eps": None, "crafted_on": evaluated_on, "accuracy": 0.5})
-        for crafted_on in ("A0", "A1", "B0", "B1"):
-            accuracy = 0.1 if crafted_on == evaluated_on else 0.3 if crafted_on[0] == evaluated_on[0] else 0.4
-            rows.append({**common, "attack": "PGD", "targeted": False, "eps": 8 / 255, "crafted_on": crafted_on,
-                         "accuracy": accuracy})
-    threats = {"pixel": get_threat_model("pixel", utils.load_dataset("Digits", "."))}
-    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in evaluate.transfer_of(rows, threats)}
-    white_box, transfer = (100 * (1 - (0.5 - a) ** 2 / 0.5**2) for a in (0.1, 0.4))
-    assert cells == pytest.approx({("A", "A"): white_box, ("B", "B"): white_box, ("A", "B"): transfer, ("B", "A"): transfer})
-
-
 def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
     content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "PGD", "CW", "--untargeted",
                   "--eps", 0, 8, 32, 128, "--threat_model", "pixel", "--limit", 60, "--no_sanity")
@@ -283,7 +211,7 @@ def test_a_resumed_run_may_add_attacks(digits_networks, tmp_path, monkeypatch):
     common = ["--networks", *digits_networks, "--limit", 30, "--no_sanity", "--threat_model", "pixel", "--untargeted"]
     first = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM")
     more = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "SPSA", "--transfer", "--resume")
-    assert [r for r in first["rows"] if r["attack"] != "FGSM"] == [r for r in more["rows"] if r["attack"] in evaluate.CONTROLS]
+    assert [r for r in first["rows"] if r["attack"] != "FGSM"] == [r for r in more["rows"] if r["attack"] in CONTROLS]
     assert len([r for r in more["rows"] if r["attack"] == "FGSM"]) == 4  # transfer was not there before
     assert len(more["rows"]) == len({tuple(map(str, r.values())) for r in more["rows"]}) == 4 + 4 + 4
 
@@ -331,7 +259,7 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch):
     victim = evaluate.Victim("masked.pth", "DC", 10, "LeNet", Masked(net).eval())
     checks = evaluate.check_sanity(victim, get_threat_model("pixel", digits), digits.take("test", slice(100)), digits, 0)
     assert not checks["large eps"]["passed"]
-    warnings = evaluate.warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [
+    warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [
         {"method": "DC", "threat_model": "pixel", "targeted": True, "raised": ["FGSM at ipc 10"]}]})
     assert "large eps" in warnings[0] and "above clean accuracy (FGSM at ipc 10)" in warnings[-1]
 

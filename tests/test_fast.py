@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from conftest import random_dataset
 
 import benchmark
-import fast
 import ROME_cifar10 as rome
 import utils
 from attacks import craft, get_threat_model
+from engine import fast
+from engine.results import percent
 from networks import get_network
 
 SMALL = ["--model", "ConvNetW32", "--ipc", "1", "--batch_real", "8", "--trained_bs", "16", "--model_train_steps", "2"]
@@ -119,25 +120,6 @@ def test_only_what_pays_is_compiled(monkeypatch):
     assert asked == [([64], [256])]
 
 
-def test_planned_batches():
-    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 128."""
-    data = random_dataset(per_class=80)
-    args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
-                            "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
-    attacked, trained = utils.planned_batches(args, data, get_threat_model("published", data))
-    # 640 images an update = 5 x 128; 200 pool images = 128 + 72, 4 steps; 800 test images = 6 x 128 + 32, two networks
-    assert attacked[128] == 10 * (50 * 640 + 50 * 4 * 128 + 2 * 768)
-    assert attacked[72] == 10 * 50 * 4 * 72 and attacked[32] == 10 * 2 * 32
-    assert trained[200] == 1.5 * 50 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
-    assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
-    more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
-    less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
-    published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))
-    assert utils.planned_batches(more, data, published) == utils.planned_batches(less, data, published)
-    judged, _ = utils.planned_batches(args, data, pixel)
-    assert judged[32] == 3 * 20 * 2 * 32  # 20 steps at three radii
-
-
 def test_precision():
     with pytest.raises(ValueError, match="fp64.*fp32, tf32, bf16"):
         fast.set_precision("fp64")
@@ -182,7 +164,7 @@ def test_bf16_accuracy(digits, capsys):
             values = [100 * row[column] for row in rows]
             means[precision, column] = sum(values) / 5
             with capsys.disabled():
-                print(f"\n{precision} {column}: {utils.percent([v / 100 for v in values])}", end="")
+                print(f"\n{precision} {column}: {percent([v / 100 for v in values])}", end="")
     for column in ("clean_acc", "robust_acc"):
         assert abs(means["fp32", column] - means["bf16", column]) < 3
         assert means["fp32", column] != means["bf16", column] or column == "clean_acc"

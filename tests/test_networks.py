@@ -7,6 +7,8 @@ from conftest import SHARED
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
+from engine.datasets import load_dataset
+from engine.plan import forward_flops
 from networks import EVAL_MODES, NETWORKS, eval_pool, get_network
 
 RELEASED = sorted((SHARED / "models").glob("*.pth"))
@@ -25,14 +27,14 @@ def test_every_network(model):
     assert torch.allclose(net.classifier(embedding), same, atol=1e-5)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x[:1])
-    assert utils.forward_flops(net, 3, (32, 32)) == counter.get_total_flops()
+    assert forward_flops(net, 3, (32, 32)) == counter.get_total_flops()
     has_batchnorm = any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     assert has_batchnorm == model.endswith("BN")
 
 
 def test_convnet_is_the_one_of_the_specification():
     net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
-    assert utils.forward_flops(net, 3, (32, 32)) == pytest.approx(2 * 50.6e6, rel=0.005)
+    assert forward_flops(net, 3, (32, 32)) == pytest.approx(2 * 50.6e6, rel=0.005)
     assert net.embed_and_classify(torch.zeros(1, 3, 32, 32))[0].shape == (1, 2048)
     assert set(net.state_dict()) == {f"features.{i}.{kind}" for i in (0, 1, 4, 5, 8, 9) for kind in ("weight", "bias")} | {
         "classifier.weight", "classifier.bias"}
@@ -97,7 +99,7 @@ def test_released_networks_reach_their_published_accuracy(path, cifar10_npz):
     """Architecture, normalisation and data together: clean accuracy within 0.1 points on all 10 000 test images."""
     published = json.loads((SHARED / "golden" / "published.json").read_text())
     figure = published["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]["Clean"]["targeted"][path.name.split("_")[0]]
-    data = utils.load_dataset("CIFAR10", cifar10_npz)
+    data = load_dataset("CIFAR10", cifar10_npz)
     net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     assert abs(utils.accuracy(net, *data.take("test", slice(None)), chunk=250) - figure) <= 0.001

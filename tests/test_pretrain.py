@@ -11,8 +11,10 @@ import pretrain
 import ROME_cifar10 as rome
 import utils
 from attacks import craft, get_threat_model
-from checkpoint import Interrupted
-from files import InputError, load_into
+from engine.formats import load_into
+from engine.pool import NetPool
+from engine.safe_files import InputError
+from engine.saved_state import Interrupted
 from networks import get_network
 
 FLAGS = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "8", "--attack_steps", "3",
@@ -180,7 +182,7 @@ def test_a_prior_that_is_no_network(pretrained, tmp_path, monkeypatch):
 def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
     args = rome.parse_args(["--model", "LeNet", "--fetch_net_num", "1", "--model_train_steps", "1", "--no_attack_pool"])
     monkeypatch.setattr(rome, "attack_images", lambda *a, **k: pytest.fail("attacked"))
-    pool = utils.NetPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
+    pool = NetPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
     seen = []
     pool.members[0].net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 import report
-from files import InputError
+from engine.safe_files import InputError
 
 EPS = {"FGSM": 8 / 255, "PGD": 8 / 255, "PGD_L2": 128 / 255, "AA": 8 / 255, "Square": 8 / 255, "SPSA": 8 / 255}
 PUBLISHED = json.loads((ROOT / "published.json").read_text())

@@ -24,6 +24,12 @@ import ROME_cifar100
 import utils
 from attacks import get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
+from engine import datasets
+from engine.command_line import run_script
+from engine.datasets import DATASETS
+from engine.pool import NetPool, PoolMember
+from engine.results import percent
+from engine.safe_files import InputError
 from networks import get_network
 
 
@@ -60,6 +66,8 @@ class SmallData:
 
     def class_size(self, c):
         return 10
+
+    class_groups = datasets.Dataset.class_groups
 
     def __init__(self):
         self.x = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -146,7 +154,7 @@ def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, 
     args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
                            embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd",
                            attack_prior=attack, align_distance=distance)
-    monkeypatch.setattr(utils, "CLASS_GROUP_IMAGES", 6 * group)
+    monkeypatch.setattr(datasets, "CLASS_GROUP_IMAGES", 6 * group)
     monkeypatch.setattr(rome, "REAL_KEPT", kept)
     model = get_threat_model(threat, data)
     if threat == "published":  # ten target classes by quirk; this network has three, and classes 1 and 2 aim at 2 and 3
@@ -161,7 +169,7 @@ def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, 
     expected = slow_updates(start, ipc, net, data, args, 40.0, streams(), passes, threat, kept)
 
     image_syn, rng = start.clone().requires_grad_(), streams()
-    member = utils.PoolMember(net, None, torch.tensor(4.0, dtype=torch.float64), seen=10)  # w_f = 40 percent
+    member = PoolMember(net, None, torch.tensor(4.0, dtype=torch.float64), seen=10)  # w_f = 40 percent
     optimizer = rome.image_optimizer(args, image_syn)
     for _ in range(passes):
         rome.update_images(image_syn, optimizer, member, data, model, args, rng)
@@ -179,7 +187,7 @@ def test_momentum_moves_the_other_classes():
     steps = []
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(image_syn.detach().clone()))
-    member = utils.PoolMember(net, None, torch.zeros(()))
+    member = PoolMember(net, None, torch.zeros(()))
     rome.update_images(image_syn, optimizer, member, data, get_threat_model("pixel", data), args,
                        {name: torch.Generator().manual_seed(0) for name in ("data", "dsa", "attack")})
     first, second = steps[1][0] - steps[0][0], steps[2][0] - steps[1][0]
@@ -189,7 +197,7 @@ def test_momentum_moves_the_other_classes():
 def test_train_pool_counts_and_learns(digits):
     """model_train_steps batches for each network; the running accuracy is that of the attacked batches."""
     args = SimpleNamespace(model_train_steps=3, trained_bs=64, attack_pool=True)
-    pool = utils.NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
+    pool = NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
     threat = get_threat_model("pixel", digits)
@@ -239,9 +247,9 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
         evaluated.append((it, images.clone()))
         assert select == (it != "final") and not packed
         return [{"model": "MLP", "robust_acc": 1 - accs[it], "select_acc": accs[it]}]
-    monkeypatch.setattr(utils.NetPool, "push", lambda self, n, push=utils.NetPool.push: (pushed.append(n), push(self, n)))
-    monkeypatch.setattr(utils.NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
-    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grids=lambda *a: None, metric=lambda *a, **k: None,
+    monkeypatch.setattr(NetPool, "push", lambda self, n, push=NetPool.push: (pushed.append(n), push(self, n)))
+    monkeypatch.setattr(NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
+    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None, metric=lambda *a, **k: None,
                            say=lambda text: None, save_best=lambda exp, best: saved.append(best["iteration"]),
                            experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
                            uninterrupted=contextlib.nullcontext)
@@ -282,7 +290,7 @@ def test_initial_set(digits):
     (["--model", "ConvNetW32", "--embed_last", "-12"], "--embed_last -12 leaves none"),
 ])
 def test_what_the_pool_does_not_admit(digits, flags, message):
-    with pytest.raises(utils.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", *flags]), digits)
     utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", "--embed_last", "-11"]), digits)
     utils.check_sizes(rome.parse_args(["--dataset", "Digits", "--ipc", "1", "--model", "ConvNetBN", "--robust_prior", "f"]),
@@ -352,7 +360,7 @@ def fails(capsys, monkeypatch, folder, *flags):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        utils.run_script(rome.main)
+        run_script(rome.main)
     err = capsys.readouterr().err.strip().splitlines()
     if isinstance(stop.value.code, str):
         return 1, stop.value.code
@@ -429,7 +437,7 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
     assert file["data"][0][1].tolist() == list(range(10)) and not torch.equal(file["data"][0][0], file["data"][1][0])
     meta = file["meta"]
     assert (meta["packed"], meta["zca"], meta["threat_model"], meta["seed"]) == (True, False, "pixel", 0)
-    assert meta["mean"] == list(utils.DATASETS["Digits"]["mean"])
+    assert meta["mean"] == list(DATASETS["Digits"]["mean"])
     assert meta["flags"]["Iteration"] == 3 and meta["versions"]["torch"]
     for exp in (0, 1):
         best = torch.load(tmp_path / "checkpoints" / name / f"best_exp{exp}.pt", weights_only=True)
@@ -440,7 +448,7 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
     assert list(final) == ["random real", "random real, 2x2 packed", "ROME"] and len(final["ROME"]["robust_acc"]) == 2
     assert {line["iteration"] for line in lines if line["event"] == "iteration"} == {0}
     accs = file["accs_all_exps"]["ConvNetW32"]
-    assert accs == final["ROME"]["robust_acc"] and utils.percent(accs).strip() in done.stdout
+    assert accs == final["ROME"]["robust_acc"] and percent(accs).strip() in done.stdout
     assert "image-gradients" in done.stdout and "ETA" in done.stdout and done.stdout.strip() in (folder / "log.txt").read_text()
     assert list(tmp_path.rglob(".partial*")) == []
 

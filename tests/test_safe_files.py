@@ -1,4 +1,4 @@
-import collections
+"""Files of strangers: nothing in them is executed, nothing fills the memory; ours are written whole."""
 import io
 import os
 import pickle
@@ -10,73 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_formats import IMAGES, LABELS, dc_layout
 
-import files
-from files import InputError, load_into, read_state_dict, read_synset, read_tensors, write_atomically
+from engine import safe_files
+from engine.datasets import load_dataset
+from engine.formats import load_into, read_synset
+from engine.safe_files import InputError, read_tensors, write_atomically
 from networks import get_network
 
-IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(10).repeat_interleave(2)
 
-
-def dc_layout(meta=None):
-    accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.25)]}
-    return {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]], "accs_all_exps": accuracies, **({"meta": meta} if meta else {})}
-
-
-# ------------------------------------------------------------------------------------------------------- what must load
-@pytest.mark.parametrize("zipped", [True, False])
-def test_dc_layout_with_numpy_numbers(tmp_path, zipped):
-    torch.save(dc_layout(), tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
-    sets, meta = read_synset(tmp_path / "res.pt")
-    assert meta == {} and len(sets) == 2
-    assert torch.equal(sets[1][0], IMAGES + 1) and torch.equal(sets[1][1], LABELS)
-
-
-def test_meta_is_read(tmp_path):
-    torch.save(dc_layout({"packed": True, "mean": [0.1]}), tmp_path / "res.pt")
-    assert read_synset(tmp_path / "res.pt")[1] == {"packed": True, "mean": [0.1]}
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("cuda", [False, True])
-def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
-    """The .pkl of IDM, BACON and ROME: a pickled tuple, its tensors possibly on a GPU that this machine does not have."""
-    with monkeypatch.context() as patch:
-        if cuda:
-            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        content = pickle.dumps((torch.nn.Parameter(IMAGES).detach(), LABELS), protocol)
-    assert not cuda or b"cuda:0" in content
-    (tmp_path / "set.pkl").write_bytes(content)
-    ((images, labels),), meta = read_synset(tmp_path / "set.pkl")
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS) and images.device.type == "cpu" and meta == {}
-
-
-def test_pickled_arrays(tmp_path):
-    (tmp_path / "set.pkl").write_bytes(pickle.dumps((IMAGES.numpy(), LABELS.numpy())))
-    ((images, labels),), _ = read_synset(tmp_path / "set.pkl")
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps(collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])))
-    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
-
-
-def test_two_bare_tensors(tmp_path):
-    torch.save(IMAGES, tmp_path / "images_best.pt")
-    with pytest.raises(InputError, match="labels_best.pt does not exist"):
-        read_synset(tmp_path / "images_best.pt")
-    torch.save(LABELS, tmp_path / "labels_best.pt")
-    ((images, labels),), _ = read_synset(tmp_path / "images_best.pt")
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
-
-
-def test_network_trained_on_several_gpus(tmp_path):
-    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=1)
-    torch.save(collections.OrderedDict(("module." + k, v) for k, v in net.state_dict().items()), tmp_path / "net.pth")
-    loaded = load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=2), tmp_path / "net.pth")
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
-
-
-# ---------------------------------------------------------------------------------------------------- what must not load
 class Evil:
     """Pickles as a call of os.system."""
 
@@ -161,7 +103,7 @@ def test_lists_of_lists_of_the_same_list(tmp_path, suffix):
 
 
 def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(safe_files, "MAX_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", b"\0" * (8 << 20))
     assert (tmp_path / "bomb.pt").stat().st_size < 1 << 20
@@ -199,44 +141,6 @@ def test_truncated_and_flipped(tmp_path):
             assert "bad.pt" in str(error)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"dat": []}, "without a list 'data'.*'dat'"),
-    ({"data": []}, "without a list 'data'"),
-    ({"data": [[IMAGES[0], LABELS]]}, r"\(3, 32, 32\)"),
-    ({"data": [[IMAGES, LABELS[:-1]]]}, r"labels \(19,\)"),
-    ({"data": [[IMAGES.long(), LABELS]]}, "int64"),
-    ({"data": [[IMAGES, torch.rand(20)]]}, "soft labels"),
-    ({"data": [["a", "b"]]}, "no pair"),
-    ({"data": [[torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)]]}, "would take 12.0 GiB"),
-    ({"data": [[IMAGES.index_fill(0, torch.tensor(3), float("nan")), LABELS]]}, "3072 values .* not finite"),
-    (IMAGES, "no synthetic set"),
-    ([1, 2, 3], "no synthetic set"),
-])
-def test_wrong_sets(tmp_path, content, message):
-    torch.save(content, tmp_path / "set.pt")
-    with pytest.raises(InputError, match=f"set.pt.*{message}"):
-        read_synset(tmp_path / "set.pt")
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
-    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda d: d.update({"classifier.bias": torch.zeros(100)}), r"classifier.bias is \(100,\), expected \(10,\)"),
-    (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not finite"),
-    (lambda d: d.update(epoch=3), "expected a state_dict"),
-])
-def test_wrong_networks(tmp_path, change, message):
-    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0)
-    content = net.state_dict()
-    change(content)
-    torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(InputError, match=f"net.pth.*{message}"):
-        load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=0), tmp_path / "net.pth")
-    torch.save([1], tmp_path / "net.pth")
-    with pytest.raises(InputError, match="a list; expected a state_dict"):
-        read_state_dict(tmp_path / "net.pth")
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     write_atomically(path, lambda partial: partial.write_text("old"))
@@ -249,8 +153,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-
-# ------------------------------------------------------------------------------------------------------ 2 000 damaged files
+# ---------------------------------------------------------------------------------------------------- 2 000 damaged files
 def damaged(content, rng):
     """A random mutation of some bytes: cut, flips, noise, a piece moved, doubled or zeroed."""
     bad = bytearray(content)
@@ -284,8 +187,7 @@ def test_two_thousand_damaged_files(tmp_path):
     """Every loader, every format: a clear error or a correct load, in less than 5 s and 1 GB."""
     import time
 
-    import utils
-    from checkpoint import StateFile
+    from engine.saved_state import StateFile
     images, labels = IMAGES[:10, :, :8, :8].clone(), torch.arange(10)
     net = get_network("MLP", 3, 10, (8, 8), seed=0)
     torch.save({"data": [[images, labels]], "accs_all_exps": {"MLP": [np.float64(0.5)]}}, tmp_path / "set.pt")
@@ -305,7 +207,7 @@ def test_two_thousand_damaged_files(tmp_path):
         "set.pt": read_synset, "old.pt": read_synset, "set.pkl": read_synset, "arrays.pkl": read_synset,
         "net.pth": lambda path: load_into(net, path), "old.pth": lambda path: load_into(net, path),
         "state.pt": lambda path: StateFile(path.parent).load(),
-        "cifar10.npz": lambda path: utils.load_dataset("CIFAR10", path.parent),
+        "cifar10.npz": lambda path: load_dataset("CIFAR10", path.parent),
     }
     rng, before = np.random.default_rng(1), peak_memory(reset=True)
     refused = dict.fromkeys(loaders, 0)

@@ -130,6 +130,19 @@ def set_precision(name):
 
 
 @contextmanager
+def frozen(net):
+    """No gradient of the parameters of `net` is taken inside."""
+    wanted = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield net
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def exact_products():
     """Matrix products inside are not rounded to TensorFloat-32, whatever the precision of the process."""
     kept = torch.backends.cuda.matmul.allow_tf32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from files import InputError, read_tensors, write_atomically
+from engine.safe_files import InputError, read_tensors, write_atomically
 
 MAX_STATE_BYTES = 64 << 30
 SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0

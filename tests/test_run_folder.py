@@ -1,5 +1,4 @@
 """Runs that are stopped, killed, damaged, doubled and starved, against runs that nobody disturbed."""
-import copy
 import json
 import os
 import random
@@ -12,12 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, sigterm_at
+from conftest import ROOT, random_dataset, sigterm_at
 
 import ROME_cifar10 as rome
 import utils
-from checkpoint import Interrupted, Interrupts, StateFile, lock
-from files import InputError
+from engine.command_line import run_script
+from engine.datasets import Dataset
+from engine.pool import NetPool
+from engine.run_folder import Run, save_grid
+from engine.safe_files import InputError
+from engine.saved_state import Interrupted, StateFile, lock
 from networks import get_network
 
 NAME = "ROME_Digits_MLP_1ipc_pixel_seed0"
@@ -63,7 +66,7 @@ def undisturbed(tmp_path_factory):
                                            ("report_evaluation", signal.SIGINT), ("save_result", signal.SIGTERM)])
 def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, monkeypatch, where, signum):
     """A signal at every call of a function, one run after the other, until a run gets through."""
-    owner = {"outer_iteration": rome, "train_on_set": utils}.get(where, utils.Run)
+    owner = {"outer_iteration": rome, "train_on_set": utils, "save_grids": utils}.get(where, Run)
     function, calls = getattr(owner, where), []
 
     def disturbed(*args, **options):
@@ -165,7 +168,7 @@ def test_contradicting_flags_are_refused_by_name(stopped, undisturbed, monkeypat
         with pytest.raises(InputError, match=message):
             main(monkeypatch, stopped, *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Dataset, "fingerprint", lambda self: "other")
+        patch.setattr(Dataset, "fingerprint", lambda self: "other")
         with pytest.raises(InputError, match="began with other data"):
             main(patch, stopped)
     main(monkeypatch, stopped, "--save_interval", "1")  # this one may change
@@ -218,7 +221,7 @@ def test_after_fresh_the_message_is_without_it(tmp_path, monkeypatch, capsys):
     for flags, same in (([], "the same command goes on"), (["--fresh"], "the same command without --fresh goes on")):
         monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *FLAGS, "--no_baseline", *flags])
         with pytest.raises(SystemExit) as stop:
-            utils.run_script(rome.main)
+            run_script(rome.main)
         assert stop.value.code == 143 and same in capsys.readouterr().err
 
 
@@ -269,92 +272,27 @@ def test_the_callers_generators_are_untouched(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------- the pieces
-def test_two_runs_in_one_folder(tmp_path):
-    first = lock(tmp_path)
-    with pytest.raises(InputError, match=f"process {os.getpid()}"):
-        lock(tmp_path)
-    first.close()
-    lock(tmp_path).close()
 
 
-def test_when_a_state_is_due(tmp_path, monkeypatch):
-    every_third = StateFile(tmp_path, save_interval=3)
-    assert [it for it in range(8) if every_third.due(it)] == [3, 6]
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    automatic = StateFile(tmp_path)
-    automatic.seconds = 0.2  # a save takes 0.2 s: at 1 percent of the time, every 20 s
-    due = []
-    for it in range(60):
-        now[0] += 1
-        if automatic.due(it):
-            due.append(it)
-            automatic._last = now[0]
-    assert due == [19, 39, 59]
-
-
-def test_a_full_disk_during_a_save(tmp_path):
-    """A limit on the size of files stands for it: one line with the name, the good states intact, nothing half written."""
-    states = StateFile(tmp_path)
-    for value in (1.0, 2.0):
-        states.save({"x": torch.full((1000,), value)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(InputError, match="state.pt .*the state before it is intact"):
-            states.save({"x": torch.zeros(1_000_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
-    assert states.load()[0]["x"][0] == 2 and torch.load(states.previous, weights_only=True)["x"][0] == 1
-
-
-def test_interrupts_wait_while_deferred():
-    said = []
-    interrupts = Interrupts(said.append)
-    try:
-        with interrupts.deferred():
-            os.kill(os.getpid(), signal.SIGTERM)
-            reached = True
-        assert reached and len(said) == 1
-        with pytest.raises(Interrupted, match="SIGTERM") as stop:
-            interrupts.check()
-        assert stop.value.exit_status == 143
-    finally:
-        interrupts.restore()
-
-
-def test_pool_round_trip():
-    def pool():
-        return utils.NetPool(lambda k: get_network("MLP", 3, 10, (8, 8), seed=k),
-                             lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), limit=4, start=6)
-    def train(member):
-        member.optimizer.zero_grad()
-        member.net(torch.ones(2, 3, 8, 8)).sum().backward()
-        member.optimizer.step()
-
-    first = pool()
-    for member in first.members:
-        train(member)
-        member.record(torch.eye(10)[:2], torch.tensor([0, 5]))
-    second = pool()
-    second.push(3)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: nothing shared
-    assert second.made == 6 and [m.seen for m in second.members] == [2] * 4
-    for a, b in zip(first.members, second.members):
-        for member in (a, b):
-            train(member)
-        assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters()))
-        assert a.running_accuracy() == b.running_accuracy() == 50
+def test_grid(tmp_path):
+    """De-normalised, in order, one row per class."""
+    from PIL import Image
+    data = random_dataset()
+    pixels = torch.linspace(0, 1, 6).view(6, 1, 1, 1).expand(6, 3, 32, 32)
+    save_grid(tmp_path / "grid.png", data.normalize(pixels), data, per_row=3)
+    image = np.asarray(Image.open(tmp_path / "grid.png"))
+    factor = image.shape[1] // (3 * 34 + 2)
+    assert image.shape[1] >= 960 and image.shape[0] == factor * (2 * 34 + 2)
+    centres = image[factor * 18::factor * 34, factor * 18::factor * 34, 0]  # (2, 3)
+    assert np.allclose(centres.astype(int), [[0, 51, 102], [153, 204, 255]], atol=1)
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
 PROGRAM = """
 import utils, ROME_cifar10
+from engine.command_line import run_script
 utils.SELECT_IMAGES = 100
-utils.run_script(ROME_cifar10.main)
+run_script(ROME_cifar10.main)
 """
 
 
@@ -468,7 +406,7 @@ def test_killed_interrupted_starved_and_doubled_as_processes(tmp_path):
 @pytest.mark.slow
 def test_a_full_pool_is_saved_in_seconds(tmp_path):
     """100 ConvNets with momentum, 256 MB. Measured: 1.1 to 1.2 s on the developers' machine."""
-    pool = utils.NetPool(lambda k: get_network("ConvNet", 3, 10, (32, 32), seed=k),
+    pool = NetPool(lambda k: get_network("ConvNet", 3, 10, (32, 32), seed=k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), limit=100, start=100)
     for member in pool.members:
         for parameter in member.net.parameters():

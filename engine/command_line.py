@@ -1,0 +1,81 @@
+"""Flags and errors as all scripts have them: switches, types with ranges, one line and a non-zero exit for a user's mistake."""
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from engine import fast
+from engine.safe_files import InputError
+from engine.saved_state import Interrupted
+
+
+def add_switch(parser, name, default, text):
+    """A pair of flags --name and --no_name."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{text}; --no_{name} turns it off")
+    group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+
+def add_fast_flags(parser):
+    """The flags of `fast`."""
+    add_switch(parser, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
+    parser.add_argument("--precision", choices=fast.PRECISIONS, default="tf32", help="of convolutions and matrix products; "
+                        "tf32 is fp32 where there is no TensorFloat-32; bf16: in the attacks and the training of networks")
+
+
+def add_compatibility_flags(parser):
+    """The flags of the published scripts that nothing reads or that had a single legal value. Source: SPEC 1.2."""
+    group = parser.add_argument_group("accepted for compatibility, without effect")
+    group.add_argument("--net_train_real", action="store_true")
+    for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index", "local_num", "local_weight",
+                 "conf_path", "last", "dis_metric", "ij_selection", "aug_num"):
+        group.add_argument(f"--{name}", metavar="X")
+
+
+def at_least(low, kind=int):
+    """An argparse type: a finite number of `kind` that is >= low."""
+    def parse(text):
+        value = kind(text)
+        if not (value >= low and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def fraction(text):
+    """An argparse type: a number between 0 and 1."""
+    value = at_least(0, float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def method_name(text):
+    """An argparse type: a name that can stand between underscores in a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9+.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, '+', '.' and '-'")
+    return text
+
+
+def run_script(main):
+    """Run `main()`; turn the errors that a user can mend into one line and a non-zero exit status."""
+    fast.reuse_freed_memory()
+    try:
+        main()
+    except (InputError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the memory of the device is full ({str(error).split('.')[0]}); smaller "
+                 "numbers of images at a time need less: --chunk, --batch_real, --trained_bs, --batch_train")
+    except Interrupted as stop:
+        rest = "goes on from here" if stop.whole else "goes on from the last saved state"
+        same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+        print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {same} {rest}", file=sys.stderr)
+        sys.exit(stop.exit_status)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

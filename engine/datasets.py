@@ -1,0 +1,172 @@
+"""The real data: CIFAR-10 and CIFAR-100 from `data/` or a download, and the digits of scikit-learn.
+
+To add a data set: its normalisation in DATASETS, and in LOADERS a function that returns its arrays.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engine.device import attack_chunk
+from engine.fast import exact_products
+from engine.safe_files import InputError, read_npz, write_atomically
+
+# mean, std: per-channel constants of the normalisation, pixels in [0, 1]. Source: SPEC 1.5 for CIFAR (its std is the
+# field's habit, not the pixel std); Digits: measured on its training images.
+DATASETS = {
+    "CIFAR10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)},
+    "CIFAR100": {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "Digits": {"mean": (0.3054,) * 3, "std": (0.3237,) * 3},
+}
+ZCA_EPS = 0.1
+CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
+
+
+class Dataset:
+    """Images that stay as uint8 on the device and are normalised batch by batch.
+
+    images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, ...}; both on one device.
+    mean, std: per-channel floats, pixels in [0, 1]. After `fit_zca` the images are ZCA-whitened instead.
+    chunk: how many images go through a network at a time where they are attacked; 0: see `attack_chunk`.
+    """
+
+    def __init__(self, name, images, labels, classes, mean, std, device="cpu", chunk=0):
+        self.name, self.classes, self.num_classes = name, list(classes), len(classes)
+        self.device = torch.device(device)
+        self.chunk = attack_chunk(self.device, chunk)
+        self.images = {split: x.to(self.device) for split, x in images.items()}
+        self.labels = {split: y.to(self.device) for split, y in labels.items()}
+        self.channel, self.size = self.images["train"].shape[1], tuple(self.images["train"].shape[2:])
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
+        self._std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
+        self._zca = None
+        train_labels = self.labels["train"].cpu()
+        self._class_index = [(train_labels == c).nonzero().flatten() for c in range(self.num_classes)]  # CPU
+
+    def fingerprint(self):
+        """SHA-256 of all images and labels."""
+        digest = hashlib.sha256()
+        for part in (*self.images.values(), *self.labels.values()):
+            digest.update(part.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def fit_zca(self):
+        """Let ZCA whitening, fitted on the pixels of the training images, take the place of the normalisation (SPEC 1.2)."""
+        import kornia
+        self.mean, self.std = (0.0,) * self.channel, (1.0,) * self.channel
+        self._mean, self._std = torch.zeros_like(self._mean), torch.ones_like(self._std)
+        zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
+        with exact_products():
+            self._zca = zca.fit(self.images["train"].float() / 255)
+
+    def normalize(self, pixels):
+        """(N, C, H, W) pixels in [0, 1] -> normalised units."""
+        x = (pixels - self._mean) / self._std
+        if self._zca is None:
+            return x
+        with exact_products():
+            return self._zca(x)
+
+    def denormalize(self, x):
+        """(N, C, H, W) normalised units -> pixels; outside [0, 1] where x is no image. Inverse of `normalize`."""
+        if self._zca is not None:
+            with exact_products():
+                x = self._zca.inverse_transform(x)
+        return x * self._std + self._mean
+
+    def take(self, split, index):
+        """Normalised images and labels. index: (n,) int64 or a slice. Returns ((n, C, H, W), (n,))."""
+        if isinstance(index, torch.Tensor):
+            index = index.to(self.device)
+        return self.normalize(self.images[split][index].float() / 255), self.labels[split][index]
+
+    def class_size(self, c):
+        """How many training images class c has."""
+        return len(self._class_index[c])
+
+    def sample_class(self, c, n, generator):
+        """n training images of class c without replacement; the whole class, shuffled, if it is smaller."""
+        order = torch.randperm(self.class_size(c), generator=generator)[:n]
+        return self.take("train", self._class_index[c][order])[0]
+
+    def sample(self, n, generator):
+        """n training images of all classes without replacement, with labels; the whole set if it is smaller."""
+        return self.take("train", torch.randperm(len(self.labels["train"]), generator=generator)[:n])
+
+    def class_groups(self, batch_real):
+        """Ranges of classes whose batches of `batch_real` images are held at a time, so that memory does not grow with their
+        number."""
+        largest = max(min(batch_real, self.class_size(c)) for c in range(self.num_classes))
+        step = max(1, CLASS_GROUP_IMAGES // max(largest, 1))
+        return [range(first, min(first + step, self.num_classes)) for first in range(0, self.num_classes, step)]
+
+
+def _digits(name, folder):
+    """scikit-learn's 1 797 real 8x8 digits as 32x32 RGB, a fifth of each class as test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    large = F.interpolate(small, scale_factor=4, mode="bilinear", align_corners=False)  # (1797, 1, 32, 32)
+    x = (large * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()  # (1797, 32, 32, 3)
+    x_train, x_test, y_train, y_test = train_test_split(x, digits.target, test_size=0.2, random_state=0,
+                                                        stratify=digits.target)
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
+            "classes": digits.target_names.astype(str)}
+
+
+def _cifar(name, folder):
+    path = folder / f"{name.lower()}.npz"
+    if not path.exists():
+        _download_cifar(name, folder, path)
+    try:
+        arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test", "classes"))
+    except InputError as error:
+        raise InputError(f"{error}; delete it to have it made again") from None
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or y.shape != (len(x),) or len(x) == 0:
+            raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape} with labels {y.shape}; "
+                             "expected uint8 (N, 32, 32, 3) and (N,)")
+        if not np.issubdtype(y.dtype, np.integer) or set(np.unique(y)) - set(range(len(arrays["classes"]))):
+            raise InputError(f"{path}: y_{split} has labels outside 0..{len(arrays['classes']) - 1}")
+    return arrays
+
+
+def _download_cifar(name, folder, path):
+    """Fetch with torchvision and keep the result as `path`."""
+    import torchvision
+    new_folder = not folder.exists()
+    try:
+        splits = {s: getattr(torchvision.datasets, name)(folder, train=s == "train", download=True)
+                  for s in ("train", "test")}
+    except (OSError, RuntimeError) as error:
+        if new_folder and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()  # torchvision made it
+        raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once where there is internet "
+                         f"access, or put {path.name} (uint8 arrays x_train, y_train, x_test, y_test, classes; see "
+                         f"docs/reproduce.md) into {folder}") from None
+    arrays = {"classes": np.array(splits["train"].classes)}
+    for split, images in splits.items():
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images.data, np.array(images.targets, dtype=np.uint8)
+    write_atomically(path, lambda partial: np.savez(partial, **arrays))
+
+
+LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}  # (name, folder) -> arrays as in the npz files
+
+
+def load_dataset(name, data_path, device="cpu", chunk=0):
+    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
+
+    Returns a Dataset on `device`; chunk: see there. Raises InputError for an unknown name, a damaged file, or data that is not
+    to be had.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    arrays = LOADERS[name](name, Path(data_path))
+    images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
+    labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
+    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, chunk=chunk, **DATASETS[name])

@@ -1,0 +1,159 @@
+"""The jobs of evaluate.py, and results.json, which a killed run goes on from.
+
+Finished jobs are not done again; of the one that was interrupted, the finished slices of images are kept.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.device import device_name, versions
+from engine.fast import forward
+from engine.results import check_rows, label
+from engine.safe_files import InputError, write_json
+from engine.saved_state import lock, refuse_other_flags
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack on one network, by the keys of a row of results.json. eps: attack space; None: the attack has none."""
+
+    crafted_on: str
+    threat_model: str
+    attack: str
+    targeted: bool = None
+    eps: float = None
+
+    def __str__(self):
+        return f"{self.crafted_on}: {self.threat_model} {label(self.attack, self.targeted, self.eps)}"
+
+    def is_of(self, row):
+        """Whether a row of results.json is a result of this job."""
+        return all(row[key] == value for key, value in vars(self).items())
+
+
+def rows_of(job, slices, victims, dataset, seed):
+    """The slices of a finished job -> rows of results.json, one for each network evaluated."""
+    total = {key: sum(s[key] for s in slices) for key in ("n", "seconds", "forward", "backward")}
+    largest = {key: max(s[key] for s in slices) for key in ("max_linf", "max_l2")}
+    return [{"dataset": dataset, "ipc": v.ipc, "method": v.method, "crafted_on": job.crafted_on, "evaluated_on": v.name,
+             "threat_model": job.threat_model, "attack": job.attack, "targeted": job.targeted, "eps": job.eps,
+             "n": total["n"], "accuracy": sum(s["correct"][v.name] for s in slices) / total["n"],
+             "seconds": round(total["seconds"], 3), "forward": total["forward"] / total["n"],
+             "backward": total["backward"] / total["n"], **largest, "seed": seed} for v in victims]
+
+
+class PassCounter(torch.nn.Module):
+    """A network that counts, in images, the forward and the backward passes through it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.forward_passes, self.backward_passes = net, 0, 0
+
+    def forward(self, x):
+        self.forward_passes += len(x)
+        logits = forward(self.net, x)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def _count_backward(self, gradient):
+        self.backward_passes += len(gradient)
+
+
+def warm_up(net, images, chunk):
+    """A pass forward, and on a GPU backward, that no clock sees. images: (N, C, H, W) normalised."""
+    x = images[:chunk].clone().requires_grad_(images.device.type != "cpu")
+    with torch.set_grad_enabled(x.requires_grad):
+        logits = forward(net, x)
+    if x.requires_grad:
+        torch.autograd.grad(logits.sum(), x)
+
+
+class Results:
+    """results.json and, for the job that is not finished, unfinished.json. Both are only ever replaced whole.
+
+    flags: {name: value} of the run. may_change: those that a run that goes on may change. known: the names of the attacks and
+    the threat models that there are, as for `check_rows`.
+    """
+
+    def __init__(self, args, flags, device, may_change, known):
+        self.folder = Path(args.out)
+        self.path, self.unfinished_path = self.folder / "results.json", self.folder / "unfinished.json"
+        if self.folder.exists():
+            self._lock = lock(self.folder)
+        self.content = {"rows": [], "metrics": [], "sanity": {}, "networks": {}, "flags": flags,
+                        "versions": versions(), "device": device_name(device)}
+        if self.path.exists():
+            if not args.resume:
+                raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
+            self.content = self._read(self.path, known)
+            refuse_other_flags(self.content["flags"], flags, may_change, f"the run in {self.folder}", "another --out")
+            if self.content["rows"] and self.content["device"] != device_name(device):
+                raise InputError(f"the seconds in {self.path} are those of {self.content['device']}, this is "
+                                 f"{device_name(device)}: AE and CREI would mix them; go on there, or choose another "
+                                 "--out")
+            self.content |= {"flags": flags, "device": device_name(device)}
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            self._lock = lock(self.folder)
+        self.save()
+
+    def close(self):
+        """Let another process have the folder."""
+        self._lock.close()
+
+    def _read(self, path, known):
+        try:
+            content = json.loads(path.read_text())
+            for key in ("flags", "sanity", "networks", "versions"):
+                if not isinstance(content[key], dict):
+                    raise TypeError(f"{key} is no object")
+            content["device"]
+            check_rows(content["rows"], **known)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged or no file of ours ({type(error).__name__}: {error})") from None
+        return content
+
+    def register(self, victim):
+        """Note where a network comes from. Refuses one that has changed since the run began."""
+        before = self.content["networks"].setdefault(victim.name, victim.about)
+        if before.get("sha256") != victim.about["sha256"]:
+            raise InputError(f"{victim.about['file']} is not the file that {self.path} has results of; choose another --out")
+
+    def has(self, job, victims):
+        """Whether rows of this job are there for all networks that it is evaluated on."""
+        return {v.name for v in victims} <= {row["evaluated_on"] for row in self.content["rows"] if job.is_of(row)}
+
+    def add(self, job, rows):
+        """Rows of a job that is done, in place of those that fewer evaluated networks have left."""
+        self.content["rows"] = [row for row in self.content["rows"] if not job.is_of(row)] + rows
+        self.save()
+        if self.unfinished()["job"] == vars(job):
+            self.unfinished_path.unlink()
+
+    def save(self):
+        write_json(self.path, self.content)
+
+    def slices(self, job, victims, sizes):
+        """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks.
+
+        sizes: of all its slices; those of a version that cut them otherwise do not count.
+        """
+        unfinished = self.unfinished()
+        slices = unfinished["slices"]
+        same = (unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in victims]
+                and [s["n"] for s in slices] == sizes[:len(slices)])
+        return slices if same else []
+
+    def unfinished(self):
+        """What is known of the job that was interrupted: its fields, the networks evaluated on, its finished slices."""
+        try:
+            unfinished = json.loads(self.unfinished_path.read_text())
+            return {key: unfinished[key] for key in ("job", "evaluated_on", "slices")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"job": None, "evaluated_on": None, "slices": []}
+
+    def save_slices(self, job, victims, slices):
+        write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in victims], "slices": slices})

@@ -1,0 +1,116 @@
+"""What a run will cost, counted and measured before it begins, and which of its batches are worth compiling for.
+
+The unit is the image-gradient: one image forward and backward to the input. Source: SPEC 4.
+"""
+import collections
+import time
+
+import torch
+
+from engine import fast
+from engine.device import device_name, synchronise
+
+TRAINING_STEP = 1.5  # of an image-gradient: a training step has the gradient of the parameters as well
+COMPILE_PAYS_WITHIN = 50  # outer iterations
+
+
+def forward_flops(net, channel, size):
+    """Floating-point operations of one forward pass of one image, in convolutions and linear layers (a multiply-add counts as
+    two). torch.utils.flop_counter says the same, after the two seconds of its imports."""
+    flops = []
+
+    def count(layer, inputs, output):
+        flops.append(2 * output.numel() * layer.weight[0].numel())  # each output value is a product with one row or filter
+    hooks = [layer.register_forward_hook(count) for layer in net.modules()
+             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    net.eval()
+    with torch.no_grad():
+        net(torch.zeros(1, channel, *size, device=next(net.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return sum(flops)
+
+
+def image_gradients_per_second(net, data):
+    """Measure it on real images, as many at a time as the run attacks. Takes about a second."""
+    images, steps = data.take("train", slice(data.chunk))[0], 1 if data.device.type == "cpu" else 10
+    with fast.frozen(net.eval()):
+        for count in (1, steps):  # the first is the warm-up
+            synchronise(data.device)
+            start = time.perf_counter()
+            for _ in range(count):
+                x = images.clone().requires_grad_()
+                torch.autograd.grad(fast.forward(net, x).sum(), x)
+            synchronise(data.device)
+    return len(images) * steps / (time.perf_counter() - start)
+
+
+def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, reports):
+    """Say what the run is about to do and, from a short measurement, how long it will take; tell `clock` the same.
+
+    net: a network like those of the pool. evaluate: the run's Evaluator. evaluations: how many sets are evaluated for selection
+    in each experiment; reports: how many more, without selection.
+    """
+    per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
+    train_size, test_size = len(data.labels["train"]), len(data.labels["test"])
+    # Image-gradients: (images x PGD steps), and one more for a training step. Source: SPEC 4.
+    trained = 0 if args.robust_prior else args.fetch_net_num * args.model_train_steps
+    gradients = args.outer_loop * ((threat.steps if args.attack_prior else 0.5) * args.train_net_num * sum(per_class)
+                                   + ((threat.steps if args.attack_pool else 0) + 1) * trained
+                                   * min(args.trained_bs, train_size))
+    stored = args.ipc * data.num_classes
+    trained_on = stored * (4 if args.aug else 1)
+    flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
+    if args.compile:
+        compile_planned(net, data, *planned_batches(args, data, threat), run.say)
+    rate = image_gradients_per_second(net, data)
+    clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
+    clock.expect("evaluation", evaluations * args.num_exp, evaluate.cost(trained_on, select=True) / rate)
+    clock.expect("report", reports * args.num_exp, evaluate.cost(trained_on) / rate)
+    run.say(f"{run.name} on {device_name(data.device)}: {train_size} training, {test_size} test images of {data.num_classes} "
+            f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
+    run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.aug else "")
+            + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {evaluate.networks} network(s)")
+    run.say(f"an iteration: {gradients:.0f} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
+            f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
+    small = sum(n < args.batch_real for n in per_class)
+    if small:
+        run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
+
+
+def compile_planned(net, data, attacked, trained, say):
+    """fast.compile_planned for a network of this data set. attacked, trained: {batch size: image-gradients}."""
+    flops = 2 * forward_flops(net, data.channel, data.size)
+    fast.compile_planned(net, (data.channel, *data.size), {size: n * flops for size, n in attacked.items()},
+                         {size: n * flops for size, n in trained.items()}, say)
+
+
+def set_batches(count, batch, epochs):
+    """Training on `count` images in batches: {batch size: image-gradients}."""
+    work = collections.Counter({min(batch, count): TRAINING_STEP * epochs * (count // batch) * batch})
+    work[count % batch] += TRAINING_STEP * epochs * (count % batch)
+    return work
+
+
+def planned_batches(args, data, threat):
+    """The batches of COMPILE_PAYS_WITHIN outer iterations and one evaluation, whatever --Iteration says: a run that is given
+    more iterations later computes the same as one that had them from the start.
+
+    Returns {batch size: image-gradients} of the attacks, and of training.
+    """
+    attacked, trained, chunk = collections.Counter(), collections.Counter(), data.chunk
+
+    def attack(images, times, steps=threat.steps):
+        attacked[chunk] += images // chunk * chunk * steps * times
+        attacked[images % chunk] += images % chunk * steps * times
+
+    updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
+    steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.outer_loop * args.fetch_net_num * args.model_train_steps
+    pool_batch = min(args.trained_bs, len(data.labels["train"]))
+    for classes in data.class_groups(args.batch_real) if args.attack_prior else ():
+        attack(sum(min(args.batch_real, data.class_size(c)) for c in classes), updates)
+    attack(pool_batch if args.attack_pool else 0, steps)
+    trained[pool_batch] += TRAINING_STEP * pool_batch * steps
+    attack(args.test_limit or len(data.labels["test"]), args.num_eval, threat.judge_cost)
+    trained_on = args.ipc * data.num_classes * (4 if args.aug else 1)
+    return attacked, trained + set_batches(trained_on, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))

@@ -1,0 +1,139 @@
+"""The data sets: what is loaded, how it is normalised and drawn from, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_dataset
+
+from engine.datasets import DATASETS, Dataset, load_dataset
+from engine.safe_files import InputError
+
+
+def test_digits(digits):
+    from sklearn.datasets import load_digits
+    assert [len(digits.labels[s]) for s in ("train", "test")] == [1437, 360]
+    assert digits.images["train"].shape == (1437, 3, 32, 32) and digits.images["train"].dtype == torch.uint8
+    x, _ = digits.take("train", slice(None))
+    assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3  # the constants of DATASETS
+    # The images are scikit-learn's: the brightest pixel of each quarter and the total are kept by the enlargement.
+    totals = sorted(image.sum() for image in load_digits().images)
+    ours = torch.cat([digits.images[s][:, 0].float().sum((1, 2)) / 255 for s in ("train", "test")])
+    assert np.allclose(sorted(ours.numpy()), totals, rtol=0.01)
+    assert torch.bincount(digits.labels["test"]).min() >= 34
+
+
+def test_normalisation():
+    data = random_dataset()
+    x, labels = data.take("train", torch.tensor([3, 1]))
+    raw = data.images["train"][[3, 1]].numpy() / 255
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    assert np.allclose(x.numpy(), (raw - mean) / std, atol=1e-5) and labels.tolist() == [3, 1]
+    assert np.allclose(data.denormalize(x).numpy(), raw, atol=1e-6)
+
+
+def test_zca():
+    pytest.importorskip("kornia")
+    rng = np.random.default_rng(0)
+    labels = torch.arange(400) % 4
+    images = torch.from_numpy(rng.integers(0, 256, (400, 3, 4, 4), dtype=np.uint8))
+    images[:, :, :, 1:] = images[:, :, :, :1] // 2 + images[:, :, :, 1:] // 2  # correlated
+    data = Dataset("d", {"train": images, "test": images}, {"train": labels, "test": labels}, "abcd",
+                         mean=(0.5,) * 3, std=(0.25,) * 3)
+    plain = images.flatten(1).double().numpy() / 255  # the pixels: whitening takes the place of the normalisation
+    data.fit_zca()
+    x, _ = data.take("train", slice(None))
+    centred = plain - plain.mean(0)
+    values, vectors = np.linalg.eigh(np.cov(centred.T))
+    assert np.allclose(x.flatten(1).numpy(), centred @ vectors @ np.diag((values + 0.1) ** -0.5) @ vectors.T, atol=1e-3)
+    assert np.allclose(data.denormalize(x).numpy(), images.numpy() / 255, atol=1e-3)
+
+
+def test_sampling():
+    data, generator = random_dataset(num_classes=10, per_class=8), torch.Generator().manual_seed(0)
+    everything = data.take("train", slice(None))[0]
+    batch = data.sample_class(4, 5, generator)
+    positions = [int((everything == image).flatten(1).all(1).nonzero()) for image in batch]
+    assert len(set(positions)) == 5 and all(p % 10 == 4 for p in positions)  # without replacement, of the class
+    assert len(data.sample_class(4, 5000, generator)) == 8  # the whole class
+    x, labels = data.sample(80, generator)
+    assert sorted(labels.tolist()) == sorted(data.labels["train"].tolist())
+    assert all(torch.equal(x[i], everything[(everything == x[i]).flatten(1).all(1)][0]) for i in range(3))
+
+
+def write_npz(path, **changes):
+    x, y = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y, "classes": np.array(list("abcdefghij")), **changes}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"x_test": None}, "x_test"),
+    ({"x_train": np.zeros((20, 32, 32, 3), np.float32)}, "float32"),
+    ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"\(20, 3, 32, 32\)"),
+    ({"y_train": np.zeros(19, np.uint8)}, r"\(19,\)"),
+    ({"y_test": np.full(20, 10)}, "labels outside 0..9"),
+    ({"y_test": np.array([{}] * 20)}, "damaged"),  # a pickled object is not read
+])
+def test_data_file_with_wrong_content(tmp_path, changes, says):
+    write_npz(tmp_path / "cifar10.npz", **changes)
+    with pytest.raises(InputError, match=says) as error:
+        load_dataset("CIFAR10", tmp_path)
+    assert "cifar10.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1000], lambda b: b"", lambda b: b"no zip" * 100,
+                                    lambda b: b[:5000] + bytes([b[5000] ^ 255]) + b[5001:]],
+                         ids=["truncated", "empty", "text", "bit flip"])
+def test_damaged_data_file(tmp_path, damage):
+    write_npz(tmp_path / "good.npz")
+    (tmp_path / "cifar10.npz").write_bytes(damage((tmp_path / "good.npz").read_bytes()))
+    with pytest.raises(InputError, match="cifar10.npz is damaged"):
+        load_dataset("CIFAR10", tmp_path)
+
+
+def test_no_data_and_no_download(tmp_path, monkeypatch):
+    import torchvision
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    with pytest.raises(InputError, match="internet.*cifar100.npz") as error:
+        load_dataset("CIFAR100", tmp_path)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_download_is_kept_as_npz(tmp_path, monkeypatch):
+    """torchvision's data set becomes the npz, which is then enough on its own."""
+    import torchvision
+
+    class Fake:
+        classes = list("abcdefghij")
+
+        def __init__(self, root, train, download):
+            assert download
+            rng = np.random.default_rng(int(train))
+            self.data, self.targets = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), list(range(10)) * 2
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    first = load_dataset("CIFAR10", tmp_path)
+    monkeypatch.delattr(torchvision.datasets, "CIFAR10")
+    second = load_dataset("CIFAR10", tmp_path)
+    assert torch.equal(first.images["train"], second.images["train"]) and second.classes == Fake.classes
+    assert not torch.equal(first.images["train"], first.images["test"])
+    assert [p.name for p in tmp_path.iterdir()] == ["cifar10.npz"]
+
+
+def test_fingerprint_tells_data_apart():
+    """It is the same for the same arrays and another one after a change of one value."""
+    def fingerprint(change=None):
+        images = {split: torch.zeros(4, 3, 32, 32, dtype=torch.uint8) for split in ("train", "test")}
+        labels = {split: torch.arange(4) for split in ("train", "test")}
+        if change:
+            (images if change[0] == "images" else labels)[change[1]][2] += 1
+        return Dataset("CIFAR10", images, labels, "abcdefghij", **DATASETS["CIFAR10"]).fingerprint()
+    prints = [fingerprint(), *(fingerprint((what, split)) for what in ("images", "labels") for split in ("train", "test"))]
+    assert len(set(prints)) == 5 and fingerprint() == prints[0]
+
+
+def test_unknown_dataset():
+    with pytest.raises(InputError, match="'MNIST'.*CIFAR10, CIFAR100, Digits"):
+        load_dataset("MNIST", ".")

@@ -1,0 +1,51 @@
+"""What a run will cost: counts, estimates, the clock."""
+import time
+
+import torch
+from conftest import random_dataset
+
+import ROME_cifar10 as rome
+from attacks import get_threat_model
+from engine.clock import Clock
+from engine.plan import forward_flops, planned_batches
+from networks import get_network
+
+
+def test_planned_batches():
+    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 128."""
+    data = random_dataset(per_class=80)
+    args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
+                            "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
+    attacked, trained = planned_batches(args, data, get_threat_model("published", data))
+    # 640 images an update = 5 x 128; 200 pool images = 128 + 72, 4 steps; 800 test images = 6 x 128 + 32, two networks
+    assert attacked[128] == 10 * (50 * 640 + 50 * 4 * 128 + 2 * 768)
+    assert attacked[72] == 10 * 50 * 4 * 72 and attacked[32] == 10 * 2 * 32
+    assert trained[200] == 1.5 * 50 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
+    assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
+    more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
+    less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
+    published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))
+    assert planned_batches(more, data, published) == planned_batches(less, data, published)
+    judged, _ = planned_batches(args, data, pixel)
+    assert judged[32] == 3 * 20 * 2 * 32  # 20 steps at three radii
+
+
+def test_network_is_the_same_after_the_cost_estimate():
+    net = get_network("ConvNetBN", 3, 10, (32, 32), 0)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    forward_flops(net, 3, (32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    clock.expect("iteration", 100, 2.0)
+    clock.expect("evaluation", 3, 50.0)
+    assert clock.eta() == 350
+    for seconds, phase in ((30, "evaluation"), (1, "iteration"), (3, "iteration")):
+        now[0] += seconds
+        clock.lap(phase)
+    assert clock.seconds("iteration") == 2 and clock.eta() == 98 * 2 + 2 * 30
+    assert str(clock) == "2 s/iteration, ETA 4 min"

@@ -1,0 +1,68 @@
+"""Saved states, locks and signals, each by itself; whole runs are in test_run_folder.py."""
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from engine.safe_files import InputError
+from engine.saved_state import Interrupted, Interrupts, StateFile, lock
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first = lock(tmp_path)
+    with pytest.raises(InputError, match=f"process {os.getpid()}"):
+        lock(tmp_path)
+    first.close()
+    lock(tmp_path).close()
+
+
+def test_when_a_state_is_due(tmp_path, monkeypatch):
+    every_third = StateFile(tmp_path, save_interval=3)
+    assert [it for it in range(8) if every_third.due(it)] == [3, 6]
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    automatic = StateFile(tmp_path)
+    automatic.seconds = 0.2  # a save takes 0.2 s: at 1 percent of the time, every 20 s
+    due = []
+    for it in range(60):
+        now[0] += 1
+        if automatic.due(it):
+            due.append(it)
+            automatic._last = now[0]
+    assert due == [19, 39, 59]
+
+
+def test_a_full_disk_during_a_save(tmp_path):
+    """A limit on the size of files stands for it: one line with the name, the good states intact, nothing half written."""
+    states = StateFile(tmp_path)
+    for value in (1.0, 2.0):
+        states.save({"x": torch.full((1000,), value)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="state.pt .*the state before it is intact"):
+            states.save({"x": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
+    assert states.load()[0]["x"][0] == 2 and torch.load(states.previous, weights_only=True)["x"][0] == 1
+
+
+def test_interrupts_wait_while_deferred():
+    said = []
+    interrupts = Interrupts(said.append)
+    try:
+        with interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached = True
+        assert reached and len(said) == 1
+        with pytest.raises(Interrupted, match="SIGTERM") as stop:
+            interrupts.check()
+        assert stop.value.exit_status == 143
+    finally:
+        interrupts.restore()
