@@ -71,6 +71,10 @@ def compile_batches(net, shape, attacked=(), trained=()):
     try:
         import torch._dynamo.config
         import torch._functorch.config
+        import torch.compiler.config
+        # PyTorch keeps what it generated on disk, for this processor and number of threads, and would take it for others too:
+        # code for AVX-512, compiled for AVX2, leaves out half of the values without a word.
+        torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on machines without a GPU
         torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
         torch._dynamo.config.cache_size_limit = 64  # kinds of batches

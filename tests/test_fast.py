@@ -1,10 +1,12 @@
 """The fast paths against the plain ones."""
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_dataset
+from conftest import ROOT, random_dataset
 
 import benchmark
 import ROME_cifar10 as rome
@@ -57,6 +59,29 @@ def test_compiled_equals_plain(compiled, monkeypatch):
         assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(grads, grads_plain))
     assert calls == 2 * ([16] * 2) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert net(x[:5]).shape == (5, 10) and len(calls) == 4  # another batch size stays plain
+
+
+SAME = """
+import torch
+from engine import fast
+from networks import get_network
+net = get_network("ConvNetW32", 3, 10, (32, 32), 0).eval()
+problem = fast.compile_batches(net, (3, 32, 32), attacked=[16])
+x = torch.randn(16, 3, 32, 32, requires_grad=True)
+with fast.frozen(net):
+    print(torch.backends.cpu.get_cpu_capability(), problem, fast._kind(net, x) in fast._ready,
+          torch.allclose(fast.forward(net, x), net(x), atol=1e-4))
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two kinds of instructions")
+def test_what_one_processor_compiled_is_not_taken_for_another(tmp_path):
+    """Both with the same folder of compiled code, as on a cluster with a shared one."""
+    for capability in ("avx512", "avx2"):
+        command = [ROOT / "tests" / "on_processor.sh", capability, sys.executable, "-c", SAME]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        assert said.split() == [capability.upper(), "None", "True", "True"]
 
 
 def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch, request):
