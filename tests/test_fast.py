@@ -75,7 +75,7 @@ with fast.frozen(net):
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two kinds of instructions")
-def test_what_one_processor_compiled_is_not_taken_for_another(tmp_path):
+def test_what_one_processor_compiled_is_not_taken_for_another(compiled, tmp_path):
     """Both with the same folder of compiled code, as on a cluster with a shared one."""
     for capability in ("avx512", "avx2"):
         command = [ROOT / "tests" / "on_processor.sh", capability, sys.executable, "-c", SAME]
