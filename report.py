@@ -50,9 +50,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------- results
-
-
+# -------------------------------------------------------------------------------------------------------------- tables
 def threats_of(dataset):
     """The threat models, for their eps; they need no images for that."""
     class Data:
@@ -63,9 +61,6 @@ def threats_of(dataset):
             return x
         denormalize = normalize
     return {name: get_threat_model(name, Data) for name in THREAT_MODELS}
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
 
 
 def table_1(pool, rows, published, crei_weight):

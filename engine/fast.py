@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from engine.device import device_name
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Compiling one kind of batch takes 5 to 20 s. It pays where so much work of that kind is planned, in floating-point
 # operations: about a minute of it on two CPU cores, or on a large GPU.
@@ -74,7 +76,7 @@ def compile_batches(net, shape, attacked=(), trained=()):
         import torch.compiler.config
         # PyTorch keeps what it generated on disk, for this processor and number of threads, and would take it for others too:
         # code for AVX-512, compiled for AVX2, leaves out half of the values without a word.
-        torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+        torch.compiler.config.cache_key_tag = device_name(torch.device("cpu"))
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on machines without a GPU
         torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
         torch._dynamo.config.cache_size_limit = 64  # kinds of batches
