@@ -7,6 +7,7 @@ Source: "ROME is Forged in Adversity: Robust Distilled Datasets via Information 
 outer iteration, its quirks included, is that of the code published with it. Distributed under the MIT licence.
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,17 +16,19 @@ from tqdm import tqdm
 
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
-from augment import dsa_apply, dsa_draw, pack, parse_dsa_strategy, unpack
+from augment import PACKS, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
 from engine.clock import Clock
-from engine.command_line import add_compatibility_flags, add_fast_flags, add_switch, at_least, fraction, method_name, run_script
+from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import get_device
 from engine.fast import forward, set_precision
+from engine.formats import SyntheticSet
 from engine.plan import print_plan
 from engine.pool import FixedPool, NetPool
 from engine.run_folder import Run
 from networks import EVAL_MODES, NETWORKS, network_for
-from utils import stream, stream_seed
+from sets import INITS, LR_SCHEDULES, control_sets, initial_set, labelled, recipe
+from engine.streams import stream, stream_seed
 
 # ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
 DATASET_DEFAULTS = {"dataset": "CIFAR10", "num_eval": 1, "syn_ce": True, "ce_weight": 1.0}
@@ -63,13 +66,11 @@ def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
 
     image_syn: (C*ipc, 3, H, W), changed in place. Returns (mean robustness-, mean performance-aligned loss), () tensors.
     """
-    net, single = member.net, args.ipc == 1 and not args.aug
+    net, single = member.net, args.ipc == 1 and args.pack == 1
     draws, emb_adv = robust_prior(net, data, threat, args, rng)  # it does not depend on the synthetic images: all classes first
     total_rob, total_perf = torch.zeros(2, device=data.device)
     for c in range(data.num_classes):
-        img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
-        if args.aug:
-            img_syn = unpack(img_syn)  # (4*ipc, 3, H, W)
+        img_syn = unpack(image_syn[c * args.ipc:(c + 1) * args.ipc], args.pack)  # (ipc*pack*pack, 3, H, W)
         emb_syn, logits = net.embed_and_classify(dsa_apply(img_syn, draws[c]), args.embed_last)
         loss_rob = robustness_aligned_loss(emb_syn, emb_adv[c], args.align_distance)
         loss = args.align_weight * loss_rob
@@ -95,7 +96,7 @@ def robust_prior(net, data, threat, args, rng):
             img_real = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
             draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))
             img_real = dsa_apply(img_real, draws[c])
-            if args.ipc == 1 and not args.aug and REAL_KEPT and len(img_real) > REAL_KEPT:
+            if args.ipc == 1 and args.pack == 1 and REAL_KEPT and len(img_real) > REAL_KEPT:
                 img_real = lowest_loss(net, img_real, c, REAL_KEPT)
             batches.append(img_real)
         sizes = [len(batch) for batch in batches]
@@ -154,10 +155,10 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
 
 
 def distill(args, exp, data, threat, prior, evaluate, run, clock):
-    """One experiment: distil a set; returns the best one as a dict of images, labels, iteration and evaluation rows."""
+    """One experiment: distil a set; returns the best one as a dict: what `labelled` returns, iteration, evaluation rows."""
     rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
     rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
-    image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.aug)
+    image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.pack, exp)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
     pool = new_pool(args, exp, data, prior)
     evaluated_at = evaluation_iterations(args)
@@ -173,7 +174,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
         saved = run.experiment
         it, evaluated, best, best_acc = (saved[key] for key in ("it", "evaluated", "best", "best_acc"))
         if best:  # a state is read into the memory of the CPU
-            best |= {key: best[key].to(data.device) for key in ("images", "labels")}
+            best["set"] = [part if part is None else part.to(data.device) for part in best["set"]]
         image_syn.data.copy_(saved["image_syn"])
         optimizer_img.load_state_dict(saved["optimizer_img"])
         pool.load_state_dict(saved["pool"])
@@ -187,16 +188,16 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
         run.checkpoint(it)
         # 1. Evaluate, keep the best set, start the running accuracies anew.
         if it in evaluated_at and it != evaluated:
-            rows = evaluate(image_syn.detach(), label_syn, args.aug, exp, it, select=True)
+            candidate = labelled(image_syn.detach().clone(), label_syn, pool, args, exp, data)
+            rows = evaluate(SyntheticSet(*candidate["set"]), args.pack, exp, it, select=True)
             with run.uninterrupted():
                 select_acc = float(np.mean([row["select_acc"] for row in rows]))
                 better = select_acc > best_acc or args.select == "last"
                 run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=better)
-                utils.save_grids(run, f"syn_exp{exp}_it{it:05d}", image_syn.detach(), args.aug)
+                utils.save_grids(run, f"syn_exp{exp}_it{it:05d}", image_syn.detach(), args.pack)
                 if better:
-                    best_acc = select_acc
-                    best = {"images": image_syn.detach().clone(), "labels": label_syn, "iteration": it, "rows": rows}
-                    run.save_best(exp, best)
+                    best_acc, best = select_acc, {**candidate, "iteration": it, "rows": rows}
+                    run.save_best(exp, best, recipe=recipe(args, [best["teachers"]]))
                 pool.reset_running_accuracy()
                 evaluated = it
             clock.lap("evaluation")
@@ -216,9 +217,9 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
                         f"pool {losses['loss_pool']:.4g}  {clock}")
             it += 1
 
-    utils.save_grids(run, f"best_exp{exp}", best["images"], args.aug)
+    utils.save_grids(run, f"best_exp{exp}", best["set"][0], args.pack)
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
-        best["rows"] = evaluate(best["images"], label_syn, args.aug, exp, "final")
+        best["rows"] = evaluate(SyntheticSet(*best["set"]), args.pack, exp, "final")
         clock.lap("report")
     return best
 
@@ -248,18 +249,6 @@ def evaluation_iterations(args):
     return {*regular, args.Iteration}
 
 
-def initial_set(args, data, generator, init, packed):
-    """Class-major images (C*ipc, 3, H, W), normalised, and labels (C*ipc,).
-
-    init: "real" for random training images, four to a stored image if `packed`; "noise" for standard normal values.
-    """
-    label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(args.ipc)
-    if init == "noise":
-        return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
-    images = [data.sample_class(c, args.ipc * (4 if packed else 1), generator) for c in range(data.num_classes)]
-    return torch.cat([pack(img_c) if packed else img_c for img_c in images]), label_syn
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
@@ -278,34 +267,43 @@ def main():
 def run_experiments(args, data, threat, prior, run, clock):
     """--num_exp sets and their baselines, from where an interrupted run has stopped."""
     evaluate = utils.Evaluator(args, data, threat)
-    baselines = {"random real": False, "random real, 2x2 packed": True} if args.aug else {"random real": False}
-    if not args.baseline:
-        baselines = {}
+    controls = 0 if not args.baseline else 1 if args.pack == 1 else 2
     print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
-               evaluations=len(evaluation_iterations(args)), reports=len(baselines) + (args.select == "train"))
+               evaluations=len(evaluation_iterations(args)),
+               reports=controls + (args.select == "train") + (args.labels == "prior") * (controls + 1))
 
-    # Evaluation rows by name of the set; the distilled sets. Both are saved with the state of the run.
-    table, sets = (run.progress.setdefault(key, kind()) for key, kind in (("table", dict), ("sets", list)))
+    # Evaluation rows by name of the set; the distilled sets; their teachers. All are saved with the state of the run.
+    table, sets, teachers = (run.progress.setdefault(key, kind()) for key, kind in
+                             (("table", dict), ("sets", list), ("teachers", list)))
+
+    def report(exp, name, one, pack_by):
+        if len(table.get(name, [])) > exp * evaluate.networks:
+            return  # done before the interruption
+        rows = evaluate(one, pack_by, exp, name)
+        with run.uninterrupted():
+            run.report_evaluation(rows, exp=exp, set=name)
+            table[name] = table.get(name, []) + rows
+        clock.lap("report")
+
     with tqdm(total=args.Iteration * args.num_exp, disable=None, unit="it") as clock.bar:
         clock.skip("iteration", len(sets) * args.Iteration)
         for exp in range(len(sets), args.num_exp):
-            for name, packed in baselines.items():
-                if len(table.get(name, [])) > exp * evaluate.networks:
-                    continue  # done before the interruption
-                image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, name), "real", packed)
-                rows = evaluate(image_syn, label_syn, packed, exp, name)
-                with run.uninterrupted():
-                    run.report_evaluation(rows, exp=exp, set=name)
-                    table[name] = table.get(name, []) + rows
-                clock.lap("report")
+            for name, (control, pack_by) in control_sets(args, exp, data).items():
+                report(exp, name, control, pack_by)
             best = distill(args, exp, data, threat, prior, evaluate, run, clock)
+            one = SyntheticSet(*best["set"])
+            if args.labels == "prior":
+                for name, (control, pack_by) in control_sets(args, exp, data).items():
+                    report(exp, f"{name}, prior labels", control._replace(soft_labels=best["controls"].get(name)), pack_by)
+                report(exp, f"{args.method}, hard labels", one._replace(soft_labels=None), args.pack)
             with run.uninterrupted():
                 run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
-                sets.append((best["images"], best["labels"]))
+                sets.append(best["set"])
+                teachers.append(best["teachers"])
                 table[args.method] = table.get(args.method, []) + best["rows"]
                 run.watch(None)
     with run.uninterrupted():
-        run.save_result(sets, table)
+        run.save_result([SyntheticSet(*one) for one in sets], table, evaluate.constant(), recipe(args, teachers))
         run.finish()
 
 
@@ -315,24 +313,18 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="real data set")
-    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--save_path", default="./result", help="folder for the final set and the run's own folder")
-    add("--checkpoint_path", default="./checkpoints", help="folder for the best set so far")
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
     add("--ipc", type=at_least(1), default=50, help="images per class")
-    add("--init", choices=("real", "noise"), default="real", help="where the synthetic images start")
+    add("--init", default="real", metavar="INIT", help="where the synthetic images start: real, noise, or the file of a set")
     add("--method", type=method_name, default="ROME", help="name in the files and tables, for instance of an ablation")
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--threat_model", choices=THREAT_MODELS, default="published",
         help="published: attacks as in the published code, on normalised images clamped to [0, 1]; pixel: a valid one")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--chunk", type=at_least(0), default=0, help="real images attacked at a time; 0: by the memory at hand")
-    add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
-        "saving takes 1 %% of the time")
-    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
-    add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
-    add_fast_flags(parser)
-    add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images (packing)")
+    add_switch(parser, "aug", False, "each stored image holds 2x2 sub-images, or as many as --pack says (packing)")
+    add("--pack", type=int, choices=PACKS, help="K: K x K sub-images in each stored image; implies --aug, whose default is 2")
+    add("--labels", choices=("hard", "prior"), default="hard", help="hard: the class, as published; prior: with each "
+        "(sub-)image the mean logits of the robust prior are stored (of --robust_prior, or of the pool), and trained on")
+    add("--label_temperature", type=at_least(0.01, float), default=3.0, help="of the soft labels and of what learns them")
     add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
     add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
 
@@ -377,20 +369,27 @@ def parse_args(argv=None):
     add("--num_eval", type=at_least(1), help="networks trained per evaluation")
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
+    add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of its learning rate, which is --lr_net: step, as "
+        "published, or cosine")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
     add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
         f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "
         "code")
     add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
     add_switch(evaluation, "baseline", True, "evaluate randomly chosen real images at the same ipc too")
+    add_run_flags(parser)
     add_compatibility_flags(parser)
     parser.set_defaults(**DATASET_DEFAULTS)
     args = parser.parse_args(argv)
+    args.pack = args.pack or (2 if args.aug else 1)
+    args.aug = args.pack > 1
 
     try:
         parse_dsa_strategy(args.dsa_strategy)
     except ValueError as error:
         parser.error(str(error))
+    if args.init not in INITS and not Path(args.init).is_file():
+        parser.error(f"--init {args.init} is no file, nor {' or '.join(INITS)}")
     if args.robust_prior and args.zca:
         parser.error("the networks of --robust_prior know no whitened images: leave out --zca")
     return args

@@ -329,6 +329,8 @@ ATTACKS = {
     "FGSM": Attack(fgsm, "Linf", eps=lambda t: t.eps),
     "PGD": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True,
                   options=lambda t: {"steps": t.steps}),
+    "PGD20": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True,
+                    options=lambda t: {"steps": 2 * t.steps}),  # with a random start: what the scripts judge by under `pixel`
     "PGD_L2": Attack(pgd_l2, "L2", eps=lambda t: EPS_L2, step_size=lambda t: STEP_SIZE_L2),
     "CW": Attack(cw, "L2", gives_up=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
     "Deepfool": Attack(deepfool, "L2", targetable=False, gives_up=True, batches=True),

@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation (DSA) and 2x2 packing.
+"""Differentiable siamese augmentation (DSA) and packing.
 
 DSA: `dsa_draw` draws one operation and its parameters, `dsa_apply` applies them. The same draw applied to two batches
 is the siamese use (one parameter for all images); a draw with `n` images has one parameter an image (evaluation).
@@ -169,28 +169,34 @@ def dsa_apply(x, draw):
 
 
 # --------------------------------------------------------------------------------------------------------------- packing
-def pack(x):
-    """Four images into each stored one: halve them and set them as quadrants.
+PACKS = (2, 4, 8)  # sub-images along each side of a stored image; 1 is a set that is not packed
 
-    x: (4N, C, H, W) with the four images of slot i at i, N + i, 2N + i and 3N + i, H and W even.
-    Returns (N, C, H, W). `unpack(pack(x))` has the order of x. Source: SPEC 1.3.
+
+def pack(x, k=2):
+    """k*k images into each stored one: shrink them and set them side by side.
+
+    x: (k*k*N, C, H, W) with the images of slot i at i, N + i, 2N + i, ...; H and W multiples of k. k: a power of two.
+    Returns (N, C, H, W). `unpack(pack(x, k), k)` has the order of x. Source: SPEC 1.3.
     """
-    if len(x) % 4 or x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(f"packing takes a multiple of 4 images of even height and width, not {tuple(x.shape)}")
-    half = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)  # (4N, C, H/2, W/2)
-    top_left, bottom_left, top_right, bottom_right = half.chunk(4)
-    left, right = torch.cat([top_left, bottom_left], dim=2), torch.cat([top_right, bottom_right], dim=2)
-    return torch.cat([left, right], dim=3)  # (N, C, H, W)
+    if len(x) % k**2 or x.shape[2] % k or x.shape[3] % k or k & (k - 1):
+        raise ValueError(f"packing {k}x{k} takes a multiple of {k**2} images whose sides are multiples of {k}, not "
+                         f"{tuple(x.shape)}")
+    height = x.shape[2] // k
+    while x.shape[2] > height:  # halving is the mean of 2x2 pixels; again and again, that of k*k
+        x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+    columns = [torch.cat(column.chunk(k), dim=2) for column in x.chunk(k)]  # k of (N, C, H, W/k)
+    return torch.cat(columns, dim=3)  # (N, C, H, W)
 
 
-def unpack(x):
-    """The four sub-images of each stored image, enlarged to full size; differentiable.
+def unpack(x, k=2):
+    """The k*k sub-images of each stored image, enlarged to full size; differentiable. k = 1: x itself.
 
-    x: (N, C, H, W), H and W even. Returns (4N, C, H, W): all top-left quadrants, then all bottom-left, top-right and
-    bottom-right ones; so labels become `labels.repeat(4)`. Source: SPEC 1.3.
+    x: (N, C, H, W), H and W multiples of k. Returns (k*k*N, C, H, W): all top-left sub-images, then down the first column,
+    then the next columns; so labels become `labels.repeat(k*k)`. Source: SPEC 1.3.
     """
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(f"a packed image has even height and width, not {tuple(x.shape)}")
-    h, w = x.shape[2] // 2, x.shape[3] // 2
-    quadrants = torch.cat([x[:, :, :h, :w], x[:, :, h:, :w], x[:, :, :h, w:], x[:, :, h:, w:]])  # (4N, C, H/2, W/2)
-    return F.interpolate(quadrants, scale_factor=2, mode="bilinear", align_corners=False)
+    if k == 1:
+        return x
+    if x.shape[2] % k or x.shape[3] % k:
+        raise ValueError(f"an image that is packed {k}x{k} has sides that are multiples of {k}, not {tuple(x.shape)}")
+    parts = [part for column in x.chunk(k, dim=3) for part in column.chunk(k, dim=2)]  # k*k of (N, C, H/k, W/k)
+    return F.interpolate(torch.cat(parts), scale_factor=k, mode="bilinear", align_corners=False)

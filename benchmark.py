@@ -31,7 +31,7 @@ from engine.device import device_name, get_device, synchronise, versions
 from engine.plan import TRAINING_STEP, forward_flops, set_batches
 from engine.safe_files import write_json
 from networks import NETWORKS, network_for
-from utils import stream
+from engine.streams import stream
 
 SCRIPT = Path(__file__).with_name("ROME_cifar10.py")
 rome = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # the functions that are measured
@@ -69,7 +69,7 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
         label_real = torch.full((len(img_real),), c, device=data.device)
         img_adv = attack_images(member.net, dsa_apply(img_real, draw), label_real, threat, rng["attack"], chunk=len(img_real))
         img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
-        emb_syn, logits = member.net.embed_and_classify(dsa_apply(unpack(img_syn) if args.aug else img_syn, draw))
+        emb_syn, logits = member.net.embed_and_classify(dsa_apply(unpack(img_syn, args.pack), draw))
         with torch.no_grad():
             emb_adv = member.net.embed_and_classify(img_adv)[0].mean(0)
         loss = (args.align_weight * rome.robustness_aligned_loss(emb_syn, emb_adv) + (1 - args.align_weight) * args.ce_weight

@@ -3,47 +3,46 @@
     python evaluate.py --synset result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --out result/rome10
     python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000 --out result/bacon
 
-Writes results.json (every figure), results.md (tables) and pictures into --out. A run that was killed goes on with --resume.
-Source: the attacks and metrics are those of the BEARD benchmark (arXiv 2411.09265) and the ROME paper; SPEC 3.
-Distributed under the MIT licence.
+Writes results.json (every figure), results.md and pictures into --out. A run that was killed goes on with --resume.
+Source: attacks and metrics of the BEARD benchmark (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
 """
 import argparse
-import hashlib
 import itertools
 import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
 from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
-from augment import parse_dsa_strategy, unpack
+from augment import PACKS, parse_dsa_strategy
 from engine.clock import duration
 from engine.command_line import add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, synchronise
-from engine.fast import set_precision
-from engine.formats import load_into
+from engine.fast import PRECISIONS, set_precision, stop_compiling
+from engine.formats import SyntheticSet, load_into, pack_of
 from engine.jobs import Job, PassCounter, Results, rows_of, warm_up
 from engine.pictures import draw_results
 from engine.plan import compile_planned, image_gradients_per_second, set_batches
-from engine.results import CONTROLS
-from engine.safe_files import InputError, write_json, write_tensors, write_text
+from engine.results import CONTROLS, HEADLINE_EPS
+from engine.safe_files import InputError, sha256, write_json, write_tensors, write_text
 from engine.sources import check_set, choose_dataset, fit_normalisation, read_sources
+from engine.streams import stream, stream_seed
 from engine.tables import results_markdown
 from networks import NETWORKS, network_for
-from utils import QUERY, WHITE_BOX, stream, stream_seed
+from sanity import check_autoattack, check_sanity, train_surrogate
+from sets import LR_SCHEDULES, PROTOCOL, protocol, protocol_of, training_set
+from utils import QUERY, WHITE_BOX
 
 SLICE = 256  # images between two saves; four times as many of an attack that keeps its batches full to the last ones
-SANITY_IMAGES = 100
 # Flags that a resumed run may change: they add work and leave what is done as it is.
-MAY_CHANGE = ("out", "resume", "device", "attacks", "threat_model", "targeted", "untargeted", "eps", "query", "transfer",
+MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query", "transfer",
               "craft_on", "sanity", "crei_weight", "compile")
 KNOWN = {"attacks": ATTACKS, "threat_models": THREAT_MODELS}  # what a results.json may name
 
@@ -65,11 +64,18 @@ def parse_args(argv=None):
     training = parser.add_argument_group("training on a set")
     add = training.add_argument
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
-    add("--packed", action="store_true", help="sets that do not say so themselves hold 2x2 sub-images in each image")
-    add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs")
-    add("--batch_train", type=at_least(1), default=256, help="batch")
-    add("--lr_net", type=at_least(0, float), default=0.01, help="learning rate")
-    add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
+    add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K", help="sets that do not say so "
+        "themselves hold K x K sub-images in each image; without a number 2")
+    add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"], help="of a set with soft labels: train on "
+        "those, or on the classes alone")
+    said = "what the set's recipe says, else"
+    add("--epoch_eval_train", type=at_least(1), help=f"epochs; default: {said} {PROTOCOL['epochs']}")
+    add("--batch_train", type=at_least(1), help=f"batch; default: {said} {PROTOCOL['batch_train']}")
+    add("--lr_net", type=at_least(0, float), help=f"learning rate; default: {said} {PROTOCOL['lr_net']}")
+    add("--dsa_strategy", help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
+    add("--lr_schedule", choices=LR_SCHEDULES, help=f"default: {said} {PROTOCOL['lr_schedule']}")
+    add("--label_temperature", type=at_least(0.01, float), help=f"of soft labels; default: {said} {PROTOCOL['temperature']}")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of this training; the attacks are in fp32 always")
     add("--adv_train", action="store_true", help="train adversarially (PGD), once for each threat model")
 
     attack = parser.add_argument_group("attacks")
@@ -81,10 +87,11 @@ def parse_args(argv=None):
     add("--targeted", action="store_true", help="the targeted form only; default: both where there are both")
     add("--untargeted", action="store_true", help="the untargeted form only")
     add("--eps", nargs="+", type=at_least(0, float), default=[], metavar="E",
-        help="radii in 1/255, of the norm of each attack; default: 8 (L-inf), 128 (L2)")
+        help="radii in 1/255, of the norm of each attack; default: 8 (L-inf), 128 (L2); under pixel AA at 2, 4 and 8")
     add("--transfer", action="store_true", help="evaluate all networks on what was crafted on each")
     add("--craft_on", nargs="+", default=[], metavar="METHOD", help="craft on the networks of these methods only")
     add("--aa_iterations", type=at_least(1), default=100, help="of AutoAttack's components (the published benchmark: 10)")
+    add("--aa_limit", type=at_least(0), default=0, metavar="N", help="AA on the first N test images only; 0: on all")
     add("--queries", type=at_least(1), default=5000, help="of Square, alone and in AutoAttack")
     add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
     add_switch(attack, "sanity", True, "check every network for signs of a broken evaluation")
@@ -100,7 +107,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     try:
-        parse_dsa_strategy(args.dsa_strategy)
+        parse_dsa_strategy(args.dsa_strategy or "none")
     except ValueError as error:
         parser.error(str(error))
     files = args.synset + args.networks
@@ -114,7 +121,7 @@ def parse_args(argv=None):
         parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
     if args.eps and not any(ATTACKS[name].eps for name in args.attacks):
         parser.error(f"{', '.join(args.attacks)}: no attack that --eps bounds")
-    for name in ("attacks", "threat_model", "eps"):  # named twice is named once
+    for name in ("attacks", "threat_model", "eps", "labels"):  # named twice is named once
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args
 
@@ -136,61 +143,65 @@ class Victim:
 def victim_of_network(source, data):
     net = load_into(network_for(data, source.model, 0), source.path)
     return Victim(source.path.name, source.method, source.ipc, source.model, net.eval(),
-                  about={"file": str(source.path), "sha256": _sha256(source.path)})
-
-
-def _sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+                  about={"file": str(source.path), "sha256": sha256(source.path)})
 
 
 def victims_of_set(args, source, data, folder):
-    """Train --num_eval networks on each set of a file (and for each threat model, with --adv_train), or read those that an
-    earlier part of the run has trained."""
+    """Train --num_eval networks on each set of a file, with its own labels and, if they are soft, with the classes alone (with
+    --adv_train for each threat model), or read those that are there."""
     folder.mkdir(exist_ok=True)
-    training = {key: getattr(args, key) for key in ("seed", "epoch_eval_train", "batch_train", "lr_net", "dsa_strategy")}
-    training["set_sha256"] = _sha256(source.path)
-    for exp, (images, labels) in enumerate(source.sets):
-        ipc, packed = len(labels) // data.num_classes, source.meta.get("packed", args.packed)
-        images, labels = images.to(data.device), labels.to(data.device)
-        if packed:
-            images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W), (4N,)
-        for threat_name, i in itertools.product(args.threat_model if args.adv_train else [None], range(args.num_eval)):
+    options, pack = protocol_of(source.meta, protocol(args)), pack_of(source.meta, args.packed)
+    training = {"seed": args.seed, **options, "pack": pack, "precision": args.precision, "set_sha256": sha256(source.path)}
+    for exp, one in enumerate(source.sets):
+        ipc, one = len(one.labels) // data.num_classes, SyntheticSet(*(x if x is None else x.to(data.device) for x in one))
+        variants = {source.method: one} if "own" in args.labels or one.soft_labels is None else {}
+        if "hard" in args.labels and one.soft_labels is not None:
+            variants[f"{source.method}-hard"] = one._replace(soft_labels=None)
+        for (method, variant), threat_name, i in itertools.product(
+                variants.items(), args.threat_model if args.adv_train else [None], range(args.num_eval)):
             trained = f"PGD-{threat_name}" if threat_name else "None"
-            name = f"{source.method}_{source.model}_{data.name}_{ipc}_{trained}_{exp}-{i}.pth"
-            key = ("evaluate", source.method, ipc, exp, trained, i)
-            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp, "packed": packed, **training,
+            name = f"{method}_{source.model}_{data.name}_{ipc}_{trained}_{exp}-{i}.pth"
+            key = ("evaluate", source.method, ipc, exp, trained, i)  # the same start for both kinds of labels
+            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp,
+                     "labels": "hard" if variant.soft_labels is None else "soft", **training,
                      "seed_init": stream_seed(args.seed, *key, "init"), "seed_train": stream_seed(args.seed, *key, "train")}
             net = network_for(data, source.model, about["seed_init"])
             notes = folder / f"{name}.json"
             if not notes.exists():
-                if args.compile and not threat_name:
-                    epochs = (args.epoch_eval_train + 1) * args.num_eval * len(source.sets)
-                    compile_planned(net, data, {}, set_batches(len(labels), args.batch_train, epochs), tqdm.write)
-                start = time.perf_counter()
-                attack = None
-                if threat_name:
-                    threat = get_threat_model(threat_name, data)
-                    rng = stream(args.seed, *key, "attack", device=data.device)
-                    attack = lambda x, y: attack_images(net, x, y, threat, rng, targeted=False)  # noqa: B023, E731
-                utils.train_on_set(net, images, labels, epochs=args.epoch_eval_train, lr_net=args.lr_net,
-                                   batch_train=args.batch_train, dsa_strategy=args.dsa_strategy, attack=attack,
-                                   generator=torch.Generator().manual_seed(about["seed_train"]))
-                synchronise(data.device)
-                about["train_seconds"] = round(time.perf_counter() - start, 2)
-                utils.check_finite({f"a weight of {name} after training on {source.path} (--lr_net {args.lr_net})":
-                                    float(sum(p.detach().abs().sum() for p in net.parameters()))})
+                train_victim(args, net, training_set(variant, pack), options, threat_name, about, key, data)
                 write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
-                about["sha256"] = _sha256(folder / name)
+                about["sha256"] = sha256(folder / name)
                 write_json(notes, about)
             else:
                 load_into(net, folder / name)
                 found = json.loads(notes.read_text())
-                other = [key for key in (*training, "packed") if found.get(key) != about[key]]
+                other = [key for key in (*training, "labels") if found.get(key) != about[key]]
                 if other:
                     raise InputError(f"{folder / name} was trained with another {other[0]} ({found.get(other[0])} instead of "
                                      f"{about[other[0]]}); choose another --out")
                 about = found
-            yield Victim(name, source.method, ipc, source.model, net.eval(), threat_name, about)
+            yield Victim(name, method, ipc, source.model, net.eval(), threat_name, about)
+
+
+def train_victim(args, net, train_on, options, threat_name, about, key, data):
+    """Train a fresh network on (images, labels) `train_on`. about: takes the seconds."""
+    images, labels = train_on
+    set_precision(args.precision)
+    if args.compile and not threat_name:
+        epochs = (options["epochs"] + 1) * args.num_eval
+        compile_planned(net, data, {}, set_batches(len(labels), options["batch_train"], epochs), tqdm.write)
+    start = time.perf_counter()
+    attack = None
+    if threat_name:
+        threat = get_threat_model(threat_name, data)
+        rng = stream(args.seed, *key, "attack", device=data.device)
+        attack = lambda x, y: attack_images(net, x, y, threat, rng, targeted=False)  # noqa: E731
+    utils.train_on_set(net, images, labels, attack=attack, generator=torch.Generator().manual_seed(about["seed_train"]),
+                       **options)
+    synchronise(data.device)
+    about["train_seconds"] = round(time.perf_counter() - start, 2)
+    utils.check_finite({f"a weight of {Path(about['file']).name} after training on {about['set']} (--lr_net "
+                        f"{options['lr_net']})": float(sum(p.detach().abs().sum() for p in net.parameters()))})
 
 
 # ------------------------------------------------------------------------------------------------------------ the jobs
@@ -203,7 +214,8 @@ def plan(args, victims, threats):
         if attack not in args.attacks:
             continue
         for threat, targeted in itertools.product(threats, forms if spec.targetable else [False] * (False in forms)):
-            radii = [eps / 255 for eps in args.eps] or [spec.eps(threats[threat])] if spec.eps else [None]
+            radii = [None] if not spec.eps else [eps / 255 for eps in args.eps] or (
+                HEADLINE_EPS if attack == "AA" and threat == "pixel" else [spec.eps(threats[threat])])
             jobs += [Job(v.name, threat, attack, targeted, eps) for eps in radii for v in crafting(args, victims, threat)]
     return jobs
 
@@ -229,7 +241,7 @@ def attack_options(args, attack):
 def typical_cost(args, attack):
     """Image-gradients that an image takes, for the estimate at the start; what gives up images early varies widely."""
     forward = 0.45  # of an image-gradient
-    return {"FGSM": 1, "PGD": PGD_STEPS, "PGD_L2": PGD_STEPS, "CW": 60, "Deepfool": 12,
+    return {"FGSM": 1, "PGD": PGD_STEPS, "PGD20": 2 * PGD_STEPS, "PGD_L2": PGD_STEPS, "CW": 60, "Deepfool": 12,
             "AA": 10 * args.aa_iterations + 0.2 * forward * args.queries, "Square": 0.5 * forward * args.queries,
             "SPSA": 256 * forward * args.spsa_steps}.get(attack, forward)
 
@@ -263,33 +275,6 @@ def run_slice(job, number, x, labels, victims, threat, chunk, args):
             "backward": counter.backward_passes, "max_linf": float(linf.max()), "max_l2": float(l2.max())}
 
 
-def check_sanity(victim, threat, test, data, seed):
-    """Signs of a broken evaluation (Carlini et al. 2019), on a few images. Returns {check: {"passed", "value", "text"}}."""
-    images, labels = (part[:SANITY_IMAGES] for part in test)
-    rng = stream(seed, "sanity", victim.name, threat.name, device=data.device)
-
-    def right(attack, **options):
-        x_adv = craft(victim.net, images, labels, threat, attack, targeted=False, generator=rng, **options)[0]
-        return victim.net(x_adv).argmax(1) == labels
-
-    with torch.no_grad():
-        loss = float(F.cross_entropy(victim.net(images), labels))
-    large = float(right("PGD", eps=64 / 255, steps=20).float().mean())
-    starts = torch.stack([right("PGD") for _ in range(5)])  # (5, n)
-    one, all_starts = float(starts.float().mean()), float(starts.all(0).float().mean())
-    query = float(right("Square", queries=100).float().mean())
-    return {
-        "loss is finite": {"passed": bool(np.isfinite(loss)), "value": loss, "text": f"clean loss {loss:.4g}"},
-        "large eps": {"passed": large <= 0.02, "value": large,
-                      "text": f"accuracy {100 * large:.0f} % under PGD at eps 64/255, expected about 0: its gradients mislead"},
-        "black box": {"passed": query >= one - 0.02, "value": query - one,
-                      "text": f"accuracy {100 * query:.0f} % under Square (100 queries), {100 * one:.0f} % under PGD: a "
-                              "black-box attack that is stronger means masked gradients"},
-        "restarts": {"passed": one - all_starts <= 0.05, "value": one - all_starts,
-                     "text": f"accuracy {100 * one:.0f} % under PGD, {100 * all_starts:.0f} % under the best of 5 starts"},
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
@@ -297,11 +282,11 @@ def main():
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
     device = get_device(args.device)
-    set_precision("fp32")  # no doubt about the accuracies
     sources = read_sources(args, NETWORKS)
     data = load_dataset(choose_dataset(args, sources), args.data_path, device)
-    if args.limit > len(data.labels["test"]):
-        raise InputError(f"--limit {args.limit} is more than the {len(data.labels['test'])} test images")
+    for flag in ("limit", "aa_limit"):
+        if getattr(args, flag) > len(data.labels["test"]):
+            raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
     methods = list(dict.fromkeys(source.method for source in sources))
     if not set(args.craft_on) <= set(methods):
         raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are {', '.join(methods)}")
@@ -326,31 +311,34 @@ def run(args, sources, victims, data, results):
         if source.sets:
             found = victims_of_set(args, source, data, results.folder / "networks")
             victims += tqdm(found, f"training on {source.path.name}", unit="net", disable=None)
+    if args.precision != "fp32":
+        stop_compiling()
+    set_precision("fp32")  # no doubt about the accuracies
     for victim in victims:
         results.register(victim)
 
     threats = {name: get_threat_model(name, data) for name in args.threat_model}
     test = data.take("test", slice(args.limit or None))
     jobs = plan(args, victims, threats)
+    limits = {"AA": args.aa_limit or len(test[1])}  # test images of an attack, where not all
     waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
     interrupted = results.unfinished()["job"]
     waiting.sort(key=lambda job: vars(job) != interrupted)  # that one first, before another one takes its place
     if args.compile:
         compile_attacks(args, waiting, victims, len(test[1]), data)
     rate = image_gradients_per_second(victims[0].net, data)
-    cost = sum(typical_cost(args, job.attack) for job in waiting) * len(test[1])
+    counts = {job: min(limits.get(job.attack, len(test[1])), len(test[1])) for job in waiting}
+    cost = sum(typical_cost(args, job.attack) * n for job, n in counts.items())
     print(f"{len(victims)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
           f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about {duration(cost / rate)} to "
           f"go; results in {results.folder}", flush=True)
-    with tqdm(total=len(waiting) * len(test[1]), unit="img", disable=None) as bar:
+    with tqdm(total=sum(counts.values()), unit="img", disable=None) as bar:
         for job in waiting:
             bar.set_description(str(job))
-            run_job(job, evaluated(args, job, victims), test, threats[job.threat_model], data, args, results, bar)
-    for name, victim in itertools.product(threats if args.sanity else (), victims):
-        checks = results.content["sanity"].setdefault(victim.name, {})
-        if name not in checks and victim in crafting(args, victims, name):
-            checks[name] = check_sanity(victim, threats[name], test, data, args.seed)
-            results.save()
+            images = tuple(part[:counts[job]] for part in test)
+            run_job(job, evaluated(args, job, victims), images, threats[job.threat_model], data, args, results, bar)
+    if args.sanity:
+        run_sanity(args, victims, threats, test, data, results)
 
     content = results.content
     threats = {name: get_threat_model(name, data) for name in THREAT_MODELS
@@ -364,12 +352,30 @@ def run(args, sources, victims, data, results):
     print(text)
 
 
+def run_sanity(args, victims, threats, test, data, results):
+    """The checks of `sanity` on every network that was attacked; saved one by one."""
+    surrogates = {}
+    for name, victim in itertools.product(threats, victims):
+        checks = results.content["sanity"].setdefault(victim.name, {})
+        if victim not in crafting(args, victims, name):
+            continue
+        if name not in checks:
+            if victim.model not in surrogates:
+                surrogates[victim.model] = train_surrogate(data, victim.model, args.seed)
+            checks[name] = check_sanity(victim.name, victim.net, surrogates[victim.model], threats[name], test, args.seed)
+        checks[name].pop("AutoAttack", None)
+        compared = check_autoattack(results.content["rows"], victim.name, name)
+        if compared:
+            checks[name]["AutoAttack"] = compared
+        results.save()
+
+
 def compile_attacks(args, jobs, victims, n, data):
     """Compile for the attacks that take one gradient of whole batches, if there are enough of them."""
     for model in dict.fromkeys(v.model for v in victims):
         nets = {v.name: v.net for v in victims if v.model == model}
         cost = sum(typical_cost(args, job.attack) for job in jobs
-                   if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool"))
+                   if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD20", "PGD_L2", "CW", "Deepfool"))
         batch = min(data.chunk, SLICE)
         compile_planned(next(iter(nets.values())), data, {batch: cost * n}, {}, tqdm.write)
 

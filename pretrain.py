@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from engine.results import COLUMNS
 from engine.safe_files import InputError, write_json, write_tensors
 from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
 from networks import NETWORKS, network_for
-from utils import stream, stream_seed
+from engine.streams import stream, stream_seed
 
 MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
 
@@ -54,6 +55,7 @@ def parse_args(argv=None):
     add("--warm_up", type=at_least(0, float), default=0.05, help="fraction of the steps in which the learning rate rises")
     add("--dsa_strategy", default="crop_flip", help="augmentations, one drawn a batch, joined by '_', or none")
     add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
+    add("--aa_limit", type=at_least(0), default=200, help="AutoAttack on the first so many test images; 0: none")
     add("--save_interval", type=at_least(0), default=0, help="steps between two saved states; 0: so many that saving takes "
         "1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
@@ -177,6 +179,8 @@ def main():
     data = load_dataset(args.dataset, args.data_path, get_device(args.device))
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
+    if args.aa_limit and find_spec("pyautoattack") is None:
+        raise InputError("AutoAttack at the end needs the package pyautoattack; without it choose --aa_limit 0")
     threat = get_threat_model(args.threat_model, data)
     print_plan(args, data)
     if args.compile:
@@ -209,12 +213,16 @@ def main():
                      **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels),
                      "seed": args.seed, "flags": vars(args), "versions": versions(),
                      "device": device_name(data.device)}
+            if args.aa_limit:
+                x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA", targeted=False)
+                about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
             with interrupts.deferred():
                 write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
                 write_json(about_path, about)
                 states.remove()
             measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items() if key in about)
-            print(f"{path}: {measured} of {len(labels)} test images, in training {100 * train_acc:.2f} %; "
+            autoattack = f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}" if args.aa_limit else ""
+            print(f"{path}: {measured} of {len(labels)} test images{autoattack}, in training {100 * train_acc:.2f} %; "
                   f"{duration(time.perf_counter() - start)}", flush=True)
     finally:
         interrupts.restore()

@@ -16,17 +16,18 @@ import torch
 
 import utils
 from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
-from augment import unpack
 from engine.command_line import at_least, fraction, run_script
 from engine.datasets import load_dataset
-from engine.formats import read_synset
+from engine.formats import pack_of, read_synset
 from engine.pictures import figure_3, figure_4, figure_run
 from engine.results import find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
 from engine.sources import Source, check_set, fit_normalisation
-from engine.tables import Table, table_accuracy, table_runs, table_seeds
+from engine.tables import Table, table_accuracy, table_robust, table_runs, table_seeds
 from networks import network_for
-from utils import metrics_of, stream, stream_seed, transfer_of
+from sets import protocol_of, training_set
+from engine.streams import stream, stream_seed
+from utils import metrics_of, transfer_of
 
 HERE = Path(__file__).parent
 METRICS = ("RR", "CREI", "I-RR", "I-CREI")
@@ -169,28 +170,21 @@ def table_4(pool, rows, published, crei_weight):
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-
-
 def figure_tsne(path, data_path, seed):
     """t-SNE (scikit-learn) of embeddings of real, PGD-attacked and synthetic images, by a network trained on the set."""
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
     sets, meta = read_synset(path)
-    trained = ("model", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy")
-    if not {"dataset", "packed", "threat_model"} <= set(meta) or not set(trained) <= set(meta.get("flags", {})):
-        raise InputError(f"{path} does not say its data set, packing and training; --tsne takes a set of a ROME script")
+    if not {"dataset", "packed", "threat_model"} <= set(meta) or "model" not in meta.get("flags", {}):
+        raise InputError(f"{path} does not say its data set, packing and network; --tsne takes a set of a ROME script")
     data = load_dataset(meta["dataset"], data_path)
     source = Source(Path(path), "", data.name, meta["flags"]["model"], None, sets=sets, meta=meta)
     fit_normalisation([source], data)
     check_set(source, data)
     threat, model = get_threat_model(meta["threat_model"], data), meta["flags"]["model"]
-    images, labels = sets[0]
-    if meta["packed"]:
-        images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W)
+    images, labels = training_set(sets[0], pack_of(meta))
     net = network_for(data, model, stream_seed(seed, "tsne", "init"))
-    utils.train_on_set(net, images, labels, epochs=meta["flags"]["epoch_eval_train"], lr_net=meta["flags"]["lr_net"],
-                       batch_train=meta["flags"]["batch_train"], dsa_strategy=meta["flags"]["dsa_strategy"],
-                       generator=stream(seed, "tsne", "train"))
+    utils.train_on_set(net, images, labels, generator=stream(seed, "tsne", "train"), **protocol_of(meta))
     real, real_labels = data.take("test", slice(600))
     attacked = attack_images(net, real, real_labels, threat, stream(seed, "tsne", "attack"), targeted=False)
     with torch.no_grad():
@@ -200,7 +194,7 @@ def figure_tsne(path, data_path, seed):
     ends = np.cumsum([0, *map(len, embeddings)])
     for ax, shown in zip(axes, ((0, "real test images"), (1, "the same, attacked"))):
         for part, name, marker, size in ((shown[0], shown[1], ".", 40), (2, "synthetic", "*", 90)):
-            colours = (labels if part == 2 else real_labels) % 10
+            colours = (sets[0].labels.repeat(pack_of(meta)**2) if part == 2 else real_labels) % 10
             xy = points[ends[part]:ends[part + 1]]
             ax.scatter(xy[:, 0], xy[:, 1], s=size, c=colours, cmap="tab10", vmin=0, vmax=9, marker=marker, label=name,
                        edgecolors="k" if part == 2 else "none", linewidths=0.5)
@@ -252,6 +246,11 @@ def main():
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
         if all_of_it or 3 in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
+    if all_of_it:
+        rows_of = {}
+        for rows in pooled_rows.values():
+            rows_of.setdefault(rows[0]["dataset"], []).extend(rows)
+        tables = [table_robust(rows) for rows in rows_of.values()] + tables
     if all_of_it or 4 in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:

@@ -1,4 +1,4 @@
-"""What the experiments share of the method: random streams, training on a set, accuracy, evaluation, robustness metrics.
+"""What the experiments share of the method: training on a set, accuracy, evaluation, robustness metrics.
 
 Nothing here takes a decision about one outer iteration; that stands in the two ROME scripts.
 """
@@ -6,12 +6,10 @@ import itertools
 import json
 import math
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from attacks import ATTACKS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
@@ -19,29 +17,15 @@ from engine.device import CHUNK
 from engine.fast import forward
 from engine.formats import load_into
 from engine.plan import TRAINING_STEP
-from engine.results import groups_of, mean_of
+from engine.results import groups_of, mean_of, of_all_images
 from engine.safe_files import InputError
+from engine.streams import stream, stream_seed
 from networks import NETWORKS, eval_pool, network_for
+from sets import INITS, LR_SCHEDULES, class_major, initial_set, label_loss, protocol, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
 QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
-
-
-# --------------------------------------------------------------------------------------------------------- random streams
-def stream_seed(seed, *key):
-    """The seed of one named random stream.
-
-    seed: int >= 0, the --seed of the run. key: strings and non-negative ints that name the stream, such as
-    ("attack", experiment). Different keys give independent streams; none depends on how much another was used.
-    """
-    spawn_key = tuple(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key)
-    return int(np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def stream(seed, *key, device="cpu"):
-    """A torch.Generator on `device` for the stream `key` (see stream_seed)."""
-    return torch.Generator(device).manual_seed(stream_seed(seed, *key))
 
 
 # --------------------------------------------------------------------------------------------- before the first iteration
@@ -55,14 +39,22 @@ def check_sizes(args, data):
     if not range(len(net.features))[:args.embed_last]:
         raise InputError(f"--embed_last {args.embed_last} leaves none of the {len(net.features)} layers of {args.model}; 1000 "
                          "means all")
-    needed = args.ipc * (4 if args.aug else 1)
+    if any(side % args.pack for side in data.size):
+        raise InputError(f"--pack {args.pack}: images of {data.size[0]}x{data.size[1]} cannot be cut into so many")
+    needed = args.ipc * args.pack**2
     for c in range(data.num_classes):
         if data.class_size(c) == 0:
             raise InputError(f"--dataset {args.dataset}: class {data.classes[c]} has no training image")
         if data.class_size(c) < needed and (args.init == "real" or args.baseline):
-            raise InputError(f"--ipc {args.ipc}" + (" with --aug" if args.aug else "") + f" takes {needed} real images of each "
-                             f"class; class {data.classes[c]} has {data.class_size(c)}: choose a smaller --ipc, or "
-                             "--init noise --no_baseline")
+            raise InputError(f"--ipc {args.ipc}" + (f" with {args.pack}x{args.pack} packing" if args.pack > 1 else "")
+                             + f" takes {needed} real images of each class; class {data.classes[c]} has {data.class_size(c)}: "
+                             "choose a smaller --ipc, or --init noise --no_baseline")
+    if args.init not in INITS:
+        initial_set(args, data, None, args.init, args.pack)
+    if args.labels == "prior" and not args.robust_prior and not (
+            args.Iteration and args.fetch_net_num and args.model_train_steps):
+        raise InputError("--labels prior: no network to give the labels; with --Iteration, --fetch_net_num or "
+                         "--model_train_steps 0 the pool is not trained: name networks with --robust_prior")
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
 
@@ -98,30 +90,40 @@ def load_robust_prior(args, data):
 
 
 # ---------------------------------------------------------------------------------- training on a synthetic set, accuracy
-def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator, attack=None):
+def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator, temperature=1.0,
+                 lr_schedule="step", attack=None):
     """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
 
-    images: (N, C, H, W) normalised, already unpacked; labels: (N,). epochs: `epochs` + 1 are run, as published.
-    lr_net: of SGD with momentum 0.9 and weight decay 5e-4. generator: CPU, for the order and the augmentation.
-    attack: (augmented images, labels) -> attacked ones, for adversarial training.
+    images: (N, C, H, W) normalised, already unpacked; labels: (N,), or soft ones as logits (N, num_classes), with their
+    temperature (see `label_loss`). epochs: `epochs` + 1 are run, as published. lr_net: of SGD with momentum 0.9 and weight
+    decay 5e-4. lr_schedule: "step", a tenth after half of the epochs, as published; "cosine", half a cosine to 0, step by step.
+    generator: CPU, for the order and the augmentation. attack: (augmented images, labels (n,)) -> attacked ones, for
+    adversarial training. Raises ValueError for an unknown schedule.
     """
     def new_optimizer(lr):
         return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
 
+    if lr_schedule not in LR_SCHEDULES:
+        raise ValueError(f"unknown learning rate schedule {lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}")
     net.train()
     optimizer = new_optimizer(lr_net)
+    cosine = None
+    if lr_schedule == "cosine":
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, (epochs + 1) * math.ceil(len(images) / batch_train))
     for epoch in range(epochs + 1):
         for index in torch.randperm(len(images), generator=generator).split(batch_train):
             batch = images[index.to(images.device)]
             draw = dsa_draw(dsa_strategy, batch.shape[2:], generator, n=len(batch))  # one draw an image: not siamese
             batch, batch_labels = dsa_apply(batch, draw), labels[index.to(labels.device)]
             if attack:
-                batch = attack(batch, batch_labels)
-            loss = F.cross_entropy(forward(net, batch), batch_labels)
+                batch = attack(batch, batch_labels if labels.dim() == 1 else batch_labels.argmax(1))
+            loss = label_loss(forward(net, batch), batch_labels, temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        if epoch == epochs // 2 + 1:
+            if cosine:
+                cosine.step()
+        if epoch == epochs // 2 + 1 and not cosine:
             optimizer = new_optimizer(lr_net * 0.1)  # QUIRK (published): a new optimiser, so the momentum is lost
     net.eval()
 
@@ -172,25 +174,28 @@ class Evaluator:
         self.data, self.threat, self.seed, self.num_eval = data, threat, args.seed, args.num_eval
         self.models = eval_pool(args.eval_mode, args.model)
         self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
-        self.protocol = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
-                         "dsa_strategy": args.dsa_strategy}
+        self.protocol = protocol(args)
         self.test_set = data.take("test", slice(args.test_limit or None))
         self.select_set = None
         if args.select == "train":  # the same images for every run of a data set, so no seed enters
             order = torch.randperm(len(data.labels["train"]), generator=stream(0, "select"))
             self.select_set = data.take("train", order[:SELECT_IMAGES])
 
-    def __call__(self, images, labels, packed, *key, select=False):
-        """images: (N, C, H, W) normalised, 2x2-packed if `packed`; labels: (N,). key: names the random streams.
+    def __call__(self, one, pack, *key, select=False):
+        """one: a SyntheticSet. pack: how many sub-images stand along each side of its images. key: names the random streams.
 
         Returns one dict a network: model; clean_acc, clamp_acc (the clamp-only control) and the columns of
         `robust_accuracies`, all fractions of the n test images; select_acc, the mean of those columns on the selection images
         (with --select test or last, on the test images), None unless `select`; seconds.
         """
-        if packed:
-            images, labels = unpack(images), labels.repeat(4)  # (4N, C, H, W), (4N,)
+        images, labels = training_set(one, pack)
         return [self._one_network(images, labels, model, ("evaluate", *key, model, i), select)
                 for model in self.models for i in range(self.num_eval)]
+
+    def constant(self):
+        """The rows of a classifier that always gives the same answer: no robust accuracy below it means anything."""
+        columns = ("clean_acc", "clamp_acc", *self.threat.judge_eps)
+        return [{"model": "-", **dict.fromkeys(columns, 1 / self.data.num_classes), "n": len(self.test_set[1])}]
 
     def cost(self, trained_on, select=False):
         """Image-gradients of an evaluation of a set of `trained_on` images, sub-images of a packed one."""
@@ -221,13 +226,13 @@ class Evaluator:
         }
 
 
-def save_grids(run, name, images, packed):
+def save_grids(run, name, images, pack):
     """Write a set as <name>.png in the folder of a run, and a packed one also with its sub-images, <name>_unpacked.png.
 
     images: (C*ipc, 3, H, W) normalised, class-major."""
     run.save_grid(name, images)
-    if packed:
-        run.save_grid(f"{name}_unpacked", torch.stack(unpack(images).chunk(4), dim=1).flatten(0, 1))  # class-major again
+    if pack > 1:
+        run.save_grid(f"{name}_unpacked", class_major(unpack(images, pack), len(images)))
 
 
 # -------------------------------------------------------------------------------------------------- metrics of robustness
@@ -258,10 +263,11 @@ def robustness_metrics(clean_acc, attacked_acc, clean_seconds, attacked_seconds,
 def metrics_of(rows, threats, crei_weight):
     """The metrics of SPEC 3.3 for each method, threat model and form, pooled over the IPC settings that are there.
 
-    Only attacks at their default eps count. An accuracy is the mean over the networks of a setting. Each entry says what was
+    Only attacks at their default eps count, on as many images as the clean accuracy. An accuracy is the mean over the networks
+    of a setting. Each entry says what was
     pooled, what is missing from the published grid, and which attacks raised the accuracy.
     """
-    entries = []
+    entries, rows = [], of_all_images(rows)
     for name, threat in threats.items():
         groups = groups_of([row for row in rows if row["threat_model"] == name])
         for method in dict.fromkeys(method for method, _ in groups):
@@ -294,7 +300,7 @@ def transfer_of(rows, threats):
 
     Of a method with itself only the white-box figures count, where each network is attacked itself.
     """
-    entries, clean = [], {}
+    entries, clean, rows = [], {}, of_all_images(rows)
     for row in rows:
         if row["attack"] == "Clean":
             clean[row["threat_model"], row["evaluated_on"]] = row["accuracy"]

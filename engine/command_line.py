@@ -26,6 +26,22 @@ def add_fast_flags(parser):
                         "tf32 is fp32 where there is no TensorFloat-32; bf16: in the attacks and the training of networks")
 
 
+def add_run_flags(parser):
+    """Where a ROME script reads and writes, on what it computes, and how it goes on; none of it is part of the method."""
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--save_path", default="./result", help="folder for the final set and the run's own folder")
+    add("--checkpoint_path", default="./checkpoints", help="folder for the best set so far and the saved states")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--chunk", type=at_least(0), default=0, help="real images attacked at a time; 0: by the memory at hand")
+    add("--save_interval", type=at_least(0), default=0, help="outer iterations between two saved states; 0: so many that "
+        "saving takes 1 %% of the time")
+    add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
+    add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
+    add_fast_flags(group)
+
+
 def add_compatibility_flags(parser):
     """The flags of the published scripts that nothing reads or that had a single legal value. Source: SPEC 1.2."""
     group = parser.add_argument_group("accepted for compatibility, without effect")

@@ -59,7 +59,7 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
                                    + ((threat.steps if args.attack_pool else 0) + 1) * trained
                                    * min(args.trained_bs, train_size))
     stored = args.ipc * data.num_classes
-    trained_on = stored * (4 if args.aug else 1)
+    trained_on = stored * args.pack**2
     flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
     if args.compile:
         compile_planned(net, data, *planned_batches(args, data, threat), run.say)
@@ -69,7 +69,7 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
     clock.expect("report", reports * args.num_exp, evaluate.cost(trained_on) / rate)
     run.say(f"{run.name} on {device_name(data.device)}: {train_size} training, {test_size} test images of {data.num_classes} "
             f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
-    run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.aug else "")
+    run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.pack > 1 else "")
             + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {evaluate.networks} network(s)")
     run.say(f"an iteration: {gradients:.0f} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
             f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
@@ -112,5 +112,5 @@ def planned_batches(args, data, threat):
     attack(pool_batch if args.attack_pool else 0, steps)
     trained[pool_batch] += TRAINING_STEP * pool_batch * steps
     attack(args.test_limit or len(data.labels["test"]), args.num_eval, threat.judge_cost)
-    trained_on = args.ipc * data.num_classes * (4 if args.aug else 1)
+    trained_on = args.ipc * data.num_classes * args.pack**2
     return attacked, trained + set_batches(trained_on, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))

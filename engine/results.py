@@ -17,6 +17,7 @@ COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "rob
            "robust_acc": "robust 8/255"}
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
+HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
 LOSSES = ("loss_robustness", "loss_performance", "loss_pool", "w_f")
 
 
@@ -74,6 +75,12 @@ def groups_of(rows):
                 (row["attack"], row["targeted"], row["eps"]), [])
             cell.append(row)
     return groups
+
+
+def of_all_images(rows):
+    """The rows on as many test images as the clean accuracy has; a slow attack may have been given fewer."""
+    n = max((row["n"] for row in rows), default=0)
+    return [row for row in rows if row["n"] == n]
 
 
 def mean_of(rows, key="accuracy"):

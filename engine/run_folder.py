@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.clock import duration
 from engine.device import device_name, versions
-from engine.formats import save_synset
+from engine.formats import SyntheticSet, save_synset
 from engine.results import COLUMNS, by_model, percent
 from engine.safe_files import InputError, write_atomically, write_json
 from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
@@ -190,27 +190,28 @@ class Run:
     def _meta(self, **more):
         args, data = self.args, self.data
         return {"dataset": args.dataset, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
-                "packed": args.aug, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
+                "packed": args.aug, "pack": args.pack, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
                 "flags": {name: value for name, value in vars(args).items() if name not in NO_EFFECT},
                 "versions": versions(), "device": device_name(data.device), **more}
 
-    def save_best(self, exp, best):
-        """best: dict of images, labels, iteration, rows."""
-        save_synset(self.checkpoint_folder / f"best_exp{exp}.pt", [(best["images"], best["labels"])], best["rows"],
-                    self._meta(iteration=best["iteration"]))
+    def save_best(self, exp, best, recipe):
+        """best: dict of set (the parts of a SyntheticSet), iteration, rows. recipe: how to train on it."""
+        save_synset(self.checkpoint_folder / f"best_exp{exp}.pt", [SyntheticSet(*best["set"])], best["rows"],
+                    self._meta(iteration=best["iteration"], recipe=recipe))
 
-    def save_result(self, sets, table):
-        """The final file and the final table. sets: (images, labels) an experiment; table: {set name: rows}."""
-        save_synset(self.result_file, sets, table[self.args.method], self._meta())
+    def save_result(self, sets, table, constant, recipe):
+        """The final file and the final table. sets: a SyntheticSet an experiment; table: {set name: rows}; constant: the row of
+        a constant classifier."""
+        save_synset(self.result_file, sets, table[self.args.method], self._meta(recipe=recipe))
         args = self.args
-        measured = [key for key in COLUMNS if key in table[args.method][0]]
+        measured, wide = [key for key in COLUMNS if key in table[args.method][0]], max(24, *map(len, table))
         self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
                  f"{args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
-                 f"{'set':<24} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
-        for name, rows in table.items():
+                 f"{'set':<{wide}} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
+        for name, rows in {"constant classifier": constant, **table}.items():
             for model, columns in by_model(rows).items():
                 self.metric("final", set=name, model=model, **columns)
-                self.say(f"{name:<24} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
+                self.say(f"{name:<{wide}} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
         self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
 
 

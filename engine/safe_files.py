@@ -5,6 +5,7 @@ restricted loader, a `.pkl` by an unpickler that admits tensors, arrays, numbers
 refused by its name. Formats: SPEC 3.5.
 """
 import collections
+import hashlib
 import io
 import json
 import math
@@ -178,6 +179,11 @@ def reason(error):
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "GLOBAL" in line or "asks for" in line or "Unsupported" in line]
     return (telling or lines or ["no reason given"])[0][:300]
+
+
+def sha256(path):
+    """The checksum of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

@@ -46,7 +46,7 @@ def read_sources(args, models):
         source = Source(path, said.get("method", path.stem), said.get("dataset"), said.get("model"),
                         int(said["ipc"]) if "ipc" in said else None, said.get("trained"))
         if is_set:
-            source.sets, source.meta = read_synset(path)
+            source.sets, source.meta = read_synset(path, args.packed)
             flags = source.meta.get("flags", {})
             source.dataset = source.meta.get("dataset", source.dataset)
             source.model = flags.get("model", source.model)
@@ -99,13 +99,16 @@ def fit_normalisation(sources, data):
 
 def check_set(source, data):
     """Whether the sets of a file are images and labels of this data set, with the same number of images a class."""
-    for images, labels in source.sets:
+    for images, labels, soft_labels in source.sets:
         if images.shape[1:] != (data.channel, *data.size):
             raise InputError(f"{source.path}: images are {tuple(images.shape[1:])}, {data.name} has "
                              f"{(data.channel, *data.size)}")
         if int(labels.min()) < 0 or int(labels.max()) >= data.num_classes:
             raise InputError(f"{source.path}: labels from {int(labels.min())} to {int(labels.max())}; {data.name} has "
                              f"0 to {data.num_classes - 1}")
+        if soft_labels is not None and soft_labels.shape[1] != data.num_classes:
+            raise InputError(f"{source.path}: soft labels of {soft_labels.shape[1]} classes; {data.name} has "
+                             f"{data.num_classes}")
         counts = labels.bincount(minlength=data.num_classes)
         if counts.min() != counts.max():
             raise InputError(f"{source.path}: the classes have {int(counts.min())} to {int(counts.max())} images each; "

@@ -135,7 +135,26 @@ def test_pack_is_undone_by_unpack():
     assert torch.allclose(quarter[0, :, 0, 0], original[0, :, :2, :2].mean((1, 2)))  # halved bilinearly: 2x2 means
 
 
-@pytest.mark.parametrize("operation, shape", [(pack, (3, 3, 8, 8)), (pack, (4, 3, 7, 8)), (unpack, (1, 3, 8, 7))])
-def test_packing_refuses(operation, shape):
-    with pytest.raises(ValueError, match="even"):
-        operation(torch.zeros(shape))
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_packing_by_any_number(k):
+    """Down the columns, each sub-image the mean of k*k pixels; unpacked, enlarged as F.interpolate does, slots fastest."""
+    x = torch.randn(2 * k * k, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    packed, side = pack(x, k), 16 // k
+    assert packed.shape == (2, 3, 16, 16)
+    for slot in range(2):
+        for column in range(k):
+            for row in range(k):
+                block = packed[slot, :, row * side:(row + 1) * side, column * side:(column + 1) * side]
+                original = x[(column * k + row) * 2 + slot]
+                means = original.reshape(3, side, k, side, k).mean((2, 4))
+                assert torch.allclose(block, means, atol=1e-6)
+                enlarged = torch.nn.functional.interpolate(block[None], scale_factor=k, mode="bilinear")[0]
+                assert torch.equal(unpack(packed, k)[(column * k + row) * 2 + slot], enlarged)
+    assert unpack(packed, 1) is packed and torch.equal(pack(x, 1), x)
+
+
+@pytest.mark.parametrize("operation, shape, k", [(pack, (3, 3, 8, 8), 2), (pack, (4, 3, 7, 8), 2), (unpack, (1, 3, 8, 7), 2),
+                                                 (pack, (4, 3, 8, 8), 4), (unpack, (1, 3, 8, 4), 8), (pack, (9, 3, 9, 9), 3)])
+def test_packing_refuses(operation, shape, k):
+    with pytest.raises(ValueError, match=f"{k}x{k}.*multiples of {k}"):
+        operation(torch.zeros(shape), k)

@@ -24,6 +24,7 @@ from engine.device import attack_chunk
 from engine.results import COLUMNS
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted
+from engine.streams import stream
 from networks import get_network
 
 ROME = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "4",
@@ -112,7 +113,7 @@ def events(folder):
 
 def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     flags = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "1", "--attack_steps", "1",
-             "--batch_train", "256", "--test_limit", "10", "--device", "cuda", "--no_compile"]
+             "--batch_train", "256", "--test_limit", "10", "--aa_limit", "2", "--device", "cuda", "--no_compile"]
     main(monkeypatch, tmp_path / "a", pretrain, *flags)
     sigterm_at(monkeypatch, pretrain, "attack_images", 3)
     with pytest.raises(Interrupted):
@@ -121,7 +122,7 @@ def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     name = "full_LeNet_Digits_142_PGD-pixel_seed0-0.pth"
     assert (tmp_path / "a" / "checkpoints" / name).read_bytes() == (tmp_path / "b" / "checkpoints" / name).read_bytes()
     main(monkeypatch, tmp_path / "b", ROME_cifar10, *ROME, "--model", "LeNet", "--robust_prior",
-         tmp_path / "b" / "checkpoints" / name, "--select", "last")
+         tmp_path / "b" / "checkpoints" / name, "--select", "last", "--labels", "prior")
 
 
 def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
@@ -159,8 +160,8 @@ def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
     data = Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
     args = ROME_cifar10.parse_args(["--model", "LeNet", "--ipc", "1", "--aug", "--train_net_num", "1", "--embed_last", "1000",
                                     "--batch_real", "2", "--trained_bs", "4", "--net_decay", "--device", "cuda"])
-    rng = {name: utils.stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": utils.stream(0, device="cuda")}
-    image_syn, _ = ROME_cifar10.initial_set(args, data, utils.stream(0, "init"), "real", True)
+    rng = {name: stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": stream(0, device="cuda")}
+    image_syn, _ = ROME_cifar10.initial_set(args, data, stream(0, "init"), "real", 2)
     optimizer_img = ROME_cifar10.image_optimizer(args, image_syn.requires_grad_())
     pool, threat = ROME_cifar10.new_pool(args, 0, data, None), get_threat_model("published", data)
     counts = []

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import evaluate
+import sanity
 import utils
 from attacks import ATTACKS, attack_images, get_threat_model
 from engine.results import CONTROLS
@@ -220,7 +223,7 @@ def test_packing_and_adversarial_training(digits, digits_set, tmp_path, monkeypa
     """Packed sets are unpacked, by meta or by flag; --adv_train makes networks for each threat model."""
     seen = []
     monkeypatch.setattr(utils, "train_on_set", lambda net, images, labels, attack=None, **k: seen.append(
-        (images.shape, attack and attack(images[:2], labels[:2]))))
+        (images.shape, attack and attack(images[:2], labels[:2]))))  # sanity has its own name for it
     content = torch.load(digits_set, weights_only=True)
     for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []), ("theirs", {}, ["--packed"])):
         torch.save({"data": content["data"], "meta": meta}, tmp_path / f"res_{name}_Digits_LeNet_10ipc.pt")
@@ -253,15 +256,65 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch):
     content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 100,
                   "--threat_model", "pixel")
     checks = content["sanity"][digits_networks[0].name]["pixel"]
-    assert len(checks) == 4 and all(check["passed"] for check in checks.values()), checks
+    assert len(checks) == 5 and all(check["passed"] for check in checks.values()), checks
     net = get_network("LeNet", 3, 10, (32, 32), 0).eval()
     net.load_state_dict(torch.load(digits_networks[0], weights_only=True))
-    victim = evaluate.Victim("masked.pth", "DC", 10, "LeNet", Masked(net).eval())
-    checks = evaluate.check_sanity(victim, get_threat_model("pixel", digits), digits.take("test", slice(100)), digits, 0)
-    assert not checks["large eps"]["passed"]
+    surrogate = sanity.train_surrogate(digits, "LeNet", 0)
+    assert utils.accuracy(surrogate, *digits.take("test", slice(None))) > 0.8
+    threat = dataclasses.replace(get_threat_model("pixel", digits), judge_eps={"robust_acc": 24 / 255})
+    checks = sanity.check_sanity("masked.pth", Masked(net).eval(), surrogate, threat, digits.take("test", slice(100)), 0)
+    assert not any(checks[name]["passed"] for name in ("large eps", "black box", "transfer")), checks
     warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [
         {"method": "DC", "threat_model": "pixel", "targeted": True, "raised": ["FGSM at ipc 10"]}]})
     assert "large eps" in warnings[0] and "above clean accuracy (FGSM at ipc 10)" in warnings[-1]
+
+
+def test_autoattack_must_not_be_weaker():
+    def row(attack, accuracy, eps=2 / 255, n=100):
+        return {"crafted_on": "net", "evaluated_on": "net", "threat_model": "pixel", "targeted": False, "attack": attack,
+                "eps": eps, "n": n, "accuracy": accuracy}
+    rows = [row("PGD20", 0.30), row("AA", 0.28), row("PGD20", 0.20, 4 / 255), row("PGD", 0.05, n=50)]
+    assert sanity.check_autoattack(rows, "net", "pixel")["passed"]
+    wrong = sanity.check_autoattack([*rows, row("AA", 0.25, 4 / 255)], "net", "pixel")
+    assert not wrong["passed"] and "25.0 % under AutoAttack, 20.0 % under PGD at 4/255" in wrong["text"]
+    assert sanity.check_autoattack(rows[:1], "net", "pixel") is None and sanity.check_autoattack(rows, "other", "pixel") is None
+
+
+# ---------------------------------------------------------------------------------------------------------- soft labels
+def test_a_set_with_soft_labels(digits, digits_set, tmp_path, monkeypatch):
+    """A network with the set's labels beside one with the classes alone, both as the recipe says; the headline is AutoAttack."""
+    images, labels = torch.load(digits_set, weights_only=True)["data"][0]
+    soft = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(10)[labels]
+    meta = {"dataset": "Digits", "threat_model": "pixel", "recipe": {"epochs": 60, "lr_net": 0.02, "temperature": 2.0}}
+    path = tmp_path / "res_ROME_Digits_LeNet_10ipc.pt"
+    torch.save({"data": [[images, labels]], "soft_labels": [soft], "meta": meta}, path)
+    out = tmp_path / "out"
+    flags = ["--synset", path, "--model", "LeNet", "--num_eval", "1", "--limit", "40", "--aa_limit", "10", "--threat_model",
+             "pixel", "--attacks", "PGD20", "AA", "--aa_iterations", "5", "--queries", "20", "--untargeted"]
+    rows = run(monkeypatch, out, *flags, "--no_sanity")["rows"]
+    names = [f"ROME-pixel{kind}_LeNet_Digits_10_None_0-0.pth" for kind in ("", "-hard")]
+    assert {(r["crafted_on"], r["attack"], r["eps"], r["n"]) for r in rows} == {
+        (name, *key) for name in names for key in (("Clean", None, 40), ("Clamp-only", None, 40), ("PGD20", 8 / 255, 40),
+                                                   *(("AA", eps / 255, 10) for eps in (2, 4, 8)))}
+    for name, target in zip(names, (soft, labels)):
+        about = json.loads((out / "networks" / f"{name}.json").read_text())
+        assert (about["epochs"], about["temperature"], about["batch_train"]) == (60, 2.0, 256)
+        assert about["labels"] == ("hard" if target is labels else "soft")
+        net = get_network("LeNet", 3, 10, (32, 32), about["seed_init"])
+        utils.train_on_set(net, images, target, epochs=60, lr_net=0.02, batch_train=256, temperature=2.0,
+                           dsa_strategy="color_crop_cutout_flip_scale_rotate",
+                           generator=torch.Generator().manual_seed(about["seed_train"]))
+        ours = torch.load(out / "networks" / name, weights_only=True)
+        assert all(torch.allclose(value, ours[key], atol=1e-5) for key, value in net.state_dict().items())
+    text = (out / "results.md").read_text()
+    assert "| ROME-pixel | 10 | " in text.split("## Threat model")[0] and "| *a constant classifier* | | 10 | 10 |" in text
+
+    more = run(monkeypatch, out, *flags, "--labels", "own", "--resume")  # with the sanity checks, of the one asked for
+    assert list(more["sanity"]) == names[:1] and more["rows"] == rows
+    with pytest.raises(InputError, match="trained with another temperature"):
+        run(monkeypatch, tmp_path / "again", *flags, "--no_sanity", "--attacks", "FGSM")
+        shutil.move(tmp_path / "again" / "results.json", tmp_path / "aside")
+        run(monkeypatch, tmp_path / "again", *flags, "--no_sanity", "--label_temperature", "3", "--attacks", "FGSM")
 
 
 # ------------------------------------------------------------------------------------------------------- wrong on purpose

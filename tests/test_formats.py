@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.formats import load_into, read_state_dict, read_synset, save_synset
+from engine.formats import SyntheticSet, load_into, pack_of, read_state_dict, read_synset, save_synset
 from engine.safe_files import InputError, read_tensors
 from networks import get_network
 
@@ -42,13 +42,14 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
         content = pickle.dumps((torch.nn.Parameter(IMAGES).detach(), LABELS), protocol)
     assert not cuda or b"cuda:0" in content
     (tmp_path / "set.pkl").write_bytes(content)
-    ((images, labels),), meta = read_synset(tmp_path / "set.pkl")
+    ((images, labels, soft),), meta = read_synset(tmp_path / "set.pkl")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS) and images.device.type == "cpu" and meta == {}
+    assert soft is None
 
 
 def test_pickled_arrays(tmp_path):
     (tmp_path / "set.pkl").write_bytes(pickle.dumps((IMAGES.numpy(), LABELS.numpy())))
-    ((images, labels),), _ = read_synset(tmp_path / "set.pkl")
+    ((images, labels, _),), _ = read_synset(tmp_path / "set.pkl")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     (tmp_path / "other.pkl").write_bytes(pickle.dumps(collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])))
     assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
@@ -59,7 +60,7 @@ def test_two_bare_tensors(tmp_path):
     with pytest.raises(InputError, match="labels_best.pt does not exist"):
         read_synset(tmp_path / "images_best.pt")
     torch.save(LABELS, tmp_path / "labels_best.pt")
-    ((images, labels),), _ = read_synset(tmp_path / "images_best.pt")
+    ((images, labels, _),), _ = read_synset(tmp_path / "images_best.pt")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
 
 
@@ -76,7 +77,22 @@ def test_network_trained_on_several_gpus(tmp_path):
     ({"data": [[IMAGES[0], LABELS]]}, r"\(3, 32, 32\)"),
     ({"data": [[IMAGES, LABELS[:-1]]]}, r"labels \(19,\)"),
     ({"data": [[IMAGES.long(), LABELS]]}, "int64"),
-    ({"data": [[IMAGES, torch.rand(20)]]}, "soft labels"),
+    ({"data": [[IMAGES, torch.rand(20)]]}, "no whole numbers; soft labels have a column for each class"),
+    ({"data": [[IMAGES, torch.rand(19, 10)]]}, r"images are .* labels \(19,\)"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.rand(20, 10)], "meta": {"pack": 2}}, r"expected floats \(80, classes\)"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.rand(20, 1)]}, r"soft labels are torch.float32 \(20, 1\)"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.ones(20, 10).long()]}, "soft labels are torch.int64"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.full((20, 10), float("nan"))]}, "200 values of the soft labels are not"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": ["ten"]}, "no pair .*str"),
+    ({"data": [[IMAGES, LABELS]], "soft_labels": []}, "no list with an entry for each of the 1 sets"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"pack": 3}}, "pack of its meta is '3', no int of 1, 2, 4, 8"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"pack": True}}, "pack of its meta is 'True'"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"pack": 2, "recipe": {"pack": 4}}}, "recipe trains on images packed 4x4, .* 2x2"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"epochs": 0}}}, "epochs of its recipe is '0'; expected int of at least 1"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"lr_net": "fast"}}}, "lr_net of its recipe is 'fast'"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"temperature": float("inf")}}}, "temperature of its recipe is 'inf'"),
+    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": 3}}, "recipe of its meta is '3', no dict"),
+    ({"data": [[IMAGES[:, :, :30], LABELS]], "meta": {"pack": 4}}, "images of 30x32 cannot be packed 4x4"),
     ({"data": [["a", "b"]]}, "no pair"),
     ({"data": [[torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)]]}, "would take 12.0 GiB"),
     ({"data": [[IMAGES.index_fill(0, torch.tensor(3), float("nan")), LABELS]]}, "3072 values .* not finite"),
@@ -113,10 +129,39 @@ def test_synset_file_is_in_the_dc_layout(tmp_path):
     x, y = torch.randn(10, 3, 32, 32), torch.arange(10)
     rows = [{"model": "ConvNet", "n": 5, "clean_acc": 0.5 + i, "clamp_acc": 0, "robust_acc": 0.25 + i, "select_acc": None}
             for i in range(2)]
-    save_synset(tmp_path / "res.pt", [(x, y), (2 * x, y)], rows, {"packed": True, "mean": [0.1]})
+    save_synset(tmp_path / "res.pt", [SyntheticSet(x, y), SyntheticSet(2 * x, y)], rows, {"packed": True, "mean": [0.1]})
     file = torch.load(tmp_path / "res.pt", weights_only=True)
     assert set(file) == {"data", "accs_all_exps", "meta"}
     assert torch.equal(file["data"][0][0], x) and torch.equal(file["data"][-1][0], 2 * x)
     assert file["data"][0][0].dtype == torch.float32 and file["data"][0][1].dtype == torch.int64
     assert file["accs_all_exps"] == {"ConvNet": [0.25, 1.25]} and file["meta"]["clean_accs"] == {"ConvNet": [0.5, 1.5]}
     assert [p.name for p in tmp_path.iterdir()] == ["res.pt"]
+
+
+def test_soft_labels_are_written_and_read(tmp_path):
+    soft = torch.randn(40, 10)
+    save_synset(tmp_path / "res.pt", [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
+    file = torch.load(tmp_path / "res.pt", weights_only=True)
+    assert torch.equal(file["data"][0][1], LABELS[:10])  # what other tools read
+    ((images, labels, read),), meta = read_synset(tmp_path / "res.pt")
+    assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
+    with pytest.raises(InputError, match=r"soft labels are .* \(40, 10\); expected floats \(10, classes\)"):
+        torch.save({key: file[key] for key in ("data", "soft_labels")}, tmp_path / "res.pt")
+        read_synset(tmp_path / "res.pt")
+    assert torch.equal(read_synset(tmp_path / "res.pt", pack=2)[0][0].soft_labels, soft)  # --packed 2
+
+
+def test_soft_labels_of_others(tmp_path):
+    """DD-Ranking's and DATM's images.pt beside labels.pt (N, classes): logits; FRePo-like ones in the DC layout; probabilities
+    become logarithms."""
+    logits = torch.randn(20, 10)
+    for folder, labels in (("logits", logits), ("probabilities", logits.softmax(1))):
+        (tmp_path / folder).mkdir()
+        torch.save(IMAGES, tmp_path / folder / "images.pt")
+        torch.save(labels, tmp_path / folder / "labels.pt")
+        torch.save(torch.tensor(0.01), tmp_path / folder / "lr.pt")
+        ((images, hard, soft),), _ = read_synset(tmp_path / folder / "images.pt")
+        assert torch.equal(images, IMAGES) and torch.equal(hard, logits.argmax(1))
+        assert torch.allclose(soft.softmax(1), logits.softmax(1), atol=1e-6)
+    torch.save({"data": [[IMAGES, logits]]}, tmp_path / "res.pt")
+    assert torch.equal(read_synset(tmp_path / "res.pt")[0][0].soft_labels, logits)

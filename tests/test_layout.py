@@ -5,8 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "report", "benchmark")
-MODULES = ("utils", "attacks", "augment", "networks")  # what the scripts share of the method
+SCRIPTS = ("ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark")
+MODULES = ("utils", "sets", "sanity", "attacks", "augment", "networks")  # what the scripts share of the method
 ENGINE = sorted(path.stem for path in (ROOT / "engine").glob("*.py"))
 
 

@@ -27,6 +27,7 @@ from augment import dsa_apply, dsa_draw, unpack
 from engine import datasets
 from engine.command_line import run_script
 from engine.datasets import DATASETS
+from engine.formats import SyntheticSet, save_synset
 from engine.pool import NetPool, PoolMember
 from engine.results import percent
 from engine.safe_files import InputError
@@ -151,8 +152,8 @@ def slow_updates(image_syn, ipc, net, data, args, w_f, rng, passes, threat, kept
     (2, False, True, True, "l2", 3, None)])
 def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, attack, distance, group, kept):
     data, net = SmallData(), small_network()
-    args = SimpleNamespace(ipc=ipc, aug=aug, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2, batch_real=6, lr_img=0.2,
-                           embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd",
+    args = SimpleNamespace(ipc=ipc, aug=aug, pack=2 if aug else 1, syn_ce=syn_ce, ce_weight=0.5, align_weight=0.2,
+                           batch_real=6, lr_img=0.2, embed_last=1000, dsa_strategy="color_crop_cutout_flip", optim="sgd",
                            attack_prior=attack, align_distance=distance)
     monkeypatch.setattr(datasets, "CLASS_GROUP_IMAGES", 6 * group)
     monkeypatch.setattr(rome, "REAL_KEPT", kept)
@@ -180,7 +181,7 @@ def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, 
 def test_momentum_moves_the_other_classes():
     """In the second pass class 0's images also move, by momentum alone, while classes 1 and 2 take their steps."""
     data, net = SmallData(), small_network()
-    args = SimpleNamespace(ipc=1, aug=False, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
+    args = SimpleNamespace(ipc=1, aug=False, pack=1, syn_ce=False, ce_weight=0, align_weight=0.2, batch_real=6, lr_img=0.2,
                            embed_last=1000, dsa_strategy="none", optim="sgd", attack_prior=True, align_distance="tv")
     image_syn = torch.randn(3, 1, 8, 8, dtype=torch.float64).requires_grad_()
     optimizer = rome.image_optimizer(args, image_syn)
@@ -243,20 +244,21 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
     evaluated, saved, pushed, resets = [], [], [], []
     accs = {2: 0.3, 4: 0.6, 6: 0.5, "final": 0.1}
 
-    def evaluate(images, labels, packed, exp, it, select=False):
-        evaluated.append((it, images.clone()))
-        assert select == (it != "final") and not packed
+    def evaluate(one, pack, exp, it, select=False):
+        evaluated.append((it, one.images.clone()))
+        assert select == (it != "final") and pack == 1 and one.soft_labels is None
         return [{"model": "MLP", "robust_acc": 1 - accs[it], "select_acc": accs[it]}]
     monkeypatch.setattr(NetPool, "push", lambda self, n, push=NetPool.push: (pushed.append(n), push(self, n)))
     monkeypatch.setattr(NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
     run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None, metric=lambda *a, **k: None,
-                           say=lambda text: None, save_best=lambda exp, best: saved.append(best["iteration"]),
+                           say=lambda text: None,
+                           save_best=lambda exp, best, recipe: saved.append(best["iteration"]),
                            experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
                            uninterrupted=contextlib.nullcontext)
     clock = SimpleNamespace(lap=lambda phase: None)
     best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), [], evaluate, run_, clock)
     assert [it for it, _ in evaluated] == evaluations
-    assert saved == kept and best["iteration"] == kept[-1] and torch.equal(best["images"], evaluated[len(kept) - 1][1])
+    assert saved == kept and best["iteration"] == kept[-1] and torch.equal(best["set"][0], evaluated[len(kept) - 1][1])
     assert resets == [1, 2, 3] and pushed == [3, 1, 1]  # the first three, then at iterations 0 and 3
     assert not torch.equal(evaluated[0][1], evaluated[1][1])
     assert best["rows"][0]["robust_acc"] == pytest.approx({"train": 0.9, "test": 0.4, "last": 0.5}[select])
@@ -273,15 +275,31 @@ def test_evaluation_iterations():
 
 def test_initial_set(digits):
     args = SimpleNamespace(ipc=2)
-    real, labels = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", packed=False)
+    real, labels = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", 1)
     assert real.shape == (20, 3, 32, 32) and labels.tolist() == sorted(list(range(10)) * 2)
     x, y = digits.take("train", slice(None))
     for image, label in zip(real, labels):
         assert label in y[(x == image).flatten(1).all(1)]
-    packed, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", packed=True)
+    packed, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", 2)
     assert packed.shape == (20, 3, 32, 32)
-    noise, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "noise", packed=True)
+    noise, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "noise", 2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_a_set_as_the_start(digits, tmp_path):
+    """The images of a file, experiment by experiment; nothing that would be read otherwise than it was meant."""
+    args, labels = SimpleNamespace(ipc=2), torch.arange(10).repeat_interleave(2)
+    made = [SyntheticSet(torch.randn(20, 3, 32, 32), labels) for _ in range(2)]
+    path = str(tmp_path / "set.pt")
+    save_synset(path, made, [], {"pack": 4, "dataset": "Digits"})
+    for exp in (0, 1, 2):
+        images, same = rome.initial_set(args, digits, None, path, 4, exp)
+        assert torch.equal(images, made[exp % 2].images) and torch.equal(same, labels)
+    for pack, ipc, meta, target in ((2, 2, {"pack": 4}, labels), (4, 1, {"pack": 4}, labels),
+                                    (4, 2, {"pack": 4, "dataset": "CIFAR10"}, labels), (4, 2, {"pack": 4}, labels.flip(0))):
+        save_synset(path, [SyntheticSet(made[0].images, target)], [], meta)
+        with pytest.raises(InputError, match="--init .*set.pt: images .*this run has .*class after class"):
+            rome.initial_set(SimpleNamespace(ipc=ipc), digits, None, path, pack)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -312,7 +330,7 @@ def test_commands_parse(command):
                "report.py": report}
     args = modules[script].parse_args(words[words.index(script) + 1:])
     if script.startswith("ROME"):
-        assert args.aug == (args.method != "ROME-unpacked") and args.lr_img == 0.2 and args.dataset.lower() in script
+        assert args.aug == ("-unpacked" not in args.method) and args.lr_img == 0.2 and args.dataset.lower() in script
 
 
 def test_the_two_scripts_differ_in_header_and_dataset_block_only():
@@ -373,7 +391,7 @@ def fails(capsys, monkeypatch, folder, *flags):
     (["--threat_model", "pixels"], "pixels.*published.*pixel"),
     (["--eval_mode", "Q"], "Q.*S.*M"),
     (["--optim", "lbfgs"], "lbfgs.*sgd.*adam"),
-    (["--init", "zeros"], "zeros.*real.*noise"),
+    (["--init", "zeros"], "--init zeros is no file, nor real or noise"),
     (["--dsa_strategy", "color_blur"], "blur.*color, crop"),
     (["--ipc", "0"], "--ipc: 0 is not a number of at least 1"),
     (["--Iteration", "-5"], "--Iteration: -5"),
@@ -383,7 +401,12 @@ def fails(capsys, monkeypatch, folder, *flags):
     (["--align_weight", "1.5"], "1.5 is not between 0 and 1"),
     (["--ipcs", "5"], "--ipcs"),
     (["--ipc", "500"], "--ipc 500 takes 500 real images of each class; class 0 has 14"),
-    (["--ipc", "40", "--aug"], "--ipc 40 with --aug takes 160"),
+    (["--ipc", "40", "--aug"], "--ipc 40 with 2x2 packing takes 160"),
+    (["--ipc", "1", "--pack", "3"], "--pack.*3.*2, 4, 8"),
+    (["--ipc", "1", "--labels", "soft"], "soft.*hard.*prior"),
+    (["--ipc", "1", "--label_temperature", "0"], "--label_temperature: 0"),
+    (["--ipc", "1", "--labels", "prior", "--Iteration", "0"], "--labels prior: no network to give the labels.*--robust_prior"),
+    (["--ipc", "1", "--labels", "prior", "--fetch_net_num", "0"], "--labels prior: no network"),
     (["--test_limit", "361"], "361.*360 test images"),
     (["--dataset", "CIFAR10", "--data_path", "damaged"], "damaged/cifar10.npz is damaged"),
     (["--save_path", "a_file/result"], "--save_path a_file/result.*choose another"),
@@ -445,12 +468,33 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     final = {line["set"]: line for line in lines if line["event"] == "final"}
-    assert list(final) == ["random real", "random real, 2x2 packed", "ROME"] and len(final["ROME"]["robust_acc"]) == 2
+    assert list(final) == ["constant classifier", "random real", "random real, 2x2 packed", "ROME"]
+    assert len(final["ROME"]["robust_acc"]) == 2 and final["constant classifier"]["robust_2_acc"] == [0.1]
     assert {line["iteration"] for line in lines if line["event"] == "iteration"} == {0}
     accs = file["accs_all_exps"]["ConvNetW32"]
     assert accs == final["ROME"]["robust_acc"] and percent(accs).strip() in done.stdout
     assert "image-gradients" in done.stdout and "ETA" in done.stdout and done.stdout.strip() in (folder / "log.txt").read_text()
     assert list(tmp_path.rglob(".partial*")) == []
+
+
+def test_a_run_whose_set_holds_the_labels_of_its_prior(tmp_path):
+    """The pool's labels, 4x4 packed: what is in the file, what was trained on, and the rows of the table."""
+    done = run(tmp_path, *SMALL, "--pack", "4", "--Iteration", "2", "--threat_model", "pixel", "--labels", "prior",
+               "--label_temperature", "2", "--lr_schedule", "cosine")
+    assert done.returncode == 0, done.stderr
+    file = torch.load(tmp_path / "result" / "ROME_res_ROME_Digits_ConvNetW32_1ipc.pt", weights_only=True)
+    (soft,), recipe = file["soft_labels"], file["meta"]["recipe"]
+    assert soft.shape == (160, 10) and soft.std() > 0 and file["data"][0][0].shape == (10, 3, 32, 32)
+    assert (recipe["pack"], recipe["temperature"], recipe["lr_schedule"], recipe["labels"]) == (4, 2.0, "cosine", "prior")
+    (teachers,) = recipe["teachers"]
+    assert len(teachers) == 4 and len({t["sha256"] for t in teachers}) == 4  # three at the start, one pushed
+    lines = [json.loads(line) for line in (tmp_path / "result" / "ROME_Digits_ConvNetW32_1ipc_pixel_seed0" / "metrics.jsonl")
+             .read_text().splitlines()]
+    assert [line["set"] for line in lines if line["event"] == "final"] == [
+        "constant classifier", "random real", "random real, 4x4 packed", "random real, prior labels",
+        "random real, 4x4 packed, prior labels", "ROME, hard labels", "ROME"]
+    shown = Image.open(tmp_path / "result" / "ROME_Digits_ConvNetW32_1ipc_pixel_seed0" / "best_exp0_unpacked.png").size
+    assert shown[0] >= 960
 
 
 def test_same_seed_same_bits_in_two_processes(tmp_path):

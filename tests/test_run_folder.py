@@ -28,7 +28,7 @@ RESULT = "ROME_res_ROME_Digits_MLP_1ipc.pt"
 FLAGS = ["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "8",
          "--trained_bs", "16", "--model_train_steps", "1", "--num_exp", "2", "--num_eval", "2", "--epoch_eval_train", "3",
          "--test_limit", "40", "--lr_img", "0.2", "--net_decay", "--embed_last", "1000", "--net_generate_interval", "2",
-         "--net_num", "5", "--Iteration", "9", "--eval_interval", "4"]
+         "--net_num", "5", "--Iteration", "9", "--eval_interval", "4", "--labels", "prior"]
 
 
 def main(monkeypatch, folder, *flags):

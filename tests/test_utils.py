@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,16 +15,18 @@ import attacks
 import utils
 from attacks import get_threat_model
 from engine.datasets import load_dataset
+from engine.formats import SyntheticSet
+from engine.streams import stream, stream_seed
 from networks import get_network
 
 
 # --------------------------------------------------------------------------------------------------------- random streams
 def test_streams_are_repeatable_and_differ():
     keys = [(0, "data"), (0, "dsa"), (1, "data"), ("data",), (0, "data", 0), (0, "data", 1)]
-    seeds = [utils.stream_seed(seed, *key) for seed in (0, 1) for key in keys]
+    seeds = [stream_seed(seed, *key) for seed in (0, 1) for key in keys]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
-    draws = [torch.rand(4, generator=utils.stream(7, "data", 3)) for _ in range(2)]
-    assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(4, generator=utils.stream(7, "data", 4)))
+    draws = [torch.rand(4, generator=stream(7, "data", 3)) for _ in range(2)]
+    assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(4, generator=stream(7, "data", 4)))
 
 
 # ------------------------------------------------------------------------------------------------ training and measuring
@@ -50,6 +53,35 @@ def test_training_against_a_literal_loop():
             lr, velocity = 0.01, [torch.zeros_like(w) for w in weights]
     for ours, theirs in zip(nets[0].parameters(), nets[1].parameters()):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_cosine_against_a_literal_loop():
+    """lr_net times half a cosine, a value a step, momentum kept; with soft labels, of which rows go with their images."""
+    g = torch.Generator().manual_seed(0)
+    x, soft = torch.randn(10, 3, 4, 4, generator=g), torch.randn(10, 3, generator=g)
+    nets = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    utils.train_on_set(nets[0], x, soft, epochs=3, lr_net=0.1, batch_train=4, dsa_strategy="none", temperature=2.0,
+                       lr_schedule="cosine", generator=torch.Generator().manual_seed(1))
+    generator, step = torch.Generator().manual_seed(1), 0
+    weights = list(nets[1].parameters())
+    velocity = [torch.zeros_like(w) for w in weights]
+    for epoch in range(4):
+        order = torch.randperm(10, generator=generator)
+        for start in (0, 4, 8):
+            index = order[start:start + 4]
+            p = (soft[index] / 2).exp() / (soft[index] / 2).exp().sum(1, keepdim=True)
+            loss = 4 * -(p * (nets[1](x[index]) / 2).log_softmax(1)).sum(1).mean()
+            gradients = torch.autograd.grad(loss, weights)
+            for w, v, gradient in zip(weights, velocity, gradients):
+                v.mul_(0.9).add_(gradient + 5e-4 * w.data)
+                w.data -= 0.1 * 0.5 * (1 + math.cos(math.pi * step / 12)) * v
+            step += 1
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    with pytest.raises(ValueError, match="'linear'.*step, cosine"):
+        utils.train_on_set(nets[0], x, soft, epochs=1, lr_net=0.1, batch_train=4, dsa_strategy="none", lr_schedule="linear",
+                           generator=generator)
 
 
 def test_accuracy_counts():
@@ -85,7 +117,8 @@ def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, ra
 
 def flags(**changes):
     values = {"eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 0, "select": "train", "seed": 0,
-              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none"}
+              "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64, "dsa_strategy": "none",
+              "label_temperature": 1.0, "lr_schedule": "step"}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -96,18 +129,18 @@ def test_evaluator(digits, monkeypatch):
     x = torch.cat([digits.sample_class(c, 10, torch.Generator().manual_seed(0)) for c in range(10)])
     y = torch.arange(10).repeat_interleave(10)
     evaluate = utils.Evaluator(flags(test_limit=50), digits, threat)
-    rows = evaluate(x, y, False, 0, "test", select=True)
+    rows = evaluate(SyntheticSet(x, y), 1, 0, "test", select=True)
     assert len(rows) == 2 and rows[0]["robust_acc"] != rows[1]["robust_acc"]  # two networks, not one twice
     for row in rows:
         assert row["clean_acc"] > 0.8 and row["n"] == 50
         assert row["clamp_acc"] == row["clean_acc"]  # pixel: the clamp does nothing
         assert row["clean_acc"] >= row["robust_2_acc"] >= row["robust_4_acc"] >= row["robust_acc"]
-    again = utils.Evaluator(flags(test_limit=50, select="test"), digits, threat)(x, y, False, 0, "test", select=True)
+    again = utils.Evaluator(flags(test_limit=50, select="test"), digits, threat)(SyntheticSet(x, y), 1, 0, "test", select=True)
     for row, same in zip(rows, again):
         assert same["select_acc"] == pytest.approx(np.mean([same[k] for k in ("robust_2_acc", "robust_4_acc", "robust_acc")]))
         assert row["select_acc"] > 0.5 and row["select_acc"] != same["select_acc"]
         assert [row[k] for k in ("clean_acc", "robust_acc")] == [same[k] for k in ("clean_acc", "robust_acc")]
-    other = utils.Evaluator(flags(test_limit=50, seed=1, num_eval=1), digits, threat)(x, y, False, 0, "test")
+    other = utils.Evaluator(flags(test_limit=50, seed=1, num_eval=1), digits, threat)(SyntheticSet(x, y), 1, 0, "test")
     assert other[0]["select_acc"] is None
     assert [r["robust_acc"] for r in other] != [r["robust_acc"] for r in rows]
 
@@ -179,7 +212,7 @@ def test_the_diagonal_of_the_transfer_is_white_box():
     """Two networks a method: attacked itself, 10 %; from its sister, 30 %; from another method, 40 %."""
     rows = []
     for evaluated_on in ("A0", "A1", "B0", "B1"):
-        common = {"threat_model": "pixel", "ipc": 1, "method": evaluated_on[0], "evaluated_on": evaluated_on}
+        common = {"threat_model": "pixel", "n": 10, "ipc": 1, "method": evaluated_on[0], "evaluated_on": evaluated_on}
         rows.append({**common, "attack": "Clean", "targeted": None, "eps": None, "crafted_on": evaluated_on, "accuracy": 0.5})
         for crafted_on in ("A0", "A1", "B0", "B1"):
             accuracy = 0.1 if crafted_on == evaluated_on else 0.3 if crafted_on[0] == evaluated_on[0] else 0.4

@@ -1,0 +1,85 @@
+#!/bin/sh
+# The study of docs/robust_labels.md, step by step, from the root of the repository:
+#
+#     sh result/recorded/robust_labels/study.sh teachers && sh .../study.sh sets 10 && sh .../study.sh judge 10
+#
+# teachers       three ConvNetW32 and a ConvNet, adversarially trained
+# sets IPC       sets of IPC images a class, each with its soft labels: random real images (whole, 2x2, 4x4), Baseline, ROME
+# judge IPC      networks on each of them, with its soft labels and with the classes alone: clean, PGD-20, AutoAttack
+# teaching       other teachers, temperatures (ipc 10, random images 4x4)
+# convnet        the best two as a ConvNet learns them, and their controls
+# cross          other architectures on the best set
+#
+# A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
+# can run side by side. OUT: where it goes. Two cores with bf16 instructions need about 12 hours for all of it.
+set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python="${PYTHON:-python3}" out="${OUT:-result/robust_labels}" precision="${PRECISION:-bf16}"
+teacher="$out/teachers/full_ConvNetW32_CIFAR10_5000_PGD-pixel_seed0" large="$out/teachers/full_ConvNet_CIFAR10_5000_PGD-pixel_seed0"
+recipe="--lr_net 0.05 --lr_schedule cosine --label_temperature 3"
+step="${1:-help}" ipc="${2:-10}"
+
+pretrain() {
+    $python -u pretrain.py --dataset CIFAR10 --threat_model pixel --epochs 14 --attack_steps 3 --batch_train 128 --lr_net 0.1 \
+        --precision "$precision" --checkpoint_path "$out/teachers" "$@"
+}
+
+# distil NAME EPOCHS TEACHERS FLAGS...: a file of three sets, $out/sets/NAME/ROME_res_*.pt
+distil() {
+    name="$1" epochs="$2" networks="$3"; shift 3
+    $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method "$name" --threat_model pixel --robust_prior $networks \
+        --labels prior $recipe --epoch_eval_train "$epochs" --dsa_strategy crop_flip_scale_rotate --lr_img 0.2 --embed_last 1000 \
+        --syn_ce --ce_weight 0.5 --train_net_num 1 --batch_real 32 --select last --no_baseline --num_exp 3 --num_eval 1 \
+        --test_limit 50 --precision "$precision" --save_path "$out/sets/$name-$ipc" --checkpoint_path "$out/states/$name-$ipc" "$@"
+}
+
+# judge OUT AA_LIMIT FILES...: networks on sets
+judge() {
+    folder="$1" images="$2"; shift 2
+    $python -u evaluate.py --synset "$@" --num_eval 1 --precision "$precision" --threat_model pixel --untargeted --limit 1000 \
+        --attacks PGD20 AA --eps 2 4 8 --aa_limit "$images" --queries 1000 --no_sanity --out "$folder" --resume
+}
+
+three="$teacher-0.pth $teacher-1.pth $teacher-2.pth"
+case "$ipc" in  # epochs such that a network sees about 300 000 images, but at most 2 000 times each
+    1) whole=2000 packed=2000 finer=1000 iterations=100 ;;
+    10) whole=2000 packed=800 finer=200 iterations=100 ;;
+    *) whole=600 packed=150 finer=40 iterations=50 ;;
+esac
+
+case "$step" in
+teachers)
+    pretrain --model ConvNetW32 --num_nets 3
+    pretrain --model ConvNet ;;
+sets)
+    distil Random-unpacked "$whole" "$three" --ipc "$ipc" --Iteration 0
+    distil Random "$packed" "$three" --ipc "$ipc" --Iteration 0 --aug
+    distil Random-4x4 "$finer" "$three" --ipc "$ipc" --Iteration 0 --pack 4
+    distil ROME-unpacked "$whole" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations"
+    distil ROME "$packed" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --aug
+    distil ROME-4x4 "$finer" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --pack 4
+    # The Baseline has no robust prior: a pool of clean networks, clean images matched; then the robust networks label its images.
+    $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method Baseline --threat_model pixel --no_attack_pool \
+        --no_attack_prior --ipc "$ipc" --aug --lr_img 0.2 --embed_last 1000 --net_decay --syn_ce --ce_weight 0.5 --train_net_num 1 \
+        --batch_real 32 --trained_bs 64 --Iteration "$iterations" --eval_interval "$iterations" --select last --no_baseline \
+        --num_exp 3 --num_eval 1 --epoch_eval_train 50 --test_limit 50 --precision "$precision" \
+        --save_path "$out/sets/Baseline-hard-$ipc" --checkpoint_path "$out/states/Baseline-hard-$ipc"
+    distil Baseline "$packed" "$three" --ipc "$ipc" --Iteration 0 --aug \
+        --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
+judge)
+    for name in Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4; do
+        judge "$out/judged/$name-$ipc" 500 "$out/sets/$name-$ipc"/ROME_res_*.pt
+    done ;;
+teaching)
+    distil One-teacher 200 "$teacher-0.pth" --ipc 10 --Iteration 0 --pack 4
+    for t in 1 10; do
+        distil "Temperature-$t" 200 "$three" --ipc 10 --Iteration 0 --pack 4 --label_temperature "$t"
+    done
+    # A larger teacher: the set is labelled, and here also learned, by networks of its kind; `judge` takes ConvNetW32 all the same.
+    distil Large-teacher 200 "$large-0.pth" --ipc 10 --Iteration 0 --pack 4 --model ConvNet --epoch_eval_train 1
+    for name in One-teacher Temperature-1 Temperature-10 Large-teacher; do
+        judge "$out/judged/$name-$ipc" 500 "$out/sets/$name-$ipc"/ROME_res_*.pt --model ConvNetW32
+    done ;;
+*)
+    sed -n '2,20p' "$0" ;;
+esac

@@ -1,0 +1,164 @@
+"""Synthetic sets: what they start as, the controls beside them, their soft labels, and how to train on them (the recipe).
+
+Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.5 (what a file says of them).
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from augment import pack, parse_dsa_strategy, unpack
+from engine.device import CHUNK
+from engine.formats import SyntheticSet, pack_of, read_synset
+from engine.safe_files import InputError, sha256
+from engine.streams import stream
+
+
+# ---------------------------------------------------------------------------------------------- the first set, the controls
+INITS = ("real", "noise")
+
+
+def initial_set(args, data, generator, init, pack_by, exp=0):
+    """Class-major images (C*ipc, 3, H, W), normalised, and labels (C*ipc,).
+
+    init: "real" for random training images, pack_by*pack_by to a stored image; "noise" for standard normal values; or the path
+    of a set, whose images are taken. Raises InputError where that is of another size, packing or order.
+    """
+    label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(args.ipc)
+    if init not in INITS:
+        sets, meta = read_synset(init)
+        one, shape = sets[exp % len(sets)], (len(label_syn), data.channel, *data.size)
+        if (tuple(one.images.shape), pack_of(meta, pack_by), meta.get("dataset", data.name)) != (shape, pack_by, data.name) or (
+                not torch.equal(one.labels, label_syn.cpu())):
+            raise InputError(f"--init {init}: images {tuple(one.images.shape)}, packing {pack_of(meta)}, of "
+                             f"{meta.get('dataset', data.name)}; this run has {shape}, {pack_by}, {data.name}, class after class")
+        return one.images.to(data.device), label_syn
+    if init == "noise":
+        return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
+    images = [data.sample_class(c, args.ipc * pack_by**2, generator) for c in range(data.num_classes)]
+    return torch.cat([pack(img_c, pack_by) for img_c in images]), label_syn
+
+
+def control_sets(args, exp, data):
+    """Random real images, as many stored ones as the distilled set of experiment `exp` has, not packed, and packed if that is.
+
+    Returns {name: (SyntheticSet, how it is packed)}.
+    """
+    packs = {1: "random real"}
+    if args.pack > 1:
+        packs[args.pack] = f"random real, {args.pack}x{args.pack} packed"
+    return {name: (SyntheticSet(*initial_set(args, data, stream(args.seed, exp, name), "real", pack_by)), pack_by)
+            for pack_by, name in packs.items()} if args.baseline else {}
+
+
+def class_major(unpacked, stored):
+    """Sub-images, or their labels, in the order of `unpack` -> all those of a stored image, and so of a class, together.
+
+    unpacked: (stored*k*k, ...).
+    """
+    return torch.stack(unpacked.split(stored), dim=1).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ soft labels
+@torch.no_grad()
+def soft_labels(networks, images, chunk=CHUNK):
+    """The mean logits of `networks`, in eval mode, on normalised images (M, C, H, W): (M, num_classes). Source: SPEC 1.6."""
+    total = 0
+    for net in networks:
+        was_training = net.training
+        net.eval()
+        total = total + torch.cat([net(x) for x in images.split(chunk)])
+        net.train(was_training)
+    return total / len(networks)
+
+
+def training_set(one, pack):
+    """What a network trains on: the sub-images of a SyntheticSet, (M, C, H, W), M = N*pack*pack, and their labels: (M,)
+    int64, or, if the set has soft ones, logits (M, num_classes)."""
+    labels = one.labels.repeat(pack**2) if one.soft_labels is None else one.soft_labels
+    return unpack(one.images, pack), labels
+
+
+def label_loss(logits, labels, temperature=1.0):
+    """Cross-entropy of logits (N, num_classes) against labels (N,), or against soft ones, logits (N, num_classes), both then
+    divided by `temperature` and the loss multiplied by its square (Hinton et al. 2015). A () tensor; Source: SPEC 1.6."""
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits / temperature, F.softmax(labels / temperature, dim=1)) * temperature**2
+
+
+def labelled(image_syn, label_syn, pool, args, exp, data):
+    """A set with its labels, and with --labels prior those of the controls too: mean logits of the networks of the pool.
+
+    Returns plain values for the saved state: set, [images, labels, soft labels or None]; controls, {name: soft labels};
+    teachers, what is known of the networks.
+    """
+    if args.labels == "hard":
+        return {"set": [image_syn, label_syn, None], "controls": {}, "teachers": []}
+    networks = [member.net for member in pool.members]
+
+    def soft(images, pack_by):
+        return soft_labels(networks, unpack(images, pack_by), data.chunk)
+    return {"set": [image_syn, label_syn, soft(image_syn, args.pack)],
+            "controls": {name: soft(one.images, pack_by) for name, (one, pack_by) in control_sets(args, exp, data).items()},
+            "teachers": describe_teachers(args, pool)}
+
+
+# ------------------------------------------------------------------------------------------------------------- the recipe
+TEACHER_FIGURES = ("clean_acc", "robust_2_acc", "robust_4_acc", "robust_acc", "n", "aa_acc", "aa_n")  # fractions, of the test set
+
+
+def describe_teachers(args, pool):
+    """What is known of the networks that gave the labels: of files of pretrain.py their accuracies (clean, PGD, AutoAttack), of
+    a pool the running accuracy. [{"model", "threat_model", "sha256", ...}, ...]"""
+    if args.robust_prior:
+        about = [json.loads(Path(f"{path}.json").read_text()) for path in args.robust_prior]
+        return [{"file": Path(path).name, "model": said["model"], "threat_model": said["threat_model"], "sha256": sha256(path),
+                 **{key: said[key] for key in TEACHER_FIGURES if key in said}}
+                for path, said in zip(args.robust_prior, about)]
+    return [{"file": None, "model": args.model, "threat_model": args.threat_model, "sha256": _sha256_of(member.net),
+             "running_acc": member.running_accuracy().item() / 100} for member in pool.members]
+
+
+def _sha256_of(net):
+    """Of all parameters, in order."""
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# How a set is trained on that says nothing of it: the options of utils.train_on_set. Source: SPEC 3.1.
+PROTOCOL = {"epochs": 1000, "lr_net": 0.01, "batch_train": 256, "dsa_strategy": "color_crop_cutout_flip_scale_rotate",
+            "temperature": 1.0, "lr_schedule": "step"}
+LR_SCHEDULES = ("step", "cosine")
+
+
+def protocol(args):
+    """How the flags of a script say that a set is trained on: the options of utils.train_on_set, None where they do not."""
+    return {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
+            "dsa_strategy": args.dsa_strategy, "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
+
+
+def protocol_of(meta, given=None):
+    """How to train on the sets of a file: as `given` says (of `protocol`), where it says nothing as the recipe in `meta` does,
+    else as SPEC 3.1. Raises InputError if the recipe names an unknown augmentation or schedule."""
+    said = meta.get("recipe", {})
+    found = {key: next(x for x in ((given or {}).get(key), said.get(key), value) if x is not None)
+             for key, value in PROTOCOL.items()}
+    try:
+        parse_dsa_strategy(found["dsa_strategy"])
+    except ValueError as error:
+        raise InputError(f"the recipe of the set: {error}") from None
+    if found["lr_schedule"] not in LR_SCHEDULES:
+        raise InputError(f"the recipe of the set has the learning rate schedule {found['lr_schedule']!r}; known are "
+                         f"{', '.join(LR_SCHEDULES)}")
+    return found
+
+
+def recipe(args, teachers):
+    """How to train on the sets of a file, for its meta. teachers: of `describe_teachers`, an entry for each experiment."""
+    return {**protocol(args), "optimizer": "SGD", "momentum": 0.9, "weight_decay": 5e-4, "labels": args.labels,
+            "pack": args.pack, "model": args.model, "teachers": teachers}
