@@ -52,7 +52,7 @@ clean:
 # threat model. The last set is kept: with one evaluation there is nothing to select.
 DEMO_NETWORKS = full_ConvNetW32_Digits_142_PGD-pixel
 DEMO_PRIOR = --dataset Digits --model ConvNetW32 --threat_model pixel --num_nets 4 --epochs 4 --attack_steps 3 --batch_train 64 \
-	--lr_net 0.1 --test_limit 50
+	--lr_net 0.1 --test_limit 50 --aa_limit 0
 DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 100 --eval_interval 100 \
 	--batch_real 16 --train_net_num 1 --lr_img 0.02 --embed_last 1000 --ce_weight 0.05 --select last --num_exp 1 \
-	--num_eval 3 --epoch_eval_train 100 --test_limit 200
+	--num_eval 3 --epoch_eval_train 100 --test_limit 200 --labels prior

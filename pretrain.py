@@ -26,7 +26,7 @@ from engine.clock import duration
 from engine.command_line import add_fast_flags, add_switch, at_least, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, versions
-from engine.fast import forward, set_precision
+from engine.fast import forward, no_bf16, set_precision
 from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
 from engine.results import COLUMNS
 from engine.safe_files import InputError, write_json, write_tensors
@@ -214,7 +214,9 @@ def main():
                      "seed": args.seed, "flags": vars(args), "versions": versions(),
                      "device": device_name(data.device)}
             if args.aa_limit:
-                x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA", targeted=False)
+                with no_bf16():
+                    x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA",
+                                          targeted=False)
                 about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
             with interrupts.deferred():
                 write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})

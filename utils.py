@@ -14,7 +14,7 @@ import torch
 from attacks import ATTACKS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
 from engine.device import CHUNK
-from engine.fast import forward
+from engine.fast import forward, no_bf16
 from engine.formats import load_into
 from engine.plan import TRAINING_STEP
 from engine.results import groups_of, mean_of, of_all_images
@@ -144,8 +144,9 @@ def robust_accuracies(net, images, labels, threat, generator, chunk=CHUNK):
 
     Returns {column: accuracy}; the columns are those of engine.results.COLUMNS that the threat model has.
     """
-    return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, chunk=chunk, **threat.judge),
-                             labels) for column, eps in threat.judge_eps.items()}
+    with no_bf16():
+        return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, chunk=chunk,
+                                                    **threat.judge), labels) for column, eps in threat.judge_eps.items()}
 
 
 def check_finite(values):

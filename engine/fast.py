@@ -127,12 +127,24 @@ def compile_planned(net, shape, attacked, trained, say):
 # -------------------------------------------------------------------------------------------------------------- precision
 def set_precision(name):
     """fp32: all in float32. tf32: convolutions and matrix products may round their factors to TensorFloat-32 (CUDA; no effect
-    elsewhere). bf16: tf32, and `forward` computes in bfloat16, parameters and updates stay float32."""
+    elsewhere). bf16: tf32, and `forward` computes in bfloat16, parameters and updates stay float32; not inside `no_bf16`."""
     global _precision
     if name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}")
     _precision = name
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+
+
+@contextmanager
+def no_bf16():
+    """`forward` inside does not compute in bfloat16: an accuracy that is reported is attacked with exact gradients."""
+    global _precision
+    kept = _precision
+    _precision = "tf32" if kept == "bf16" else kept
+    try:
+        yield
+    finally:
+        _precision = kept
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
         main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cpu")
     main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
     content = json.loads((tmp_path / "out" / "result" / "evaluation" / "results.json").read_text())
-    assert content["device"] == "Fake GPU" and len(content["rows"]) == 2 + 2 * 6 + 2 and content["sanity"]
+    assert content["device"] == "Fake GPU" and len(content["rows"]) == 2 + 2 * 6 + 2 + 2 and content["sanity"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- details

@@ -4,8 +4,9 @@
 #     sh result/recorded/robust_labels/study.sh teachers && sh .../study.sh sets 10 && sh .../study.sh judge 10
 #
 # teachers       three ConvNetW32 and a ConvNet, adversarially trained
-# sets IPC       sets of IPC images a class, each with its soft labels: random real images (whole, 2x2, 4x4), Baseline, ROME
-# judge IPC      networks on each of them, with its soft labels and with the classes alone: clean, PGD-20, AutoAttack
+# sets IPC       sets of IPC images a class, each with its soft labels: random real images (whole, 2x2, 4x4), Baseline, ROME; the
+#                runs end with clean accuracy and PGD-20, three sets each, with the soft labels and with the classes alone
+# judge IPC      AutoAttack on networks that learn the soft labels
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
 # convnet        the best two as a ConvNet learns them, and their controls
 # cross          other architectures on the best set
@@ -16,7 +17,7 @@ set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-python3}" out="${OUT:-result/robust_labels}" precision="${PRECISION:-bf16}"
 teacher="$out/teachers/full_ConvNetW32_CIFAR10_5000_PGD-pixel_seed0" large="$out/teachers/full_ConvNet_CIFAR10_5000_PGD-pixel_seed0"
-recipe="--lr_net 0.05 --lr_schedule cosine --label_temperature 3"
+recipe="--lr_net 0.1 --lr_schedule cosine --label_temperature 3"
 step="${1:-help}" ipc="${2:-10}"
 
 pretrain() {
@@ -30,21 +31,22 @@ distil() {
     $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method "$name" --threat_model pixel --robust_prior $networks \
         --labels prior $recipe --epoch_eval_train "$epochs" --dsa_strategy crop_flip_scale_rotate --lr_img 0.2 --embed_last 1000 \
         --syn_ce --ce_weight 0.5 --train_net_num 1 --batch_real 32 --select last --no_baseline --num_exp 3 --num_eval 1 \
-        --test_limit 50 --precision "$precision" --save_path "$out/sets/$name-$ipc" --checkpoint_path "$out/states/$name-$ipc" "$@"
+        --test_limit 1000 --precision "$precision" --save_path "$out/sets/$name-$ipc" --checkpoint_path "$out/states/$name-$ipc" \
+        "$@"
 }
 
 # judge OUT AA_LIMIT FILES...: networks on sets
 judge() {
     folder="$1" images="$2"; shift 2
-    $python -u evaluate.py --synset "$@" --num_eval 1 --precision "$precision" --threat_model pixel --untargeted --limit 1000 \
-        --attacks PGD20 AA --eps 2 4 8 --aa_limit "$images" --queries 1000 --no_sanity --out "$folder" --resume
+    $python -u evaluate.py --synset "$@" --num_eval 1 --labels own --precision "$precision" --threat_model pixel --untargeted \
+        --limit 1000 --attacks PGD20 AA --eps 2 4 --aa_limit "$images" --queries 1000 --no_sanity --out "$folder" --resume
 }
 
 three="$teacher-0.pth $teacher-1.pth $teacher-2.pth"
-case "$ipc" in  # epochs such that a network sees about 300 000 images, but at most 2 000 times each
-    1) whole=2000 packed=2000 finer=1000 iterations=100 ;;
-    10) whole=2000 packed=800 finer=200 iterations=100 ;;
-    *) whole=600 packed=150 finer=40 iterations=50 ;;
+case "$ipc" in  # epochs: a network sees 160 000 to 320 000 images, but at most 2 000 times each
+    1) whole=2000 packed=1000 finer=500 iterations=100 ;;
+    10) whole=1000 packed=400 finer=200 iterations=100 ;;
+    *) whole=400 packed=100 finer=40 iterations=50 ;;
 esac
 
 case "$step" in
