@@ -247,10 +247,10 @@ def main():
         if all_of_it or 3 in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
     if all_of_it:
-        rows_of = {}
-        for rows in pooled_rows.values():
-            rows_of.setdefault(rows[0]["dataset"], []).extend(rows)
-        tables = [table_robust(rows) for rows in rows_of.values()] + tables
+        rows_of = {run.flags["dataset"]: [] for run in runs}
+        for (dataset, _), rows in pooled_rows.items():
+            rows_of.setdefault(dataset, []).extend(rows)
+        tables = [table_robust(dataset, rows, runs) for dataset, rows in rows_of.items()] + tables
     if all_of_it or 4 in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:

@@ -98,35 +98,52 @@ def table_accuracy(pool, rows, attacks, threat_models):
                  "deviation over networks; in brackets the binomial 95 % interval)", grid[0], grid[1:])
 
 
-def table_robust(rows):
-    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, with a constant classifier. rows: of
-    all results of one data set; each attack on the images that it was given."""
+def table_robust(dataset, rows, runs):
+    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier.
+
+    rows: of all results of this data set, each attack on the images that it was given. runs: RunRecords; their last figures join
+    the rows of evaluate.py on the same set, as those of other networks.
+    """
     wanted = {("Clean", None): "clean", **{(attack, eps): f"{name} {255 * eps:g}/255" for attack, name in
                                            (("PGD20", "PGD-20"), ("AA", "AutoAttack")) for eps in HEADLINE_EPS}}
-    groups, counts = {}, {}
+    groups, counts = {}, {}  # (set, network, ipc) -> column -> accuracies; column -> numbers of images
+
+    def take(group, key, accuracies, n):
+        groups.setdefault(group, {}).setdefault(key, []).extend(accuracies)
+        counts.setdefault(key[0], set()).add(n)
     for row in rows:
-        key = row["attack"], row["eps"]
-        if row["threat_model"] != "pixel" or row["crafted_on"] != row["evaluated_on"] or key not in wanted or row["targeted"]:
-            continue
-        match = NETWORK_NAME.match(row["evaluated_on"])
-        group = row["method"], match["model"] if match else "", row["ipc"]
-        groups.setdefault(group, {}).setdefault(key, {})[row["evaluated_on"]] = row["accuracy"]
-        counts.setdefault(key[0], set()).add(row["n"])
+        if (row["threat_model"] == "pixel" and row["crafted_on"] == row["evaluated_on"] and not row["targeted"]
+                and (row["attack"], row["eps"]) in wanted):
+            match = NETWORK_NAME.match(row["evaluated_on"])
+            group = row["method"], match["model"] if match else "", row["ipc"]
+            take(group, (row["attack"], row["eps"]), [row["accuracy"]], row["n"])
+    for run in runs:
+        events = run.of("final") if (run.flags["dataset"], run.flags["threat_model"]) == (dataset, "pixel") else []
+        for e in events:
+            ours, method = f"{run.flags['method']}-pixel", run.flags["method"]
+            name = {method: ours, f"{method}, hard labels": f"{ours}-hard"}.get(e["set"])
+            if name and "robust_2_acc" in e:
+                for key, column in (("Clean", "clean_acc"), *zip((2, 4, 8), ("robust_2_acc", "robust_4_acc", "robust_acc"))):
+                    take((name, e["model"], run.flags["ipc"]), (key, None) if key == "Clean" else ("PGD20", key / 255), e[column],
+                         e["n"])
     groups = {group: cells for group, cells in groups.items() if len(cells) > 1}
     if not groups:
         return None
-    dataset = rows[0]["dataset"]
     columns = {key: name for key, name in wanted.items() if any(key in cells for cells in groups.values())}
     table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean +- "
-                  "standard deviation over networks)", ["set", "network", "ipc", *columns.values(), "networks"], [])
+                  "standard deviation over networks, sets of several seeds)",
+                  ["set", "network", "ipc", *columns.values(), "networks"], [])
     chance = 100 / (100 if dataset == "CIFAR100" else 10)
     table.rows.append(["constant classifier", "", "", *(f"{chance:.1f}" for _ in columns), ""])
-    for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0)):
-        found = [list(cells[key].values()) if key in cells else [] for key in columns]
-        table.rows.append([method, model, ipc, *(_mean_and_spread(values) for values in found), max(map(len, found))])
-    images = {("PGD-20" if attack == "PGD20" else "AutoAttack" if attack == "AA" else "clean"): sorted(n)
-              for attack, n in counts.items()}
-    table.notes.append("test images: " + "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in images.items()))
+    for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
+        measured = sorted({len(cells[key]) for key in columns if key in cells})
+        table.rows.append([method, model, ipc, *(_mean_and_spread(cells.get(key)) for key in columns),
+                           " to ".join(map(str, {measured[0]: 0, measured[-1]: 0}))])
+    names = {"Clean": "clean", "PGD20": "PGD-20", "AA": "AutoAttack"}
+    table.notes.append("test images: " + "; ".join(f"{names[attack]} {', '.join(map(str, sorted(n)))}"
+                                                   for attack, n in counts.items())
+                       + ". PGD-20: untargeted, with a random start. "
+                       "Where two numbers of networks stand, AutoAttack was made on the fewer.")
     return table
 
 

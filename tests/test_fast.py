@@ -13,6 +13,7 @@ import ROME_cifar10 as rome
 import utils
 from attacks import craft, get_threat_model
 from engine import fast
+from engine.formats import SyntheticSet
 from engine.results import percent
 from networks import get_network
 
@@ -30,6 +31,23 @@ def compiled():
     assert not net.training and all(p.requires_grad for p in net.parameters())
     yield
     fast.stop_compiling()
+
+
+def test_compiled_in_bf16_and_judged_without(compiled):
+    """Compiled for bf16, a batch inside `no_bf16` is still computed exactly, in a graph of its own."""
+    net, x = get_network("ConvNetW32", 3, 10, (32, 32), 1).eval(), torch.randn(16, 3, 32, 32, requires_grad=True)
+    with fast.frozen(net):
+        plain = fast._plain(net, x)
+        fast.set_precision("bf16")
+        try:
+            fast.compile_batches(net, (3, 32, 32), attacked=[16])
+            net.requires_grad_(False)
+            rough = fast.forward(net, x)
+            with fast.no_bf16():
+                exact = fast.forward(net, x)
+        finally:
+            fast.set_precision("tf32")
+    assert torch.allclose(exact, plain, atol=1e-5) and not torch.allclose(rough, plain, atol=1e-5)
 
 
 def count_compiled(monkeypatch):
@@ -153,6 +171,9 @@ def test_precision():
     fast.set_precision("bf16")
     try:
         rough = fast.forward(net, x)
+        with fast.no_bf16():  # where an accuracy is measured
+            assert torch.equal(fast.forward(net, x), exact)
+        assert torch.equal(fast.forward(net, x), rough)
     finally:
         fast.set_precision("tf32")
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.05)
@@ -183,7 +204,7 @@ def test_bf16_accuracy(digits, capsys):
     evaluate, means = utils.Evaluator(args, digits, get_threat_model("pixel", digits)), {}
     for precision in ("fp32", "bf16"):
         fast.set_precision(precision)
-        rows = evaluate(images, labels, False, 0)
+        rows = evaluate(SyntheticSet(images, labels), 1, 0)
         fast.set_precision("tf32")
         for column in ("clean_acc", "robust_acc"):
             values = [100 * row[column] for row in rows]

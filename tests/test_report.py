@@ -194,6 +194,32 @@ def test_over_seeds(tmp_path, monkeypatch, capsys):
     assert lines["ROME minus random real"]["clean"] == "+0.00 +- 0.00" and lines["ROME"]["robust 2/255"] == ""
 
 
+def test_what_a_set_is_worth(tmp_path, monkeypatch, capsys):
+    """Clean and PGD-20 of a run and of evaluate.py are pooled, by set and network; AutoAttack on fewer images joins them."""
+    smaller = {"robust_2_acc": [0.30, 0.34], "robust_4_acc": [0.2, 0.2], "robust_acc": [0.1, 0.1], "clean_acc": [0.5, 0.5]}
+    write_run(tmp_path / "in" / "run", 0.2, True, {"threat_model": "pixel"}, smaller)
+    with open(tmp_path / "in" / "run" / "metrics.jsonl", "a") as file:
+        hard = {"event": "final", "set": "ROME, hard labels", "model": "ConvNet", "n": 100, **smaller, "robust_2_acc": [0.1, 0.1],
+                "clamp_acc": [0.5, 0.5]}
+        file.write(json.dumps(hard) + "\n")
+    common = {"threat": "pixel", "n": 1000}
+    rows = [row("ROME-pixel", 50, "Clean", None, 0.56, **common)]
+    rows += [{**row("ROME-pixel", 50, "PGD20", False, 0.38, **common), "eps": 2 / 255},
+             {**row("ROME-pixel", 50, "AA", False, 0.28, threat="pixel", n=500), "eps": 2 / 255},
+             {**row("ROME-pixel", 50, "AA", True, 0.99, threat="pixel", n=500), "eps": 2 / 255},
+             {**row("ROME-pixel", 50, "AA", False, 0.99, threat="published", n=500), "eps": 2 / 255}]
+    write(tmp_path / "in" / "evaluated", rows)
+    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    lines = {line["set"]: line for line in csv.DictReader((tmp_path / "out" / "robust_CIFAR10.csv").open())}
+    assert list(lines) == ["constant classifier", "ROME-pixel", "ROME-pixel-hard"]
+    ours = lines["ROME-pixel"]
+    assert (ours["clean"], ours["network"], ours["ipc"]) == (f"52.0 +- {np.std([50, 50, 56], ddof=1):.1f}", "ConvNet", "50")
+    assert ours["PGD-20 2/255"] == f"34.0 +- {np.std([30, 34, 38], ddof=1):.1f}" and ours["PGD-20 8/255"] == "10.0 +- 0.0"
+    assert (ours["AutoAttack 2/255"], ours["networks"]) == ("28.0", "1 to 3")
+    assert lines["ROME-pixel-hard"]["PGD-20 2/255"] == "10.0 +- 0.0" and lines["constant classifier"]["clean"] == "10.0"
+    assert "clean 100, 1000; PGD-20 100, 1000; AutoAttack 500" in out
+
+
 WRONG = [("seconds", "1"), ("seconds", float("nan")), ("method", None), ("n", 2.5), ("targeted", "yes"), ("eps", "a"),
          ("ipc", "10"), ("dataset", "a/b"), ("dataset", [])]
 
