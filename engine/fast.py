@@ -19,6 +19,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # Compiling one kind of batch takes 5 to 20 s. It pays where so much work of that kind is planned, in floating-point
 # operations: about a minute of it on two CPU cores, or on a large GPU.
 COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
+COMPILE_PAYS_BF16 = 0.1  # of that: on a CPU with bf16 instructions, what is not compiled runs 10 times slower in bf16
 
 _precision = "fp32"
 _ready = set()  # the kinds of batches that are compiled
@@ -111,7 +112,7 @@ def compile_planned(net, shape, attacked, trained, say):
 
     attacked, trained: {batch size: planned floating-point operations}.
     """
-    pays = COMPILE_PAYS[next(net.parameters()).device.type]
+    pays = COMPILE_PAYS[next(net.parameters()).device.type] * (COMPILE_PAYS_BF16 if _precision == "bf16" else 1)
     attacked, trained = ([size for size, flops in planned.items() if flops >= pays] for planned in (attacked, trained))
     if not attacked and not trained:
         return

@@ -160,7 +160,10 @@ def test_only_what_pays_is_compiled(monkeypatch):
     net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
     fast.compile_planned(net, (3, 32, 32), {128: 1e12, 64: 1e14}, {0: 0, 256: 1e13}, lambda line: None)
     fast.compile_planned(net, (3, 32, 32), {128: 1e12}, {}, lambda line: None)
-    assert asked == [([64], [256])]
+    fast.set_precision("bf16")
+    fast.compile_planned(net, (3, 32, 32), {128: 1e12, 64: 1e11}, {}, lambda line: None)
+    fast.set_precision("tf32")
+    assert asked == [([64], [256]), ([128], [])]
 
 
 def test_precision():
