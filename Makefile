@@ -39,7 +39,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# torchattacks pins an old requests that it never imports: installed without its dependencies, and for tests only.
+# torchattacks and ddranking pin old packages that the tests never need: installed without their dependencies, and for tests only.
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt

@@ -42,8 +42,8 @@ from utils import QUERY, WHITE_BOX
 
 SLICE = 256  # images between two saves; four times as many of an attack that keeps its batches full to the last ones
 # Flags that a resumed run may change: they add work and leave what is done as it is.
-MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query", "transfer",
-              "craft_on", "sanity", "crei_weight", "compile")
+MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query",
+              "transfer", "craft_on", "sanity", "crei_weight", "compile")
 KNOWN = {"attacks": ATTACKS, "threat_models": THREAT_MODELS}  # what a results.json may name
 
 

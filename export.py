@@ -2,9 +2,9 @@
 
     python export.py result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --to ddranking exported/
 
-dc: res_*.pt, as DC, DSA, DM, IDM, BEARD and these scripts read it. mtt: images_best.pt and labels_best.pt. ddranking: images.pt,
-labels.pt, lr.pt. folder: PNG files and labels.csv. safetensors: set.safetensors and a data set card, README.md, for a hub.
-Source: SPEC 3.5. Distributed under the MIT licence.
+dc: res_*.pt, as DC, DSA, DM, IDM, BEARD and these scripts read it. mtt: images_best.pt, labels_best.pt. ddranking: images.pt,
+labels.pt, lr.pt. folder: PNG files and labels.csv. safetensors: set.safetensors. dc and safetensors come with a data set card,
+README.md, for a hub. Source: SPEC 3.5. Distributed under the MIT licence.
 """
 import argparse
 import csv
@@ -30,6 +30,7 @@ def parse_args(argv=None):
     add("--index", type=at_least(0), default=0, help="which set of the file")
     add("--packed", type=int, default=1, metavar="K", help="a file that does not say so holds K x K sub-images in each image")
     add("--hard", action="store_true", help="leave the soft labels out")
+    add("--keep_packed", action="store_true", help="for dc, which can say how images are packed: leave them as they are stored")
     return parser.parse_args(argv)
 
 
@@ -39,6 +40,7 @@ def write_dc(folder, one, meta):
     name = "_".join(["res", meta.get("flags", {}).get("method", "ROME"), meta.get("dataset", "unknown"),
                      meta.get("flags", {}).get("model", "ConvNet"), f"{_per_class(one)}ipc.pt"])
     save_synset(folder / name, [one], [], meta)
+    write_text(folder / "README.md", card(one, meta, f'images, labels = torch.load("{name}", weights_only=True)["data"][0]'))
 
 
 def write_mtt(folder, one, meta):
@@ -82,7 +84,8 @@ def write_safetensors(folder, one, meta):
         tensors["soft_labels"] = one.soft_labels
     write_atomically(folder / "set.safetensors", lambda partial: save_file(
         {key: value.contiguous() for key, value in tensors.items()}, partial, {"meta": json.dumps(meta, sort_keys=True)}))
-    write_text(folder / "README.md", card(one, meta))
+    reading = f'tensors = safetensors.torch.load_file("set.safetensors")  # {", ".join(tensors)}'
+    write_text(folder / "README.md", card(one, meta, reading))
 
 
 LAYOUTS = {"dc": write_dc, "mtt": write_mtt, "ddranking": write_ddranking, "folder": write_folder,
@@ -92,7 +95,7 @@ LAYOUTS = {"dc": write_dc, "mtt": write_mtt, "ddranking": write_ddranking, "fold
 def _pixels(images, meta):
     """Normalised images -> pixels in [0, 1]. Raises InputError if the file does not say how it is normalised."""
     if meta.get("zca") or not {"mean", "std"} <= set(meta):
-        raise InputError("the set is ZCA-whitened, or does not say its normalisation: no pixels to be had, choose other layouts")
+        raise InputError("the set is ZCA-whitened, or does not say its normalisation, so it has no pixels: choose another layout")
     mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     return (images * std + mean).clamp(0, 1)
 
@@ -102,8 +105,11 @@ def _per_class(one):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the card
-def card(one, meta):
-    """A data set card: what it is, how to train on it, which networks gave the labels, how robust they are, and where from."""
+def card(one, meta, reading):
+    """A data set card: what it is, how to train on it, which networks gave the labels, how robust they are, and where from.
+
+    reading: a line of Python that reads the file.
+    """
     recipe, options = meta.get("recipe", {}), protocol_of(meta)
     teachers = [teacher for experiment in recipe.get("teachers", []) for teacher in experiment]
     soft = one.soft_labels is not None
@@ -112,14 +118,15 @@ def card(one, meta):
              "- adversarial-robustness", f"size_categories:\n- {'n<1K' if len(one.labels) < 1000 else '1K<n<10K'}", "---", "",
              f"# {meta.get('flags', {}).get('method', 'A synthetic set')} of {source}", "",
              f"{len(one.labels)} images of {tuple(one.images.shape[1:])}, {_per_class(one)} a class"
-             + (f", stored as {meta['stored']} images of {meta['stored_pack']}x{meta['stored_pack']} sub-images"
-                if meta.get("stored_pack", 1) > 1 else "")
+             + (f", each of {meta['pack']}x{meta['pack']} sub-images (`augment.unpack` of the project cuts them out)"
+                if meta["pack"] > 1 else f", stored as {meta['stored']} images of {meta['stored_pack']}x{meta['stored_pack']} "
+                "sub-images" if meta["stored_pack"] > 1 else "")
              + f". Made from {source}, whose terms apply to the images.", "",
              "| what | value |", "|---|---|",
              f"| normalisation | mean {meta.get('mean', 'unknown')}, std {meta.get('std', 'unknown')} |",
              f"| labels | {'`labels`, and `soft_labels`: logits' if soft else '`labels`'} |",
-             f"| training | SGD, momentum 0.9, weight decay 5e-4, {options['epochs'] + 1} epochs, batch {options['batch_train']}, "
-             f"learning rate {options['lr_net']} ({options['lr_schedule']}), augmentation {options['dsa_strategy']} |"]
+             f"| training | SGD, momentum 0.9, weight decay 5e-4, {options['epochs'] + 1} epochs, batch "
+             f"{options['batch_train']}, learning rate {options['lr_net']} ({options['lr_schedule']}), augmentation {options['dsa_strategy']} |"]
     if soft:
         t = options["temperature"]
         lines.append(f"| loss | cross-entropy of softmax(soft label / {t:g}) and softmax(logits / {t:g}), times {t * t:g} |")
@@ -127,17 +134,15 @@ def card(one, meta):
     if teachers:
         keys = [key for key in ("clean_acc", "robust_2_acc", "robust_4_acc", "robust_acc", "aa_acc", "running_acc")
                 if any(key in teacher for teacher in teachers)]
-        names = {"clean_acc": "clean", "robust_2_acc": "PGD-20 2/255", "robust_4_acc": "PGD-20 4/255", "robust_acc": "PGD 8/255",
-                 "aa_acc": "AutoAttack 8/255", "running_acc": "on its training batches"}
+        names = {"clean_acc": "clean", "robust_2_acc": "PGD-20 2/255", "robust_4_acc": "PGD-20 4/255",
+                 "robust_acc": "PGD 8/255", "aa_acc": "AutoAttack 8/255", "running_acc": "on its training batches"}
         lines += ["The networks that gave the soft labels (accuracy in percent):", "",
                   "| network | SHA-256 | " + " | ".join(names[key] for key in keys) + " |", "|---" * (2 + len(keys)) + "|"]
         unique = {teacher["sha256"]: teacher for teacher in teachers}
         lines += [f"| {teacher['model']} | `{digest[:16]}` | " + " | ".join(
             f"{100 * teacher[key]:.1f}" if key in teacher else "" for key in keys) + " |" for digest, teacher in unique.items()]
         lines.append("")
-    return "\n".join([*lines, "```python", "from safetensors.torch import load_file",
-                      'tensors = load_file("set.safetensors")  # images (M, 3, H, W) normalised, labels (M,)'
-                      + (", soft_labels (M, classes)" if soft else ""), "```", ""])
+    return "\n".join([*lines, "```python", reading, "```", ""])
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -147,13 +152,16 @@ def main():
     if args.index >= len(sets):
         raise InputError(f"--index {args.index}: {args.set} has {len(sets)} set(s), from 0")
     one, pack = sets[args.index], pack_of(meta, args.packed)
-    images, _ = training_set(one, pack)
-    stored = len(one.labels)
-    one = SyntheticSet(images, one.labels.repeat(pack**2), None if args.hard else one.soft_labels)
-    meta = {**meta, "packed": False, "pack": 1, "stored": stored, "stored_pack": pack, "exported_from": Path(args.set).name,
-            "exported_sha256": sha256(args.set)}
+    if args.keep_packed and args.to != "dc":
+        raise InputError(f"--keep_packed: {args.to} cannot say that images are packed; choose --to dc")
+    kept = pack if args.keep_packed else 1
+    images = one.images if args.keep_packed else training_set(one, pack)[0]
+    meta = {**meta, "packed": kept > 1, "pack": kept, "stored": len(one.labels), "stored_pack": pack,
+            "exported_from": Path(args.set).name, "exported_sha256": sha256(args.set)}
+    one = SyntheticSet(images, one.labels.repeat((pack // kept)**2), None if args.hard else one.soft_labels)
     if "recipe" in meta:
-        meta["recipe"] = {**meta["recipe"], "pack": 1}
+        experiment = meta["recipe"].get("teachers", [])[args.index:args.index + 1]
+        meta["recipe"] = {**meta["recipe"], "pack": kept, "teachers": experiment}
     folder = Path(args.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another folder")

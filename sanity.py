@@ -50,8 +50,8 @@ def check_sanity(name, net, surrogate, threat, test, seed):
     radius, black_box = f"at {255 * eps:g}/255", "a black-box attack that is stronger means masked gradients"
     return {
         "loss is finite": _check(loss < float("inf"), loss, f"clean loss {loss:.4g}"),
-        "large eps": _check(large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at eps 64/255, expected about 0: its "
-                            "gradients mislead"),
+        "large eps": _check(large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at eps 64/255, expected about 0: "
+                            "its gradients mislead"),
         "black box": _check(query >= one - SLACK, query - one, f"accuracy {100 * query:.0f} % under Square ({QUERIES} queries) "
                             f"{radius}, {100 * one:.0f} % under PGD-20: {black_box}"),
         "transfer": _check(transferred >= one - SLACK, transferred - one, f"accuracy {100 * transferred:.0f} % under PGD-20 "
@@ -77,5 +77,5 @@ def check_autoattack(rows, network, threat_name):
     if not pairs:
         return None
     strong, weak, eps = max(pairs, key=lambda pair: pair[0] - pair[1])
-    return _check(strong <= weak + SLACK / 2, strong - weak, f"accuracy {100 * strong:.1f} % under AutoAttack, {100 * weak:.1f} % "
-                  f"under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
+    return _check(strong <= weak + SLACK / 2, strong - weak, f"accuracy {100 * strong:.1f} % under AutoAttack, "
+                  f"{100 * weak:.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")

@@ -33,7 +33,8 @@ def initial_set(args, data, generator, init, pack_by, exp=0):
         if (tuple(one.images.shape), pack_of(meta, pack_by), meta.get("dataset", data.name)) != (shape, pack_by, data.name) or (
                 not torch.equal(one.labels, label_syn.cpu())):
             raise InputError(f"--init {init}: images {tuple(one.images.shape)}, packing {pack_of(meta)}, of "
-                             f"{meta.get('dataset', data.name)}; this run has {shape}, {pack_by}, {data.name}, class after class")
+                             f"{meta.get('dataset', data.name)}; this run has {shape}, {pack_by}, {data.name}, class after "
+                             "class")
         return one.images.to(data.device), label_syn
     if init == "noise":
         return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
@@ -107,7 +108,8 @@ def labelled(image_syn, label_syn, pool, args, exp, data):
 
 
 # ------------------------------------------------------------------------------------------------------------- the recipe
-TEACHER_FIGURES = ("clean_acc", "robust_2_acc", "robust_4_acc", "robust_acc", "n", "aa_acc", "aa_n")  # fractions, of the test set
+# What is said of a network that gave labels, fractions of n (aa_n) test images.
+TEACHER_FIGURES = ("clean_acc", "robust_2_acc", "robust_4_acc", "robust_acc", "n", "aa_acc", "aa_n")
 
 
 def describe_teachers(args, pool):

@@ -23,7 +23,8 @@ def add_fast_flags(parser):
     """The flags of `fast`."""
     add_switch(parser, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
     parser.add_argument("--precision", choices=fast.PRECISIONS, default="tf32", help="of convolutions and matrix products; "
-                        "tf32 is fp32 where there is no TensorFloat-32; bf16: in the training of networks and the attacks inside it, never where an accuracy is reported")
+                        "tf32 is fp32 where there is no TensorFloat-32; bf16: in the training of networks and the attacks in "
+                        "it, not where an accuracy is reported")
 
 
 def add_run_flags(parser):

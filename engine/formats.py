@@ -25,8 +25,8 @@ class SyntheticSet(NamedTuple):
 def read_synset(path, pack=1):
     """Synthetic sets in any of the published formats.
 
-    path: a `.pt` in the DC layout ({'data': [[images, labels], ...]}, ours with 'soft_labels'), a `.pkl` of (images, labels), or
-    a `.pt` of bare images named images*.pt beside its labels*.pt. Labels are whole numbers (N,), or soft ones (N, classes):
+    path: a `.pt` in the DC layout ({'data': [[images, labels], ...]}, ours with 'soft_labels'), a `.pkl` of (images, labels),
+    or a `.pt` of bare images named images*.pt beside its labels*.pt. Labels are whole numbers (N,), or soft ones (N, classes):
     probabilities, or whatever else, which is taken for logits. pack: that of a file that does not say it.
     Returns ([SyntheticSet, ...], meta), with meta an empty dict where the file has none. Raises InputError for anything else.
     Source: SPEC 3.5.
@@ -54,13 +54,13 @@ def read_synset(path, pack=1):
 
 
 def pack_of(meta, default=1):
-    """How many sub-images stand along each side of a stored image, as the meta of a file says; 1 for a set that is not packed."""
+    """How many sub-images stand along each side of a stored image, as the meta of a file says; 1 if it is not packed."""
     return meta.get("pack", 2 if meta.get("packed") else default)
 
 
 # What `meta["recipe"]` may say of training on a set: the name of each setting, its kind, its least value.
-RECIPE = {"epochs": (int, 1), "lr_net": (float, 0), "batch_train": (int, 1), "dsa_strategy": (str, ""), "lr_schedule": (str, ""),
-          "temperature": (float, 0.01), "pack": (int, 1), "teachers": (list, [])}
+RECIPE = {"epochs": (int, 1), "lr_net": (float, 0), "batch_train": (int, 1), "dsa_strategy": (str, ""),
+          "lr_schedule": (str, ""), "temperature": (float, 0.01), "pack": (int, 1), "teachers": (list, [])}
 
 
 def _check_meta(path, meta):
@@ -116,8 +116,8 @@ def _logits(name, soft, count, pack):
     if soft is None:
         return None
     if soft.dim() != 2 or not soft.is_floating_point() or len(soft) != count or soft.shape[1] < 2:
-        raise InputError(f"{name}: soft labels are {soft.dtype} {tuple(soft.shape)}; expected floats ({count}, classes), one row "
-                         f"for each training image" + (f" ({pack}x{pack} in each stored image)" if pack > 1 else ""))
+        raise InputError(f"{name}: soft labels are {soft.dtype} {tuple(soft.shape)}; expected floats ({count}, classes), one "
+                         f"row for each training image" + (f" ({pack}x{pack} in each stored image)" if pack > 1 else ""))
     if not soft.isfinite().all():
         raise InputError(f"{name}: {int((~soft.isfinite()).sum())} values of the soft labels are not finite")
     soft = soft.detach().float().contiguous()

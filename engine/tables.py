@@ -101,8 +101,8 @@ def table_accuracy(pool, rows, attacks, threat_models):
 def table_robust(dataset, rows, runs):
     """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier.
 
-    rows: of all results of this data set, each attack on the images that it was given. runs: RunRecords; their last figures join
-    the rows of evaluate.py on the same set, as those of other networks.
+    rows: of all results of this data set, each attack on the images that it was given. runs: RunRecords; their last figures
+    join the rows of evaluate.py on the same set, as those of other networks.
     """
     wanted = {("Clean", None): "clean", **{(attack, eps): f"{name} {255 * eps:g}/255" for attack, name in
                                            (("PGD20", "PGD-20"), ("AA", "AutoAttack")) for eps in HEADLINE_EPS}}
@@ -123,22 +123,23 @@ def table_robust(dataset, rows, runs):
             ours, method = f"{run.flags['method']}-pixel", run.flags["method"]
             name = {method: ours, f"{method}, hard labels": f"{ours}-hard"}.get(e["set"])
             if name and "robust_2_acc" in e:
-                for key, column in (("Clean", "clean_acc"), *zip((2, 4, 8), ("robust_2_acc", "robust_4_acc", "robust_acc"))):
-                    take((name, e["model"], run.flags["ipc"]), (key, None) if key == "Clean" else ("PGD20", key / 255), e[column],
-                         e["n"])
+                group = name, e["model"], run.flags["ipc"]
+                take(group, ("Clean", None), e["clean_acc"], e["n"])
+                for eps, column in zip(HEADLINE_EPS, ("robust_2_acc", "robust_4_acc", "robust_acc")):
+                    take(group, ("PGD20", eps), e[column], e["n"])
     groups = {group: cells for group, cells in groups.items() if len(cells) > 1}
     if not groups:
         return None
     columns = {key: name for key, name in wanted.items() if any(key in cells for cells in groups.values())}
-    table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean +- "
-                  "standard deviation over networks, sets of several seeds)",
+    table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean "
+                  "+- standard deviation over networks, sets of several seeds)",
                   ["set", "network", "ipc", *columns.values(), "networks"], [])
     chance = 100 / (100 if dataset == "CIFAR100" else 10)
     table.rows.append(["constant classifier", "", "", *(f"{chance:.1f}" for _ in columns), ""])
     for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
-        measured = sorted({len(cells[key]) for key in columns if key in cells})
+        numbers = sorted({len(cells[key]) for key in columns if key in cells})
         table.rows.append([method, model, ipc, *(_mean_and_spread(cells.get(key)) for key in columns),
-                           " to ".join(map(str, {measured[0]: 0, measured[-1]: 0}))])
+                           " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))])
     names = {"Clean": "clean", "PGD20": "PGD-20", "AA": "AutoAttack"}
     table.notes.append("test images: " + "; ".join(f"{names[attack]} {', '.join(map(str, sorted(n)))}"
                                                    for attack, n in counts.items())
@@ -281,7 +282,8 @@ def headline(rows):
     lines = ["## Clean, and under AutoAttack (threat model pixel)", "", "| set | ipc | " + " | ".join(keys.values()) + " |",
              "|---" * (2 + len(keys)) + "|"]
     for (method, ipc), cells in groups.items():
-        lines.append(f"| {method} | {ipc or ''} | " + " | ".join(cell_text(cells[k]) if k in cells else "" for k in keys) + " |")
+        found = (cell_text(cells[key]) if key in cells else "" for key in keys)
+        lines.append(f"| {method} | {ipc or ''} | {' | '.join(found)} |")
     chance = 100 / (100 if rows[0]["dataset"] == "CIFAR100" else 10)
     return [*lines, f"| *a constant classifier* | | {' | '.join([f'{chance:g}'] * len(keys))} |", ""]
 

@@ -282,7 +282,7 @@ def test_autoattack_must_not_be_weaker():
 
 # ---------------------------------------------------------------------------------------------------------- soft labels
 def test_a_set_with_soft_labels(digits, digits_set, tmp_path, monkeypatch):
-    """A network with the set's labels beside one with the classes alone, both as the recipe says; the headline is AutoAttack."""
+    """A network with the set's labels beside one with the classes alone, as the recipe says; the headline is AutoAttack."""
     images, labels = torch.load(digits_set, weights_only=True)["data"][0]
     soft = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(10)[labels]
     meta = {"dataset": "Digits", "threat_model": "pixel", "recipe": {"epochs": 60, "lr_net": 0.02, "temperature": 2.0}}

@@ -1,5 +1,6 @@
 """export.py: every layout is read back equal, by what reads it elsewhere."""
 import csv
+import importlib.machinery
 import json
 import sys
 import types
@@ -49,13 +50,22 @@ def same(read, one):
 def test_dc(synset, tmp_path, monkeypatch):
     path, one = synset
     run(monkeypatch, path, "--to", "dc", tmp_path / "out", "--index", 1)
-    (file,) = (tmp_path / "out").iterdir()
-    assert file.name == "res_ROME_CIFAR10_ConvNetW32_4ipc.pt"
+    (file,) = (tmp_path / "out").glob("*.pt")
+    assert file.name == "res_ROME_CIFAR10_ConvNetW32_4ipc.pt" and file.name in (tmp_path / "out" / "README.md").read_text()
     (read,), meta = read_synset(file)
     same(read, one)
     assert (meta["pack"], meta["packed"], meta["recipe"]["pack"], meta["recipe"]["lr_schedule"]) == (1, False, 1, "cosine")
     images, labels = torch.load(file, weights_only=True)["data"][0]  # as DC and BEARD read it
     assert torch.equal(images, read.images) and labels.dtype == torch.int64
+
+
+def test_dc_as_it_is_stored(synset, tmp_path, monkeypatch):
+    path, one = synset
+    run(monkeypatch, path, "--to", "dc", tmp_path / "out", "--index", 1, "--keep_packed")
+    (read,), meta = read_synset(tmp_path / "out" / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt")
+    assert all(torch.equal(a, b) for a, b in zip(read, one)) and (meta["pack"], meta["packed"]) == (2, True)
+    assert len(meta["recipe"]["teachers"]) == 1 and meta["recipe"]["pack"] == 2
+    assert "each of 2x2 sub-images" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("layout, name", [("mtt", "images_best.pt"), ("ddranking", "images.pt")])
@@ -70,11 +80,13 @@ def test_pairs(synset, tmp_path, monkeypatch, layout, name):
 
 
 def test_ddranking_trains_on_it(synset, tmp_path, monkeypatch):
-    """The package's own data set, loss and training loop take the three files; its loss is ours, without the squared
-    temperature. (timm and pandas, which this part of it imports and never calls, need not be there.)"""
-    for name in ("timm", "pandas"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    ddranking = pytest.importorskip("ddranking")
+    """The package's own data set, loss and training loop take the three files; the gradient of its loss is that of ours.
+    (It imports timm, pandas and yaml, which this part of it never calls: they need not be there.)"""
+    for name in ("timm", "pandas", "yaml"):
+        stand_in = types.ModuleType(name)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    import ddranking
     from ddranking.utils.data import TensorDataset
     from ddranking.utils.train_and_eval import train_one_epoch
 
@@ -120,12 +132,13 @@ def test_safetensors_with_its_card(synset, tmp_path, monkeypatch):
     for phrase in ("51 epochs, batch 64, learning rate 0.05 (cosine)", "times 9", "| ConvNetW32 | `abababababababab` | 57.0 |",
                    "load_file"):
         assert phrase in card, phrase
-    assert card.count("abababab") == 2  # a teacher of both experiments is named once
+    assert card.count("abababab") == 2  # once, 16 digits of it
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--to", "dc", "OUT", "--index", "2"], "--index 2: .* has 2 set"),
     (["--to", "dc", "FULL"], "exists and is not empty"),
+    (["--to", "mtt", "OUT", "--keep_packed"], "mtt cannot say that images are packed"),
 ])
 def test_wrong_on_purpose(synset, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "FULL").mkdir()

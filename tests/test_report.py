@@ -199,8 +199,8 @@ def test_what_a_set_is_worth(tmp_path, monkeypatch, capsys):
     smaller = {"robust_2_acc": [0.30, 0.34], "robust_4_acc": [0.2, 0.2], "robust_acc": [0.1, 0.1], "clean_acc": [0.5, 0.5]}
     write_run(tmp_path / "in" / "run", 0.2, True, {"threat_model": "pixel"}, smaller)
     with open(tmp_path / "in" / "run" / "metrics.jsonl", "a") as file:
-        hard = {"event": "final", "set": "ROME, hard labels", "model": "ConvNet", "n": 100, **smaller, "robust_2_acc": [0.1, 0.1],
-                "clamp_acc": [0.5, 0.5]}
+        hard = {"event": "final", "set": "ROME, hard labels", "model": "ConvNet", "n": 100, **smaller, "clamp_acc": [0.5, 0.5],
+                "robust_2_acc": [0.1, 0.1]}
         file.write(json.dumps(hard) + "\n")
     common = {"threat": "pixel", "n": 1000}
     rows = [row("ROME-pixel", 50, "Clean", None, 0.56, **common)]

@@ -90,8 +90,8 @@ def test_labels_of_the_pool(digits):
 
 def test_teachers_from_files(tmp_path):
     write_tensors(tmp_path / "net.pth", {"w": torch.ones(2)})
-    about = {"model": "LeNet", "threat_model": "pixel", "clean_acc": 0.5, "robust_acc": 0.25, "aa_acc": 0.2, "aa_n": 100, "n": 360,
-             "seed": 3}
+    about = {"model": "LeNet", "threat_model": "pixel", "clean_acc": 0.5, "robust_acc": 0.25, "aa_acc": 0.2, "aa_n": 100,
+             "n": 360, "seed": 3}
     (tmp_path / "net.pth.json").write_text(json.dumps(about))
     (said,) = sets.describe_teachers(SimpleNamespace(robust_prior=[str(tmp_path / "net.pth")]), None)
     assert said == {"file": "net.pth", "sha256": sha256(tmp_path / "net.pth"),
