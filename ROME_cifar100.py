@@ -174,6 +174,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
         it, evaluated, best, best_acc = (saved[key] for key in ("it", "evaluated", "best", "best_acc"))
         if best:  # a state is read into the memory of the CPU
             best["set"] = [part if part is None else part.to(data.device) for part in best["set"]]
+            best["controls"] = {name: soft.to(data.device) for name, soft in best["controls"].items()}
         image_syn.data.copy_(saved["image_syn"])
         optimizer_img.load_state_dict(saved["optimizer_img"])
         pool.load_state_dict(saved["pool"])

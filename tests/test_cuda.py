@@ -30,7 +30,7 @@ from networks import get_network
 ROME = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "4",
         "--trained_bs", "8", "--model_train_steps", "1", "--num_exp", "1", "--num_eval", "1", "--epoch_eval_train", "2",
         "--test_limit", "10", "--lr_img", "0.2", "--net_decay", "--embed_last", "1000", "--Iteration", "4", "--eval_interval",
-        "2", "--no_compile", "--no_baseline", "--device", "cuda"]
+        "2", "--no_compile", "--device", "cuda"]
 
 
 @pytest.fixture
@@ -78,8 +78,9 @@ def test_what_the_stand_in_counts(cuda):
 
 
 # ------------------------------------------------------------------------------------------------------------ end to end
-@pytest.mark.parametrize("script, flags", [(ROME_cifar10, ["--deterministic", "--threat_model", "published"]),
-                                           (ROME_cifar100, ["--model", "LeNet", "--optim", "adam"])])
+@pytest.mark.parametrize("script, flags", [(ROME_cifar10, ["--deterministic", "--threat_model", "published",
+                                                            "--no_baseline"]),
+                                           (ROME_cifar100, ["--model", "LeNet", "--optim", "adam", "--labels", "prior"])])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(cuda, tmp_path, monkeypatch, script, flags):
     """Stopped after its best set, which then comes from a file and goes into grids, the last evaluation and the result."""
     one_network = utils.Evaluator._one_network
@@ -108,7 +109,8 @@ def result(folder):
 def events(folder):
     (path,) = (folder / "result").glob("*/metrics.jsonl")
     lines = map(json.loads, path.read_text().splitlines())
-    return [[line["iteration"], *(line.get(key) for key in COLUMNS)] for line in lines if line["event"] == "evaluation"]
+    return [[line["iteration"], *(line.get(key) for key in COLUMNS)] for line in lines
+            if line["event"] == "evaluation" and "iteration" in line]
 
 
 def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
@@ -122,7 +124,7 @@ def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     name = "full_LeNet_Digits_142_PGD-pixel_seed0-0.pth"
     assert (tmp_path / "a" / "checkpoints" / name).read_bytes() == (tmp_path / "b" / "checkpoints" / name).read_bytes()
     main(monkeypatch, tmp_path / "b", ROME_cifar10, *ROME, "--model", "LeNet", "--robust_prior",
-         tmp_path / "b" / "checkpoints" / name, "--select", "last", "--labels", "prior")
+         tmp_path / "b" / "checkpoints" / name, "--select", "last", "--labels", "prior", "--no_baseline")
 
 
 def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
