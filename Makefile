@@ -1,10 +1,12 @@
 # make demo            install into .venv and distil the embedded digits (2 to 3 minutes on two CPU cores)
-# make demo-table      the demo for five seeds on each kind of processor (an hour), and the table over the seeds
+# make demo-table      the demo for five seeds on each kind of processor (two hours), and the table over the seeds; with
+#                      LABELS=hard without the labels of the robust networks (an hour)
 # make test            install into .venv and run the tests
 # make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
 # make test-machines   the tests on each kind of processor, with two threads, with the lowest and the newest torch (an hour)
 PYTHON ?= python3
 VENV ?= .venv
+LABELS ?= prior
 BIN = $(VENV)/bin
 
 .PHONY: demo demo-table test test-slow test-machines clean
@@ -55,4 +57,4 @@ DEMO_PRIOR = --dataset Digits --model ConvNetW32 --threat_model pixel --num_nets
 	--lr_net 0.1 --test_limit 50 --aa_limit 0
 DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 100 --eval_interval 100 \
 	--batch_real 16 --train_net_num 1 --lr_img 0.02 --embed_last 1000 --ce_weight 0.05 --select last --num_exp 1 \
-	--num_eval 3 --epoch_eval_train 100 --test_limit 200 --labels prior
+	--num_eval 3 --epoch_eval_train 100 --test_limit 200 --labels $(LABELS)

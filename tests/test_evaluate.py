@@ -252,7 +252,13 @@ class Masked(torch.nn.Module):
         return logits.mul(4).round().div(4) + 0 * logits
 
 
-def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch):
+@pytest.fixture
+def quick_checks(monkeypatch):
+    monkeypatch.setattr(sanity, "QUERIES", 200)
+    monkeypatch.setattr(sanity, "STEPS", 30)
+
+
+def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch, quick_checks):
     content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 100,
                   "--threat_model", "pixel")
     checks = content["sanity"][digits_networks[0].name]["pixel"]
@@ -281,7 +287,7 @@ def test_autoattack_must_not_be_weaker():
 
 
 # ---------------------------------------------------------------------------------------------------------- soft labels
-def test_a_set_with_soft_labels(digits, digits_set, tmp_path, monkeypatch):
+def test_a_set_with_soft_labels(digits, digits_set, tmp_path, monkeypatch, quick_checks):
     """A network with the set's labels beside one with the classes alone, as the recipe says; the headline is AutoAttack."""
     images, labels = torch.load(digits_set, weights_only=True)["data"][0]
     soft = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(10)[labels]

@@ -35,11 +35,11 @@ distil() {
         "$@"
 }
 
-# judge OUT AA_LIMIT FILES...: networks on sets
+# judge OUT FILES... FLAGS...: a network on each set
 judge() {
-    folder="$1" images="$2"; shift 2
-    $python -u evaluate.py --synset "$@" --num_eval 1 --labels own --precision "$precision" --threat_model pixel --untargeted \
-        --limit 1000 --attacks PGD20 AA --eps 2 4 --aa_limit "$images" --queries 1000 --no_sanity --out "$folder" --resume
+    folder="$out/judged/$1"; shift
+    $python -u evaluate.py --num_eval 1 --labels own --precision "$precision" --threat_model pixel --untargeted --limit 1000 \
+        --attacks PGD20 AA --eps 2 4 --aa_limit 500 --queries 1000 --no_sanity --out "$folder" --resume --synset "$@"
 }
 
 three="$teacher-0.pth $teacher-1.pth $teacher-2.pth"
@@ -70,7 +70,7 @@ sets)
         --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
 judge)
     for name in Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4; do
-        judge "$out/judged/$name-$ipc" 500 "$out/sets/$name-$ipc"/ROME_res_*.pt
+        judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt
     done ;;
 teaching)
     distil One-teacher 200 "$teacher-0.pth" --ipc 10 --Iteration 0 --pack 4
@@ -79,8 +79,16 @@ teaching)
     done
     # A larger teacher: the set is labelled, and here also learned, by networks of its kind; `judge` takes ConvNetW32 all the same.
     distil Large-teacher 200 "$large-0.pth" --ipc 10 --Iteration 0 --pack 4 --model ConvNet --epoch_eval_train 1
-    for name in One-teacher Temperature-1 Temperature-10 Large-teacher; do
-        judge "$out/judged/$name-$ipc" 500 "$out/sets/$name-$ipc"/ROME_res_*.pt --model ConvNetW32
+    judge Large-teacher-10 "$out"/sets/Large-teacher-10/ROME_res_*.pt --model ConvNetW32 --attacks PGD20 --eps 2 4 8 \
+        --epoch_eval_train 200 ;;
+convnet)
+    for name in Random-4x4 Random Random-unpacked; do
+        judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt --model ConvNet --lr_net 0.05 --labels own hard
+    done ;;
+cross)
+    for model in MLP LeNet AlexNet VGG11 ResNet18; do
+        judge "Random-4x4-10-$model" "$out"/sets/Random-4x4-10/ROME_res_*.pt --model "$model" --lr_net 0.02 --attacks PGD20 \
+            --eps 2 4 8
     done ;;
 *)
     sed -n '2,20p' "$0" ;;
