@@ -40,7 +40,9 @@ def write_dc(folder, one, meta):
     name = "_".join(["res", meta.get("flags", {}).get("method", "ROME"), meta.get("dataset", "unknown"),
                      meta.get("flags", {}).get("model", "ConvNet"), f"{_per_class(one)}ipc.pt"])
     save_synset(folder / name, [one], [], meta)
-    write_text(folder / "README.md", card(one, meta, f'images, labels = torch.load("{name}", weights_only=True)["data"][0]'))
+    reading = f'images, labels = torch.load("{name}", weights_only=True)["data"][0]'
+    training = f"`python evaluate.py --synset {name}` of the project trains on it as said above and attacks what it has trained."
+    write_text(folder / "README.md", card(one, meta, reading) + training + "\n")
 
 
 def write_mtt(folder, one, meta):

@@ -40,7 +40,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("results", nargs="+", metavar="PATH", help="results.json, metrics.jsonl, or folders with them somewhere inside")
-    add("--table", nargs="+", type=int, choices=(1, 2, 4), default=[], help="of the paper; default: all, and more")
+    add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth under "
+        "a valid attack; default: all, and more")
     add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables")
@@ -240,13 +241,13 @@ def main():
         draw([("tsne", figure_tsne(args.tsne, args.data_path, args.seed))])
     for pool, pooled in pooled_rows.items():
         for number, make in ((1, table_1), (2, table_2), (4, table_4)):
-            if all_of_it or number in args.table:
+            if all_of_it or str(number) in args.table:
                 tables.append(make(pool, pooled, published, args.crei_weight))
         if all_of_it:
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
         if all_of_it or 3 in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
-    if all_of_it:
+    if all_of_it or "robust" in args.table:
         rows_of = {run.flags["dataset"]: [] for run in runs}
         for (dataset, _), rows in pooled_rows.items():
             rows_of.setdefault(dataset, []).extend(rows)

@@ -209,7 +209,8 @@ def test_what_a_set_is_worth(tmp_path, monkeypatch, capsys):
              {**row("ROME-pixel", 50, "AA", True, 0.99, threat="pixel", n=500), "eps": 2 / 255},
              {**row("ROME-pixel", 50, "AA", False, 0.99, threat="published", n=500), "eps": 2 / 255}]
     write(tmp_path / "in" / "evaluated", rows)
-    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out")
+    out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--table", "robust")
+    assert "1 table(s), 0 figure(s)" in out
     lines = {line["set"]: line for line in csv.DictReader((tmp_path / "out" / "robust_CIFAR10.csv").open())}
     assert list(lines) == ["constant classifier", "ROME-pixel", "ROME-pixel-hard"]
     ours = lines["ROME-pixel"]
