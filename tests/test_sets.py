@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_dataset
+from conftest import ROOT, random_dataset
 
 import ROME_cifar10 as rome
 import sets
 from augment import unpack
-from engine.formats import SyntheticSet
+from engine.formats import SyntheticSet, load_into, pack_of, read_synset
 from engine.pool import NetPool
 from engine.safe_files import InputError, sha256, write_tensors
 from networks import get_network
@@ -96,6 +96,23 @@ def test_teachers_from_files(tmp_path):
     (said,) = sets.describe_teachers(SimpleNamespace(robust_prior=[str(tmp_path / "net.pth")]), None)
     assert said == {"file": "net.pth", "sha256": sha256(tmp_path / "net.pth"),
                     **{key: value for key, value in about.items() if key != "seed"}}
+
+
+RECORDED = ROOT / "result" / "recorded" / "robust_labels"
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("ready/*/*.pt")), ids=lambda path: path.parent.name)
+def test_the_sets_that_are_here(path):
+    """Small, readable by others and by us, with a recipe, and with labels of the networks that lie beside them."""
+    assert path.stat().st_size < 2e6 and (path.parent / "README.md").is_file()
+    ((images, labels, soft),), meta = read_synset(path)
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(10)) and meta["recipe"]["labels"] == "prior"
+    (teachers,) = meta["recipe"]["teachers"]
+    found = [RECORDED / "teachers" / teacher["file"] for teacher in teachers]
+    assert [sha256(file) for file in found] == [teacher["sha256"] for teacher in teachers]
+    nets = [load_into(get_network("ConvNetW32", 3, 10, (32, 32), 0), file) for file in found]
+    again = sets.soft_labels(nets, unpack(images, pack_of(meta)))
+    assert (again - soft).abs().max() < 1e-3  # another processor adds in another order
 
 
 def test_a_recipe_says_how_to_train():
