@@ -1,4 +1,4 @@
-# make demo            install into .venv and distil the embedded digits (2 to 3 minutes on two CPU cores)
+# make demo            install into .venv and distil the embedded digits (about 4 minutes on two CPU cores)
 # make demo-table      the demo for five seeds on each kind of processor (two hours), and the table over the seeds; with
 #                      LABELS=hard without the labels of the robust networks (an hour)
 # make test            install into .venv and run the tests
