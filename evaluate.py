@@ -168,7 +168,8 @@ def victims_of_set(args, source, data, folder):
             net = network_for(data, source.model, about["seed_init"])
             notes = folder / f"{name}.json"
             if not notes.exists():
-                train_victim(args, net, training_set(variant, pack), options, threat_name, about, key, data)
+                train_victim(args, net, training_set(variant, pack), options, threat_name, about, key, data,
+                             args.num_eval * len(source.sets) * len(variants))
                 write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
                 about["sha256"] = sha256(folder / name)
                 write_json(notes, about)
@@ -183,20 +184,19 @@ def victims_of_set(args, source, data, folder):
             yield Victim(name, method, ipc, source.model, net.eval(), threat_name, about)
 
 
-def train_victim(args, net, train_on, options, threat_name, about, key, data):
-    """Train a fresh network on (images, labels) `train_on`. about: takes the seconds."""
-    images, labels = train_on
+def train_victim(args, net, train_on, options, threat_name, about, key, data, runs):
+    """Train a fresh network on (images, labels) `train_on`, one of `runs`. about: takes the seconds."""
     set_precision(args.precision)
     if args.compile and not threat_name:
-        epochs = (options["epochs"] + 1) * args.num_eval
-        compile_planned(net, data, {}, set_batches(len(labels), options["batch_train"], epochs), tqdm.write)
+        epochs = (options["epochs"] + 1) * runs
+        compile_planned(net, data, {}, set_batches(len(train_on[1]), options["batch_train"], epochs), tqdm.write)
     start = time.perf_counter()
     attack = None
     if threat_name:
         threat = get_threat_model(threat_name, data)
         rng = stream(args.seed, *key, "attack", device=data.device)
         attack = lambda x, y: attack_images(net, x, y, threat, rng, targeted=False)  # noqa: E731
-    utils.train_on_set(net, images, labels, attack=attack, generator=torch.Generator().manual_seed(about["seed_train"]),
+    utils.train_on_set(net, *train_on, attack=attack, generator=torch.Generator().manual_seed(about["seed_train"]),
                        **options)
     synchronise(data.device)
     about["train_seconds"] = round(time.perf_counter() - start, 2)
