@@ -114,7 +114,7 @@ class Bench:
 
     def start(self):
         """(images, their optimiser, a pool of two, random streams), the same at every call."""
-        image_syn, _ = rome.initial_set(self.flags, self.data, stream(0, "init"), "real", True)
+        image_syn, _ = rome.initial_set(self.flags, self.data, stream(0, "init"), "real", 2)
         pool = rome.new_pool(self.flags, 0, self.data, None)
         del pool.members[2:]
         rng = {name: stream(0, name, device=self.device if name == "attack" else "cpu")
