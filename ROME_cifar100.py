@@ -25,9 +25,9 @@ from engine.formats import SyntheticSet
 from engine.plan import print_plan
 from engine.pool import FixedPool, NetPool
 from engine.run_folder import Run
-from networks import EVAL_MODES, NETWORKS, network_for
-from sets import INITS, LR_SCHEDULES, control_sets, initial_set, labelled, recipe
 from engine.streams import stream, stream_seed
+from networks import EVAL_MODES, NETWORKS, network_for
+from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe
 
 # ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
 DATASET_DEFAULTS = {"dataset": "CIFAR100", "num_eval": 20, "syn_ce": False, "ce_weight": 0.1}
@@ -267,7 +267,7 @@ def main():
 def run_experiments(args, data, threat, prior, run, clock):
     """--num_exp sets and their baselines, from where an interrupted run has stopped."""
     evaluate = utils.Evaluator(args, data, threat)
-    controls = 0 if not args.baseline else 1 if args.pack == 1 else 2
+    controls = len(control_packs(args))
     print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
                evaluations=len(evaluation_iterations(args)),
                reports=controls + (args.select == "train") + (args.labels == "prior") * (controls + 1))

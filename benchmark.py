@@ -30,8 +30,8 @@ from engine.datasets import DATASETS, Dataset
 from engine.device import device_name, get_device, synchronise, versions
 from engine.plan import TRAINING_STEP, forward_flops, set_batches
 from engine.safe_files import write_json
-from networks import NETWORKS, network_for
 from engine.streams import stream
+from networks import NETWORKS, network_for
 
 SCRIPT = Path(__file__).with_name("ROME_cifar10.py")
 rome = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # the functions that are measured

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from augment import PACKS
 from engine.command_line import at_least, run_script
 from engine.formats import SyntheticSet, pack_of, read_synset, save_synset
 from engine.safe_files import InputError, sha256, write_atomically, write_tensors, write_text
@@ -28,7 +29,7 @@ def parse_args(argv=None):
     add("out", metavar="DIR", help="folder for the result; one that exists and is not empty is refused")
     add("--to", choices=LAYOUTS, required=True)
     add("--index", type=at_least(0), default=0, help="which set of the file")
-    add("--packed", type=int, default=1, metavar="K", help="a file that does not say so holds K x K sub-images in each image")
+    add("--packed", type=int, choices=PACKS, default=1, metavar="K", help="a file that does not say so holds K x K sub-images in each image")
     add("--hard", action="store_true", help="leave the soft labels out")
     add("--keep_packed", action="store_true", help="for dc, which can say how images are packed: leave them as they are stored")
     return parser.parse_args(argv)
@@ -46,13 +47,13 @@ def write_dc(folder, one, meta):
 
 
 def write_mtt(folder, one, meta):
-    write_tensors(folder / "images_best.pt", one.images)
-    write_tensors(folder / "labels_best.pt", one.labels if one.soft_labels is None else one.soft_labels)
+    for name, part in zip(("images_best.pt", "labels_best.pt"), training_set(one, 1)):
+        write_tensors(folder / name, part)
 
 
 def write_ddranking(folder, one, meta):
-    write_tensors(folder / "images.pt", one.images)
-    write_tensors(folder / "labels.pt", one.labels if one.soft_labels is None else one.soft_labels)
+    for name, part in zip(("images.pt", "labels.pt"), training_set(one, 1)):
+        write_tensors(folder / name, part)
     write_tensors(folder / "lr.pt", torch.tensor(float(protocol_of(meta)["lr_net"])))
 
 
@@ -128,7 +129,8 @@ def card(one, meta, reading):
              f"| normalisation | mean {meta.get('mean', 'unknown')}, std {meta.get('std', 'unknown')} |",
              f"| labels | {'`labels`, and `soft_labels`: logits' if soft else '`labels`'} |",
              f"| training | SGD, momentum 0.9, weight decay 5e-4, {options['epochs'] + 1} epochs, batch "
-             f"{options['batch_train']}, learning rate {options['lr_net']} ({options['lr_schedule']}), augmentation {options['dsa_strategy']} |"]
+             f"{options['batch_train']}, learning rate {options['lr_net']} ({options['lr_schedule']}), augmentation "
+             f"{options['dsa_strategy']} |"]
     if soft:
         t = options["temperature"]
         lines.append(f"| loss | cross-entropy of softmax(soft label / {t:g}) and softmax(logits / {t:g}), times {t * t:g} |")

@@ -31,8 +31,8 @@ from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_seco
 from engine.results import COLUMNS
 from engine.safe_files import InputError, write_json, write_tensors
 from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
-from networks import NETWORKS, network_for
 from engine.streams import stream, stream_seed
+from networks import NETWORKS, network_for
 
 MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
 

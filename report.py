@@ -23,10 +23,10 @@ from engine.pictures import figure_3, figure_4, figure_run
 from engine.results import find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
 from engine.sources import Source, check_set, fit_normalisation
+from engine.streams import stream, stream_seed
 from engine.tables import Table, table_accuracy, table_robust, table_runs, table_seeds
 from networks import network_for
 from sets import protocol_of, training_set
-from engine.streams import stream, stream_seed
 from utils import metrics_of, transfer_of
 
 HERE = Path(__file__).parent

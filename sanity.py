@@ -4,6 +4,8 @@ Soft labels can mask gradients: label smoothing has shown 75 % under PGD and not
 is also attacked without its gradients (Square), with the gradients of another one (transfer), and with more of its own (steps,
 restarts), all at the smallest radius of the threat model's judge. A stronger attack that gains much is a warning.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +51,7 @@ def check_sanity(name, net, surrogate, threat, test, seed):
     transferred = float(right("PGD", crafted_on=surrogate, steps=20).float().mean())
     radius, black_box = f"at {255 * eps:g}/255", "a black-box attack that is stronger means masked gradients"
     return {
-        "loss is finite": _check(loss < float("inf"), loss, f"clean loss {loss:.4g}"),
+        "loss is finite": _check(math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
         "large eps": _check(large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at eps 64/255, expected about 0: "
                             "its gradients mislead"),
         "black box": _check(query >= one - SLACK, query - one, f"accuracy {100 * query:.0f} % under Square ({QUERIES} queries) "

@@ -42,16 +42,18 @@ def initial_set(args, data, generator, init, pack_by, exp=0):
     return torch.cat([pack(img_c, pack_by) for img_c in images]), label_syn
 
 
-def control_sets(args, exp, data):
-    """Random real images, as many stored ones as the distilled set of experiment `exp` has, not packed, and packed if that is.
-
-    Returns {name: (SyntheticSet, how it is packed)}.
-    """
-    packs = {1: "random real"}
+def control_packs(args):
+    """The controls beside a distilled set, {name: how it is packed}: random real images, and packed ones if that is."""
+    packs = {"random real": 1}
     if args.pack > 1:
-        packs[args.pack] = f"random real, {args.pack}x{args.pack} packed"
+        packs[f"random real, {args.pack}x{args.pack} packed"] = args.pack
+    return packs if args.baseline else {}
+
+
+def control_sets(args, exp, data):
+    """The controls of experiment `exp`, with as many stored images as the distilled set: {name: (SyntheticSet, how packed)}."""
     return {name: (SyntheticSet(*initial_set(args, data, stream(args.seed, exp, name), "real", pack_by)), pack_by)
-            for pack_by, name in packs.items()} if args.baseline else {}
+            for name, pack_by in control_packs(args).items()}
 
 
 def class_major(unpacked, stored):

@@ -134,7 +134,7 @@ def table_robust(dataset, rows, runs):
     table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean "
                   "+- standard deviation over networks, sets of several seeds)",
                   ["set", "network", "ipc", *columns.values(), "networks"], [])
-    chance = 100 / (100 if dataset == "CIFAR100" else 10)
+    chance = _chance(dataset)
     table.rows.append(["constant classifier", "", "", *(f"{chance:.1f}" for _ in columns), ""])
     for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
         numbers = sorted({len(cells[key]) for key in columns if key in cells})
@@ -146,6 +146,11 @@ def table_robust(dataset, rows, runs):
                        + ". PGD-20: untargeted, with a random start. "
                        "Where two numbers of networks stand, AutoAttack was made on the fewer.")
     return table
+
+
+def _chance(dataset):
+    """Percent that a constant classifier gets right."""
+    return 1.0 if dataset == "CIFAR100" else 10.0
 
 
 def _mean_and_spread(values):
@@ -284,7 +289,7 @@ def headline(rows):
     for (method, ipc), cells in groups.items():
         found = (cell_text(cells[key]) if key in cells else "" for key in keys)
         lines.append(f"| {method} | {ipc or ''} | {' | '.join(found)} |")
-    chance = 100 / (100 if rows[0]["dataset"] == "CIFAR100" else 10)
+    chance = _chance(rows[0]["dataset"])
     return [*lines, f"| *a constant classifier* | | {' | '.join([f'{chance:g}'] * len(keys))} |", ""]
 
 
