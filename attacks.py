@@ -272,12 +272,12 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 
 
 # AutoAttack and Square are the authors' own implementation, as the package pyautoattack.
-def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None):
+def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=CHUNK):
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
     L-inf, untargeted.
     iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose schedule is scaled to
-    them.
+    them. batch: images attacked at a time; what an attack leaves is put together anew for the next one.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
     AutoAttack, _ = pyautoattack()
@@ -286,7 +286,7 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
         part.n_iter = iterations
     attack.square.n_queries, attack.square.resc_schedule = queries, True
     with own_global_generator(x.device):
-        return attack.run_standard_evaluation(x, labels, batch_size=len(x))[0]
+        return attack.run_standard_evaluation(x, labels, batch_size=batch)[0]
 
 
 def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, targeted=False, generator=None):
@@ -309,7 +309,7 @@ class Attack:
     run: with the common arguments above. norm: "Linf" or "L2". eps, step_size: threat model -> default in attack space; an
     attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees
     logits only. random: takes a generator. gives_up: returns an image that it cannot attack as it came. batches: takes all
-    images and the size of its batches, which it keeps full. options: threat model -> what else it is told.
+    images and the size of its batches, which it keeps as full as it can. options: threat model -> what else it is told.
     """
 
     run: Callable
@@ -334,7 +334,7 @@ ATTACKS = {
     "PGD_L2": Attack(pgd_l2, "L2", eps=lambda t: EPS_L2, step_size=lambda t: STEP_SIZE_L2),
     "CW": Attack(cw, "L2", gives_up=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
     "Deepfool": Attack(deepfool, "L2", targetable=False, gives_up=True, batches=True),
-    "AA": Attack(autoattack, "Linf", eps=lambda t: t.eps, targetable=False, random=True, gives_up=True),
+    "AA": Attack(autoattack, "Linf", eps=lambda t: t.eps, targetable=False, random=True, gives_up=True, batches=True),
     "Square": Attack(square_attack, "Linf", eps=lambda t: t.eps, query=True, random=True, gives_up=True),
     "SPSA": Attack(spsa, "Linf", eps=lambda t: t.eps, query=True, random=True),
 }

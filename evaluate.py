@@ -40,7 +40,7 @@ from sanity import check_autoattack, check_sanity, train_surrogate
 from sets import LR_SCHEDULES, PROTOCOL, protocol, protocol_of, training_set
 from utils import QUERY, WHITE_BOX
 
-SLICE = 256  # images between two saves; four times as many of an attack that keeps its batches full to the last ones
+SLICE = 256  # images between two saves; four times as many of DeepFool, whose batches are full to the last ones
 # Flags that a resumed run may change: they add work and leave what is done as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query",
               "transfer", "craft_on", "sanity", "crei_weight", "compile")
@@ -382,7 +382,7 @@ def compile_attacks(args, jobs, victims, n, data):
 
 def run_job(job, victims, test, threat, data, args, results, bar):
     """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
-    size = 4 * SLICE if job.attack in ATTACKS and ATTACKS[job.attack].batches else SLICE
+    size = 4 * SLICE if job.attack == "Deepfool" else SLICE
     parts = list(zip(*(tensor.split(size) for tensor in test)))
     slices = results.slices(job, victims, [len(labels) for _, labels in parts])
     bar.update(sum(s["n"] for s in slices))

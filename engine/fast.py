@@ -20,6 +20,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # operations: about a minute of it on two CPU cores, or on a large GPU.
 COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
 COMPILE_PAYS_BF16 = 0.1  # of that: on a CPU with bf16 instructions, what is not compiled runs 10 times slower in bf16
+# A batch of a size that is not compiled is filled up with zeros to one that is, if so much of that one are its own images.
+PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.1}
 
 _precision = "fp32"
 _ready = set()  # the kinds of batches that are compiled
@@ -54,12 +56,32 @@ def _kind(net, x):
 
 
 def forward(net, x):
-    """Class scores of a network, compiled if `compile_batches` was told of such batches.
+    """Class scores of a network, compiled if `compile_batches` was told of such batches, or of larger ones that are worth
+    filling up.
 
     net: of `get_network`. x: (N, C, H, W) normalised images. Returns (N, num_classes) float32.
     """
-    known = getattr(net, "architecture", None) is not None and _kind(net, x) in _ready
-    return (_compiled() if known else _plain)(net, x)
+    size = _compiled_size(net, x)
+    if size is None:
+        return _plain(net, x)
+    if size == len(x):
+        return _compiled()(net, x)
+    return _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))))[:len(x)]
+
+
+def _compiled_size(net, x):
+    """The size of the compiled batches that x goes through as; None: of none."""
+    if not _ready or getattr(net, "architecture", None) is None:
+        return None
+    architecture, training, n, wanted = kind = _kind(net, x)
+    if kind in _ready:
+        return n
+    size = min((size for *same, size, gradient in _ready if n < size and (*same, gradient) == (architecture, training, wanted)),
+               default=None)
+    if size is None or n < PADDING_PAYS[_precision] * size:
+        return None
+    mixes = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)  # images, or their random numbers
+    return None if training and any(isinstance(layer, mixes) for layer in net.modules()) else size
 
 
 def compile_batches(net, shape, attacked=(), trained=()):

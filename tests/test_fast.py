@@ -79,6 +79,33 @@ def test_compiled_equals_plain(compiled, monkeypatch):
     assert net(x[:5]).shape == (5, 10) and len(calls) == 4  # another batch size stays plain
 
 
+def test_smaller_batches_are_filled_up(compiled, monkeypatch):
+    """Nearly as large ones go through the compiled graph, with the same scores and gradients; smaller ones stay plain, and so do
+    networks in which the other images of a batch matter."""
+    calls, x = count_compiled(monkeypatch), torch.randn(13, 3, 32, 32)
+    net, labels = get_network("ConvNetW32", 3, 10, (32, 32), 3).eval(), torch.arange(13) % 10
+
+    def gradients(batch, training):
+        net.train(training).requires_grad_(training)
+        wanted = list(net.parameters()) if training else [batch.requires_grad_()]
+        return torch.autograd.grad(F.cross_entropy(fast.forward(net, batch), labels[:len(batch)]), wanted)
+
+    for training in (True, False):
+        quick = gradients(x.clone(), training)
+        with benchmark.plain_mode():
+            plain = gradients(x.clone(), training)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(quick, plain))
+    assert calls == [16, 16]
+    gradients(x[:5].clone(), training=False)
+    assert calls == [16, 16]
+    with_norm = get_network("ConvNetBN", 3, 10, (32, 32), 0)
+    monkeypatch.setattr(fast, "_ready", {(with_norm.architecture, training, 16, wanted) for training, wanted in
+                                         ((True, "parameters"), (False, "none"))})
+    assert fast._compiled_size(with_norm, x) is None
+    with torch.no_grad():
+        assert fast._compiled_size(with_norm.eval(), x) == 16
+
+
 SAME = """
 import torch
 from engine import fast
