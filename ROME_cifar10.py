@@ -21,12 +21,13 @@ from engine.clock import Clock
 from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import get_device
-from engine.fast import forward, set_precision
+from engine.fast import choose_precision, embed, forward, frozen, set_precision
 from engine.formats import SyntheticSet
-from engine.plan import print_plan
+from engine.plan import matched_together, print_plan
 from engine.pool import FixedPool, NetPool
 from engine.run_folder import Run
 from engine.streams import stream, stream_seed
+from engine.turns import at_their_turns, take_turns
 from networks import EVAL_MODES, NETWORKS, network_for
 from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe
 
@@ -62,25 +63,30 @@ def performance_aligned_loss(logits, c, only_while_wrong):
 
 # ----------------------------------------------------------------------------------------------------- the outer iteration
 def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
-    """Step 3 for one pool network: every class takes its turn, and each turn is one optimiser step on the whole set.
+    """Step 3 for one pool network: every class takes its turn, each one optimiser step on the whole set (see engine.turns).
 
     image_syn: (C*ipc, 3, H, W), changed in place. Returns (mean robustness-, mean performance-aligned loss), () tensors.
     """
-    net, single = member.net, args.ipc == 1 and args.pack == 1
-    draws, emb_adv = robust_prior(net, data, threat, args, rng)  # it does not depend on the synthetic images: all classes first
-    total_rob, total_perf = torch.zeros(2, device=data.device)
-    for c in range(data.num_classes):
-        img_syn = unpack(image_syn[c * args.ipc:(c + 1) * args.ipc], args.pack)  # (ipc*pack*pack, 3, H, W)
-        emb_syn, logits = net.embed_and_classify(dsa_apply(img_syn, draws[c]), args.embed_last)
-        loss_rob = robustness_aligned_loss(emb_syn, emb_adv[c], args.align_distance)
-        loss = args.align_weight * loss_rob
+    net, sub_images = member.net, args.ipc * args.pack**2
+    only_while_wrong = CE_ONLY_WHILE_WRONG and sub_images == 1
+    draws, emb_adv = robust_prior(net, data, threat, args, rng)  # it does not depend on the synthetic images
+    images = at_their_turns(image_syn, optimizer_img, data.num_classes)  # nor do these on the network: all classes in one pass
+    gradients, total_rob, total_perf = [], *torch.zeros(2, device=data.device)
+    for classes in matched_together(data, sub_images):  # as many at a time as the memory allows
+        part = images[classes.start * args.ipc:classes.stop * args.ipc].requires_grad_()
+        augmented = torch.cat([dsa_apply(unpack(x, args.pack), draws[c]) for c, x in zip(classes, part.split(args.ipc))])
+        with frozen(net):
+            embedded = [embed(net, x, args.embed_last) for x in augmented.split(data.chunk)]
+        emb_syn, logits = (torch.cat(parts).split(sub_images) for parts in zip(*embedded))  # (ipc*pack*pack, ...) a class
+        loss_rob = torch.stack([robustness_aligned_loss(e, emb_adv[c], args.align_distance) for c, e in zip(classes, emb_syn)])
+        loss = args.align_weight * loss_rob.sum()
+        total_rob += loss_rob.detach().sum()
         if args.syn_ce:
-            loss_perf = performance_aligned_loss(logits, c, CE_ONLY_WHILE_WRONG and single)
+            loss_perf = sum(performance_aligned_loss(z, c, only_while_wrong) for c, z in zip(classes, logits))
             loss = loss + (1 - args.align_weight) * args.ce_weight * member.running_accuracy() * loss_perf
             total_perf += loss_perf.detach()
-        total_rob += loss_rob.detach()
-        (image_syn.grad,) = torch.autograd.grad(loss, image_syn)  # zero outside class c ...
-        optimizer_img.step()  # ... whose images move by their momentum all the same
+        gradients += torch.autograd.grad(loss, part)  # no image has a part in the loss of another class
+    take_turns(image_syn, optimizer_img, torch.cat(gradients), data.num_classes)
     return total_rob / data.num_classes, total_perf / data.num_classes
 
 
@@ -105,7 +111,7 @@ def robust_prior(net, data, threat, args, rng):
             label_real = torch.tensor(classes).repeat_interleave(torch.tensor(sizes)).to(data.device)
             img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=data.chunk)
         with torch.no_grad():
-            embeddings = torch.cat([net.embed_and_classify(x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
+            embeddings = torch.cat([embed(net, x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
         emb_adv += [embedding.mean(0) for embedding in embeddings.split(sizes)]  # (D,) a class
     return draws, torch.stack(emb_adv)
 
@@ -161,7 +167,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.pack, exp)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
     pool = new_pool(args, exp, data, prior)
-    evaluated_at = evaluation_iterations(args)
+    evaluated_at = utils.evaluation_iterations(args)
     best, best_acc, it, evaluated = None, -1.0, 0, -1  # evaluated: the last iteration at which the set was
 
     def state():
@@ -243,18 +249,12 @@ def new_pool(args, exp, data, prior):
         limit=args.net_num)
 
 
-def evaluation_iterations(args):
-    """The outer iterations at whose start the set is evaluated. Deviation: always the last one too, which the published code
-    misses where --Iteration is no multiple of --eval_interval, or --eval_mode is none of S and SS."""
-    regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
-    return {*regular, args.Iteration}
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    set_precision(args.precision)
-    data = load_dataset(args.dataset, args.data_path, get_device(args.device, args.deterministic), args.chunk)
+    device = get_device(args.device, args.deterministic)
+    set_precision(choose_precision(args, device))
+    data = load_dataset(args.dataset, args.data_path, device, args.chunk)
     utils.check_sizes(args, data)
     if args.zca:
         data.fit_zca()
@@ -270,7 +270,7 @@ def run_experiments(args, data, threat, prior, run, clock):
     evaluate = utils.Evaluator(args, data, threat)
     controls = len(control_packs(args))
     print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
-               evaluations=len(evaluation_iterations(args)),
+               evaluations=len(utils.evaluation_iterations(args)),
                reports=controls + (args.select == "train") + (args.labels == "prior") * (controls + 1))
 
     # Evaluation rows by name of the set; the distilled sets; their teachers. All are saved with the state of the run.

@@ -1,10 +1,11 @@
 """How fast the scripts are on this machine, and how near to what it can do.
 
-    python benchmark.py                         full ConvNet, CIFAR-10 ipc 10 flags, smaller batches; 15 min on two cores
+    python benchmark.py                         full ConvNet, CIFAR-10 ipc 10 flags, smaller batches; 25 min on two cores
+    python benchmark.py --quick                 ConvNetW32, once: 3 min
     python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     at the published sizes
 
-Measures, as medians of --repeats runs, the plain loop (class by class, eager, glibc's malloc as it is) and the fast one in turn
-in the same process. Random images: speed does not depend on them. Writes one table and --out as JSON.
+Measures, as medians of --repeats runs, the plain loop (class by class, eager, glibc's malloc as it is) and the fast one in fp32
+(tf32 on a GPU) and, where there are instructions for it, in bf16, in turn in the same process. Random images: speed does not depend on them. Writes one table and --out as JSON.
 Distributed under the MIT licence.
 """
 import argparse
@@ -20,15 +21,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import utils
 from attacks import attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
 from engine import fast
-from engine.command_line import add_fast_flags, at_least, run_script
+from engine.command_line import add_switch, at_least, run_script
 from engine.datasets import DATASETS, Dataset
-from engine.device import device_name, get_device, synchronise, versions
-from engine.plan import TRAINING_STEP, forward_flops, set_batches
+from engine.device import device_name, get_device, has_bf16, synchronise, versions
+from engine.plan import TRAINING_STEP, convolution_rate, forward_flops, set_batches
 from engine.safe_files import write_json
 from engine.streams import stream
 from networks import NETWORKS, network_for
@@ -50,10 +53,14 @@ def parse_args(argv=None):
     add("--train_ipc", type=at_least(1), nargs="*", default=[1, 10, 50], help="sets on which evaluation training is measured")
     add("--train_epochs", type=at_least(1), default=2, help="epochs that are measured; 100 are reported")
     add("--repeats", type=at_least(1), default=5, help="runs of which the median is taken")
+    add("--quick", action="store_true", help="ConvNetW32, batches of 32, ipc 10, a single repeat")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", default="./result/benchmark.json", metavar="FILE")
-    add_fast_flags(parser)
-    return parser.parse_args(argv)
+    add_switch(parser, "compile", True, "torch.compile for the fast loop")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.model, args.batch_real, args.trained_bs, args.train_ipc, args.repeats = "ConvNetW32", 32, 32, [10], 1
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- the plain loop
@@ -93,6 +100,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.device = args, get_device(args.device)
+        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) else [])]
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
@@ -130,12 +138,15 @@ class Bench:
         return time.perf_counter() - start
 
     def compare(self, plain, fast_one):
-        """Median seconds of both, measured in turn after a warm-up; (plain, fast)."""
+        """Median seconds of both, measured in turn after a warm-up: [plain, fast, fast in bf16 (if the device has it)]."""
         times = []
         for _ in range(1 + self.args.repeats):
             with plain_mode():
-                one = self.seconds(plain)
-            times.append((one, self.seconds(fast_one)))
+                one = [self.seconds(plain)]
+            for precision in self.precisions:
+                fast.set_precision(precision)
+                one.append(self.seconds(fast_one))
+            times.append(one)
         return np.median(times[1:], axis=0).tolist()
 
 
@@ -157,22 +168,15 @@ class plain_mode:
 
 # ------------------------------------------------------------------------------------------------------------ measurements
 def ceilings(bench):
-    """(a) GFLOP/s of a large matrix product and of the ConvNet's second convolution, forward and backward to its input, in the
-    faster of the two memory formats."""
+    """(a) GFLOP/s of a large matrix product and of `convolution_rate`, on as many images as are attacked at a time."""
     size = 4096 if bench.device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=bench.device)
     repeats = max(bench.args.repeats, 5)
     best = {"matrix product": 2 * size**3 / np.median([bench.seconds(lambda: a @ b) for _ in range(repeats + 1)][1:])}
-    count = 2048 if bench.device.type == "cuda" else 128
-    for dtype in (torch.float32, torch.bfloat16):
-        rates = []
-        for layout in (torch.contiguous_format, torch.channels_last):
-            conv = torch.nn.Conv2d(128, 128, 3, padding=1).to(bench.device, dtype, memory_format=layout).requires_grad_(False)
-            x = torch.randn(count, 128, 16, 16, device=bench.device).to(dtype, memory_format=layout).requires_grad_()
-            gradient = torch.randn_like(x)
-            times = [bench.seconds(lambda: torch.autograd.grad(conv(x), x, gradient)) for _ in range(repeats + 1)]  # noqa: B023
-            rates.append(count * 2 * 2 * 9 * 128 * 128 * 16 * 16 / np.median(times[1:]))
-        best["convolution" if dtype == torch.float32 else "convolution, bf16"] = max(rates)
+    count = 2048 if bench.device.type == "cuda" else bench.data.chunk
+    for dtype in (torch.float32, torch.bfloat16)[:len(bench.precisions)]:
+        best["convolution" if dtype == torch.float32 else "convolution, bf16"] = convolution_rate(bench.device, dtype, count,
+                                                                                                  repeats)
     return {name: rate / 1e9 for name, rate in best.items()}
 
 
@@ -183,8 +187,7 @@ def pgd_step(bench):
 
     def attack():
         attack_images(net, images, labels, bench.threat, rng, steps=10, chunk=len(images))
-    plain, quick = bench.compare(attack, attack)
-    return len(images), plain / 10, quick / 10, len(images)
+    return len(images), [seconds / 10 for seconds in bench.compare(attack, attack)], len(images)
 
 
 def pool_step(bench):
@@ -196,7 +199,7 @@ def pool_step(bench):
         member.optimizer.zero_grad()
         F.cross_entropy(fast.forward(member.net, images), labels).backward()
         member.optimizer.step()
-    return len(images), *bench.compare(step, step), TRAINING_STEP * len(images)
+    return len(images), bench.compare(step, step), TRAINING_STEP * len(images)
 
 
 def whole_iteration(bench):
@@ -214,7 +217,7 @@ def whole_iteration(bench):
         rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, flags, rng)
     trained = 2 * flags.model_train_steps * flags.trained_bs
     work = 10 * (10 * flags.batch_real + trained) + TRAINING_STEP * trained
-    return 10 * flags.batch_real + trained, *bench.compare(plain, quick), work
+    return 10 * flags.batch_real + trained, bench.compare(plain, quick), work
 
 
 def evaluation_training(bench, ipc):
@@ -225,9 +228,43 @@ def evaluation_training(bench, ipc):
     def train():
         utils.train_on_set(bench.network(0), images, labels, epochs=epochs, lr_net=0.01, batch_train=256,
                            dsa_strategy=bench.flags.dsa_strategy, generator=stream(0))
-    plain, quick = bench.compare(train, train)
     share = 100 / (epochs + 1)  # `epochs` + 1 are run
-    return 100 * count, plain * share, quick * share, TRAINING_STEP * 100 * count
+    return 100 * count, [seconds * share for seconds in bench.compare(train, train)], TRAINING_STEP * 100 * count
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts what is computed inside, eagerly: operations that are not mere views, each a kernel on a GPU, and the bytes that
+    they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func._schema.name not in ("aten::detach", "aten::_to_copy", "aten::empty"):
+            self.operations += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t))
+        return out
+
+
+def on_a_gpu(bench):
+    """What an outer iteration would cost on an H100, from counts: the eager one, all classes in one chunk, TF32. Nothing of it
+    is measured; the longest of memory traffic, launches and arithmetic is taken. Returns a dict, with `text`."""
+    bandwidth, launch, arithmetic = 3.35e12, 8e-6, 495e12  # bytes/s and TF32 FLOP/s of its data sheet; seconds of a launch
+    image_syn, optimizer_img, pool, rng = bench.start()
+    chunk, bench.data.chunk = bench.data.chunk, 4096
+    with plain_mode(), OperationCounter() as counter:
+        rome.update_images(image_syn, optimizer_img, pool.members[0], bench.data, bench.threat, bench.flags, rng)
+        rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, bench.flags, rng)
+    bench.data.chunk = chunk
+    trained = 2 * bench.flags.model_train_steps * bench.flags.trained_bs
+    flops = bench.flops * (10 * (10 * bench.flags.batch_real + trained) + TRAINING_STEP * trained)
+    limits = {"memory": counter.bytes / bandwidth, "launches": counter.operations * launch, "arithmetic": flops / arithmetic}
+    slowest = max(limits, key=limits.get)
+    return {"operations": counter.operations, "bytes": counter.bytes, "flops": flops, "seconds": limits,
+            "text": f"{counter.operations} kernels, {counter.bytes / 2**30:.1f} GiB, {flops / 1e12:.2f} TFLOP; "
+                    + ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in limits.items()) + f": {slowest} decides"}
 
 
 def start_up():
@@ -255,48 +292,65 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def compile_all(bench):
+    """Compile what the rows use, in each precision. Returns the seconds that it took, or 0 with a line that says why not."""
+    args, chunk = bench.args, bench.data.chunk
+    sizes = [size for ipc in args.train_ipc for size in set_batches(40 * ipc, 256, 1) if size]
+    last = 10 * args.batch_real % chunk
+    start, ready = time.perf_counter(), set()
+    for precision in bench.precisions:
+        fast.set_precision(precision)
+        fast._ready.clear()
+        problem = fast.compile_batches(
+            bench.network(0), (3, 32, 32), attacked=sorted({bench.pgd_batch, min(args.trained_bs, chunk), last} - {0}),
+            trained=sorted({args.trained_bs, *sizes}), matched=[chunk], embedded=[chunk], last=1000)
+        if problem:
+            print(problem, flush=True)
+            return 0.0
+        ready |= fast._ready
+    seconds = time.perf_counter() - start
+    print(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s", flush=True)
+    return seconds
+
+
 def main():
     args = parse_args()
-    fast.set_precision(args.precision)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    chunk, compile_seconds = bench.data.chunk, 0.0
-    sets = {ipc: set_batches(40 * ipc, 256, 1) for ipc in args.train_ipc}
-    if args.compile:
-        start = time.perf_counter()
-        trained = {args.trained_bs, *(size for sizes in sets.values() for size in sizes if size)}
-        last = 10 * args.batch_real % chunk
-        attacked = {bench.pgd_batch, min(args.trained_bs, chunk), *([last] if last else [])}
-        problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained))
-        compile_seconds = time.perf_counter() - start
-        print(problem or f"compiled {len(attacked) + len(trained)} kinds of batches in {compile_seconds:.1f} s", flush=True)
-
+    compile_seconds = compile_all(bench) if args.compile else 0.0
     ceiling = ceilings(bench)
-    peak = ceiling["convolution, bf16" if args.precision == "bf16" else "convolution"]
+    peaks = [ceiling["convolution"], ceiling.get("convolution, bf16")]
     measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,
                     "outer iteration": whole_iteration}
     measurements |= {f"100 epochs of training, ipc {ipc}": lambda bench, ipc=ipc: evaluation_training(bench, ipc)
                      for ipc in args.train_ipc}
     print(f"{device_name(bench.device)}, torch {torch.__version__}, {args.model}, ipc {args.ipc}, batch_real "
-          f"{args.batch_real}, trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}, {args.threat_model}, "
-          f"{args.precision}; medians of {args.repeats}\n\n"
+          f"{args.batch_real}, trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}, {args.threat_model}; "
+          f"medians of {args.repeats}\n\n"
           + "\n".join(f"{name}: {rate:.0f} GFLOP/s" for name, rate in ceiling.items())
-          + "\n\n| | plain s | fast s | speed-up | images/s | GFLOP/s | of the convolution |\n|---|---|---|---|---|---|---|")
+          + ("" if has_bf16(bench.device) else "\nno instructions for bf16")
+          + "\n\n| | plain s |" + "".join(f" {p} s | speed-up | of the convolution |" for p in bench.precisions)
+          + "\n|---|---|" + "---|---|---|" * len(bench.precisions))
     rows = []
     for name, measure in measurements.items():
-        images, plain, quick, work = measure(bench)
-        rate = work * bench.flops / quick / 1e9
-        rows.append({"what": name, "plain_seconds": plain, "fast_seconds": quick, "speed_up": plain / quick,
-                     "images_per_second": images / quick, "gflops": rate, "share_of_convolution": rate / peak})
-        print(f"| {name} | {plain:.3g} | {quick:.3g} | {plain / quick:.2f} | {images / quick:.0f} | {rate:.0f} | "
-              f"{100 * rate / peak:.0f} % |", flush=True)
+        images, (plain, *quick), work = measure(bench)
+        row, cells = {"what": name, "images": images, "plain_seconds": plain}, f"| {name} | {plain:.3g} |"
+        for precision, seconds, peak in zip(bench.precisions, quick, peaks):
+            rate = work * bench.flops / seconds / 1e9
+            row[precision] = {"seconds": seconds, "speed_up": plain / seconds, "images_per_second": images / seconds,
+                              "gflops": rate, "share_of_convolution": rate / peak}
+            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {100 * rate / peak:.0f} % |"
+        rows.append(row)
+        print(cells, flush=True)
+    on_paper = on_a_gpu(bench)
+    print("\nan outer iteration at these sizes on an H100, on paper: " + on_paper["text"])
     startup, memory = start_up(), peak_memory(bench.device)
-    print(f"\nstart-up to the first iteration: {'no data/cifar10.npz here' if startup is None else f'{startup:.1f} s'}; "
+    print(f"start-up to the first iteration: {'no data/cifar10.npz here' if startup is None else f'{startup:.1f} s'}; "
           f"peak memory {memory:.1f} GiB")
     write_json(Path(args.out), {
         "command": " ".join(sys.argv), "flags": vars(args), "device": device_name(bench.device),
         "versions": versions(), "ceilings_gflops": ceiling, "compile_seconds": compile_seconds, "rows": rows,
-        "start_up_seconds": startup, "peak_memory_gib": memory})
+        "on_paper": on_paper, "start_up_seconds": startup, "peak_memory_gib": memory})
 
 
 if __name__ == "__main__":

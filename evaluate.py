@@ -25,7 +25,7 @@ from engine.clock import duration
 from engine.command_line import add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, synchronise
-from engine.fast import PRECISIONS, set_precision, stop_compiling
+from engine.fast import PRECISIONS, choose_precision, set_precision, stop_compiling
 from engine.formats import SyntheticSet, load_into, pack_of
 from engine.jobs import Job, PassCounter, Results, rows_of, warm_up
 from engine.pictures import draw_results
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--dsa_strategy", help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
     add("--lr_schedule", choices=LR_SCHEDULES, help=f"default: {said} {PROTOCOL['lr_schedule']}")
     add("--label_temperature", type=at_least(0.01, float), help=f"of soft labels; default: {said} {PROTOCOL['temperature']}")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of this training; the attacks are in fp32 always")
+    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training; attacks are in fp32")
     add("--adv_train", action="store_true", help="train adversarially (PGD), once for each threat model")
 
     attack = parser.add_argument_group("attacks")
@@ -189,7 +189,7 @@ def train_victim(args, net, train_on, options, threat_name, about, key, data, ru
     set_precision(args.precision)
     if args.compile and not threat_name:
         epochs = (options["epochs"] + 1) * runs
-        compile_planned(net, data, {}, set_batches(len(train_on[1]), options["batch_train"], epochs), tqdm.write)
+        compile_planned(net, data, {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)}, tqdm.write)
     start = time.perf_counter()
     attack = None
     if threat_name:
@@ -281,7 +281,7 @@ def main():
     if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
-    device = get_device(args.device)
+    choose_precision(args, device := get_device(args.device))
     sources = read_sources(args, NETWORKS)
     data = load_dataset(choose_dataset(args, sources), args.data_path, device)
     for flag in ("limit", "aa_limit"):
@@ -377,7 +377,7 @@ def compile_attacks(args, jobs, victims, n, data):
         cost = sum(typical_cost(args, job.attack) for job in jobs
                    if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD20", "PGD_L2", "CW", "Deepfool"))
         batch = min(data.chunk, SLICE)
-        compile_planned(next(iter(nets.values())), data, {batch: cost * n}, {}, tqdm.write)
+        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: cost * n}}, tqdm.write)
 
 
 def run_job(job, victims, test, threat, data, args, results, bar):

@@ -26,7 +26,7 @@ from engine.clock import duration
 from engine.command_line import add_fast_flags, add_switch, at_least, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, versions
-from engine.fast import forward, no_bf16, set_precision
+from engine.fast import choose_precision, forward, no_bf16, set_precision
 from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
 from engine.results import COLUMNS
 from engine.safe_files import InputError, write_json, write_tensors
@@ -161,7 +161,7 @@ def compile_training(args, data):
     attacked = {}
     if args.batch_train % data.chunk == 0:
         attacked[data.chunk] = trained[args.batch_train] / TRAINING_STEP * args.attack_steps
-    compile_planned(network_for(data, args.model, 0), data, attacked, trained, print)
+    compile_planned(network_for(data, args.model, 0), data, {"attacked": attacked, "trained": trained}, print)
 
 
 def print_plan(args, data):
@@ -175,8 +175,9 @@ def print_plan(args, data):
 
 def main():
     args = parse_args()
-    set_precision(args.precision)
-    data = load_dataset(args.dataset, args.data_path, get_device(args.device))
+    device = get_device(args.device)
+    set_precision(choose_precision(args, device))
+    data = load_dataset(args.dataset, args.data_path, device)
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
     if args.aa_limit and find_spec("pyautoattack") is None:

@@ -165,6 +165,13 @@ def diverged(error, args, exp, it):
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation of a set
+def evaluation_iterations(args):
+    """The outer iterations at whose start the set is evaluated. Deviation: always the last one too, which the published code
+    misses where --Iteration is no multiple of --eval_interval, or --eval_mode is none of S and SS."""
+    regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
+    return {*regular, args.Iteration}
+
+
 class Evaluator:
     """Trains fresh networks on a synthetic set and measures them (SPEC 3.1), as the flags of a run say.
 

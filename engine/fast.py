@@ -5,54 +5,96 @@ and benchmark.py measures both. The settings are of the process, as those of tor
 """
 import ctypes
 import functools
+import itertools
 import logging
 import re
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 
-from engine.device import device_name
+from engine.device import device_name, has_bf16
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")  # and the flag --precision has auto
 # Compiling one kind of batch takes 5 to 20 s. It pays where so much work of that kind is planned, in floating-point
 # operations: about a minute of it on two CPU cores, or on a large GPU.
 COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
-COMPILE_PAYS_BF16 = 0.1  # of that: on a CPU with bf16 instructions, what is not compiled runs 10 times slower in bf16
+COMPILE_PAYS_BF16 = 0.3  # of that: on a CPU, what is not compiled is computed in fp32
 # A batch of a size that is not compiled is filled up with zeros to one that is, if so much of that one are its own images.
-PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.1}
+PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.3}
 
 _precision = "fp32"
 _ready = set()  # the kinds of batches that are compiled
 
 
 # ------------------------------------------------------------------------------------------------------------ compilation
-def _plain(net, x):
-    if _precision != "bf16":
-        return net(x)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        return net(x).float()
+def _plain(net, x, last=None):
+    with autocast(x.device):
+        if last is None:
+            return _widen(net(x))
+        return tuple(map(_widen, net.embed_and_classify(x, last)))
 
 
-def _channels_last(net, x):
-    return _plain(net, x.contiguous(memory_format=torch.channels_last))
+def _widen(x):
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def autocast(device):
+    """bf16 on a GPU. Not on a CPU: what is not compiled runs in bfloat16 ten times slower there, if not fifty."""
+    return torch.autocast(device.type, torch.bfloat16) if _precision == "bf16" and device.type != "cpu" else nullcontext()
+
+
+def _lean(net, x, last=None):
+    """What is compiled: what `_plain` computes, with less memory traffic."""
+    x, layers = x.contiguous(memory_format=torch.channels_last), list(net.features)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=_precision == "bf16"):
+        x, unused = _lean_layers(layers[:last], x)
+        embedding = x.flatten(1)
+        if last is not None and last < len(layers):
+            x, more = _lean_layers(layers[last:], x.clone())  # the next layer may work in place
+            unused = unused + more
+        logits = _widen(net.classifier(x.flatten(1)) + unused)
+    return logits if last is None else (_widen(embedding), logits)
+
+
+def _lean_layers(layers, x):
+    """Pooling as view and mean, of which the compiler can make one pass with the norm and the activation before it; and no bias
+    of a convolution whose norm takes the mean of each channel away. Returns (x, a zero that has these biases, so that they keep
+    a gradient: 0, which is what rounding leaves of it otherwise)."""
+    unused = 0.0
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
+        if type(layer) is torch.nn.Conv2d and layer.bias is not None and _takes_means_away(following):
+            x = layer._conv_forward(x, layer.weight, None)
+            unused = unused + 0 * layer.bias.sum()
+        elif type(layer) is torch.nn.AvgPool2d and (layer.kernel_size, layer.stride, layer.padding) == (2, 2, 0) \
+                and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            n, channels, height, width = x.shape
+            x = x.view(n, channels, height // 2, 2, width // 2, 2).mean((3, 5))
+        else:
+            x = layer(x)
+    return x, unused
+
+
+def _takes_means_away(layer):
+    return type(layer) is torch.nn.GroupNorm and layer.num_groups == layer.num_channels
 
 
 # One function for all networks: parameters are inputs of what is compiled, so that another network of the pool, of the same
 # architecture, does not compile again. Shapes are fixed: a graph for any batch size is a third slower on a CPU.
 @functools.cache
 def _compiled():
-    return torch.compile(_channels_last, dynamic=False)
+    return torch.compile(_lean, dynamic=False)
 
 
-def _kind(net, x):
-    """What a compiled graph is good for: an architecture, its mode, a batch size, and which gradients are wanted."""
+def _kind(net, x, last):
+    """What a compiled graph is good for: an architecture, its mode, a batch size, the layers of the embedding that is wanted
+    as well, and which gradients are wanted."""
     if not torch.is_grad_enabled():
         wanted = "none"
     else:
         wanted = "parameters" if next(net.parameters()).requires_grad else "input" if x.requires_grad else "none"
-    return net.architecture, net.training, len(x), wanted
+    return net.architecture, net.training, len(x), last, wanted
 
 
 def forward(net, x):
@@ -61,22 +103,37 @@ def forward(net, x):
 
     net: of `get_network`. x: (N, C, H, W) normalised images. Returns (N, num_classes) float32.
     """
-    size = _compiled_size(net, x)
+    return _through(net, x, None)
+
+
+def embed(net, x, last):
+    """`Network.embed_and_classify`, compiled like `forward`."""
+    return _through(net, x, _layers(net, last))
+
+
+def _layers(net, last):
+    """--embed_last as a number of layers from the start."""
+    return len(range(len(net.features))[:last])
+
+
+def _through(net, x, last):
+    size = _compiled_size(net, x, last)
     if size is None:
-        return _plain(net, x)
+        return _plain(net, x, last)
     if size == len(x):
-        return _compiled()(net, x)
-    return _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))))[:len(x)]
+        return _compiled()(net, x, last)
+    out = _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))), last)
+    return out[:len(x)] if last is None else tuple(part[:len(x)] for part in out)
 
 
-def _compiled_size(net, x):
+def _compiled_size(net, x, last=None):
     """The size of the compiled batches that x goes through as; None: of none."""
     if not _ready or getattr(net, "architecture", None) is None:
         return None
-    architecture, training, n, wanted = kind = _kind(net, x)
+    architecture, training, n, *rest = kind = _kind(net, x, last)
     if kind in _ready:
         return n
-    size = min((size for *same, size, gradient in _ready if n < size and (*same, gradient) == (architecture, training, wanted)),
+    size = min((size for a, t, size, *other in _ready if n < size and (a, t, other) == (architecture, training, rest)),
                default=None)
     if size is None or n < PADDING_PAYS[_precision] * size:
         return None
@@ -84,11 +141,12 @@ def _compiled_size(net, x):
     return None if training and any(isinstance(layer, mixes) for layer in net.modules()) else size
 
 
-def compile_batches(net, shape, attacked=(), trained=()):
+def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=(), last=None):
     """Compile for networks like `net`, by running each kind of batch once on zeros. `net` is left as it was.
 
-    shape: (C, H, W) of the images. attacked: batch sizes at which the gradient in the images is taken, `net` in eval mode and
-    its parameters frozen. trained: those at which the gradient in the parameters is taken, in training mode.
+    shape: (C, H, W) of the images. Batch sizes: attacked: with the gradient in the images, `net` in eval mode and its
+    parameters frozen; trained: with the gradient in the parameters, in training mode; matched: `embed` with `last`, and the
+    gradient in the images; embedded: the same without a gradient; these two in the mode that `net` is in.
     Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
     """
     device, was_training = next(net.parameters()).device, net.training
@@ -103,14 +161,22 @@ def compile_batches(net, shape, attacked=(), trained=()):
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on machines without a GPU
         torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
         torch._dynamo.config.cache_size_limit = 64  # kinds of batches
-        for size, wanted in [(n, "input") for n in attacked] + [(n, "parameters") for n in trained]:
+        kinds = [(n, "input", None, False) for n in attacked] + [(n, "parameters", None, True) for n in trained]
+        if last is not None:
+            kinds += [(n, "input", _layers(net, last), was_training) for n in matched]
+            kinds += [(n, "none", _layers(net, last), was_training) for n in embedded]
+        for size, wanted, layers, training in kinds:
+            net.train(training).requires_grad_(wanted == "parameters")
             x = torch.zeros(size, *shape, device=device, requires_grad=wanted == "input")
-            net.train(wanted == "parameters").requires_grad_(wanted == "parameters")
-            kind = _kind(net, x)
-            if kind not in _ready:
-                loss = F.cross_entropy(_compiled()(net, x), torch.zeros(size, dtype=torch.long, device=device))
+            with torch.set_grad_enabled(wanted != "none"):
+                kind = _kind(net, x, layers)
+                if kind in _ready:
+                    continue
+                out = _compiled()(net, x, layers)
+            if wanted != "none":
+                loss = sum(part.square().mean() for part in (out if layers else [out]))
                 torch.autograd.grad(loss, [x] if wanted == "input" else list(net.parameters()))
-                _ready.add(kind)
+            _ready.add(kind)
     except Exception as error:  # of dynamo, of the code generator, of the compiler: whatever it is, eager mode works
         _ready.clear()
         # the first line; of a backend's error the next one too, which has the reason
@@ -129,22 +195,23 @@ def stop_compiling():
     torch._dynamo.reset()
 
 
-def compile_planned(net, shape, attacked, trained, say):
+def compile_planned(net, shape, planned, say, last=None):
     """Compile for the batches of which enough is planned to pay for it. Says what it did.
 
-    attacked, trained: {batch size: planned floating-point operations}.
+    planned: {kind, a batch-size argument of `compile_batches`: {batch size: planned floating-point operations}}.
     """
     pays = COMPILE_PAYS[next(net.parameters()).device.type] * (COMPILE_PAYS_BF16 if _precision == "bf16" else 1)
-    attacked, trained = ([size for size, flops in planned.items() if flops >= pays] for planned in (attacked, trained))
-    if not attacked and not trained:
+    sizes = {kind: [size for size, flops in batches.items() if flops >= pays] for kind, batches in planned.items()}
+    sizes = {kind: found for kind, found in sizes.items() if found}
+    if not sizes:
         return
     start = time.perf_counter()
-    problem = compile_batches(net, shape, attacked, trained)
+    problem = compile_batches(net, shape, **sizes, last=last)
     if problem:
         say(f"{problem}; going on without")
     else:
-        say(f"compiled in {time.perf_counter() - start:.3g} s: attacks on batches of {attacked}, training on batches of "
-            f"{trained}; --no_compile turns it off")
+        batches = ", ".join(f"{kind} batches of {' and '.join(map(str, found))}" for kind, found in sizes.items())
+        say(f"compiled in {time.perf_counter() - start:.3g} s: {batches} images; --no_compile turns it off")
 
 
 # -------------------------------------------------------------------------------------------------------------- precision
@@ -156,6 +223,13 @@ def set_precision(name):
         raise ValueError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}")
     _precision = name
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+
+
+def choose_precision(args, device):
+    """--precision auto becomes bf16 where the device has instructions for it, else tf32, in `args` too. Returns the name."""
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(device) else "tf32"
+    return args.precision
 
 
 @contextmanager

@@ -8,10 +8,12 @@ import time
 import torch
 
 from engine import fast
-from engine.device import device_name, synchronise
+from engine.device import device_name, has_bf16, synchronise
 
 TRAINING_STEP = 1.5  # of an image-gradient: a training step has the gradient of the parameters as well
+FORWARD = 0.45  # of it: a pass without a gradient
 COMPILE_PAYS_WITHIN = 50  # outer iterations
+MATCHED = 512  # synthetic images whose activations are held at a time, 4 MiB each for the published ConvNet
 
 
 def forward_flops(net, channel, size):
@@ -23,9 +25,11 @@ def forward_flops(net, channel, size):
         flops.append(2 * output.numel() * layer.weight[0].numel())  # each output value is a product with one row or filter
     hooks = [layer.register_forward_hook(count) for layer in net.modules()
              if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    was_training = net.training
     net.eval()
     with torch.no_grad():
         net(torch.zeros(1, channel, *size, device=next(net.parameters()).device))
+    net.train(was_training)
     for hook in hooks:
         hook.remove()
     return sum(flops)
@@ -45,6 +49,24 @@ def image_gradients_per_second(net, data):
     return len(images) * steps / (time.perf_counter() - start)
 
 
+def convolution_rate(device, dtype, count=64, repeats=3):
+    """Floating-point operations a second of the ConvNet's second convolution, forward and backward to its input, in the faster of
+    the two memory formats: what the library reaches by itself."""
+    seconds = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        conv = torch.nn.Conv2d(128, 128, 3, padding=1).to(device, dtype, memory_format=layout).requires_grad_(False)
+        x = torch.randn(count, 128, 16, 16, device=device).to(dtype, memory_format=layout).requires_grad_()
+        gradient, times = torch.randn_like(x), []
+        for _ in range(repeats + 1):
+            synchronise(device)
+            start = time.perf_counter()
+            torch.autograd.grad(conv(x), x, gradient)
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+        seconds.append(sorted(times[1:])[repeats // 2])
+    return count * 2 * 2 * 9 * 128 * 128 * 16 * 16 / min(seconds)
+
+
 def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, reports):
     """Say what the run is about to do and, from a short measurement, how long it will take; tell `clock` the same.
 
@@ -62,7 +84,8 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
     trained_on = stored * args.pack**2
     flops = 2 * forward_flops(net, data.channel, data.size)  # of an image-gradient: forward and backward to the input
     if args.compile:
-        compile_planned(net, data, *planned_batches(args, data, threat), run.say)
+        net.train(not args.robust_prior)  # as those of the pool are
+        compile_planned(net, data, planned_batches(args, data, threat), run.say, args.embed_last)
     rate = image_gradients_per_second(net, data)
     clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
     clock.expect("evaluation", evaluations * args.num_exp, evaluate.cost(trained_on, select=True) / rate)
@@ -73,16 +96,19 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
             + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {evaluate.networks} network(s)")
     run.say(f"an iteration: {gradients:.0f} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
             f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
+    if args.precision != "bf16" and args.compile and has_bf16(data.device):
+        gain = convolution_rate(data.device, torch.bfloat16) / convolution_rate(data.device, torch.float32)
+        run.say(f"--precision bf16: this device has instructions for it, and makes {gain:.1f} times as many convolutions a second")
     small = sum(n < args.batch_real for n in per_class)
     if small:
         run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
 
 
-def compile_planned(net, data, attacked, trained, say):
-    """fast.compile_planned for a network of this data set. attacked, trained: {batch size: image-gradients}."""
+def compile_planned(net, data, planned, say, last=None):
+    """fast.compile_planned for a network of this data set. planned: {kind of batches: {batch size: image-gradients}}."""
     flops = 2 * forward_flops(net, data.channel, data.size)
-    fast.compile_planned(net, (data.channel, *data.size), {size: n * flops for size, n in attacked.items()},
-                         {size: n * flops for size, n in trained.items()}, say)
+    fast.compile_planned(net, (data.channel, *data.size), {kind: {size: n * flops for size, n in batches.items()}
+                                                           for kind, batches in planned.items()}, say, last)
 
 
 def set_batches(count, batch, epochs):
@@ -96,21 +122,36 @@ def planned_batches(args, data, threat):
     """The batches of COMPILE_PAYS_WITHIN outer iterations and one evaluation, whatever --Iteration says: a run that is given
     more iterations later computes the same as one that had them from the start.
 
-    Returns {batch size: image-gradients} of the attacks, and of training.
+    Returns {"attacked", "trained", "matched", "embedded": {batch size: image-gradients}}, as `fast.compile_batches` names them.
     """
-    attacked, trained, chunk = collections.Counter(), collections.Counter(), data.chunk
+    attacked, trained, matched, embedded = (collections.Counter() for _ in range(4))
+    chunk = data.chunk
+
+    def chunks(images, work, kind):
+        kind[chunk] += images // chunk * chunk * work
+        kind[images % chunk] += images % chunk * work
 
     def attack(images, times, steps=threat.steps):
-        attacked[chunk] += images // chunk * chunk * steps * times
-        attacked[images % chunk] += images % chunk * steps * times
+        chunks(images, steps * times, attacked)
 
     updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
     steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.outer_loop * args.fetch_net_num * args.model_train_steps
     pool_batch = min(args.trained_bs, len(data.labels["train"]))
-    for classes in data.class_groups(args.batch_real) if args.attack_prior else ():
-        attack(sum(min(args.batch_real, data.class_size(c)) for c in classes), updates)
+    for classes in data.class_groups(args.batch_real):
+        real = sum(min(args.batch_real, data.class_size(c)) for c in classes)
+        attack(real * args.attack_prior, updates)
+        chunks(real, FORWARD * updates, embedded)
     attack(pool_batch if args.attack_pool else 0, steps)
     trained[pool_batch] += TRAINING_STEP * pool_batch * steps
     attack(args.test_limit or len(data.labels["test"]), args.num_eval, threat.judge_cost)
-    trained_on = args.ipc * data.num_classes * args.pack**2
-    return attacked, trained + set_batches(trained_on, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))
+    sub_images = args.ipc * args.pack**2
+    for classes in matched_together(data, sub_images):
+        chunks(len(classes) * sub_images, updates, matched)
+    trained += set_batches(data.num_classes * sub_images, args.batch_train, args.num_eval * (args.epoch_eval_train + 1))
+    return {"attacked": attacked, "trained": trained, "matched": matched, "embedded": embedded}
+
+
+def matched_together(data, sub_images):
+    """Ranges of classes whose synthetic images, `sub_images` of each, are matched in one pass: their activations are held."""
+    step = max(1, max(MATCHED, data.chunk) // sub_images)
+    return [range(first, min(first + step, data.num_classes)) for first in range(0, data.num_classes, step)]

@@ -240,7 +240,7 @@ def test_a_full_memory_is_one_line(monkeypatch):
 
 
 def test_compiling_leaves_batchnorm_as_it_was(monkeypatch):
-    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x: net(x))
+    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x, last: net(x))
     net = get_network("ConvNetBN", 3, 10, (32, 32), 0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert fast.compile_batches(net, (3, 32, 32), trained=[4]) is None

@@ -22,13 +22,13 @@ SMALL = ["--model", "ConvNetW32", "--ipc", "1", "--batch_real", "8", "--trained_
 
 @pytest.fixture(scope="module")
 def compiled():
-    """ConvNetW32 compiled for attacks on 16 and training on 16; skips where torch.compile does not work."""
+    """ConvNetW32 compiled for 16 images, whatever they are for; skips where torch.compile does not work."""
     fast.set_precision("tf32")  # as the scripts: another precision compiles again
-    net = get_network("ConvNetW32", 3, 10, (32, 32), 0).eval()
-    problem = fast.compile_batches(net, (3, 32, 32), attacked=[16], trained=[16])
+    net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
+    problem = fast.compile_batches(net, (3, 32, 32), attacked=[16], trained=[16], matched=[16], embedded=[16], last=1000)
     if problem:
         pytest.skip(problem)
-    assert not net.training and all(p.requires_grad for p in net.parameters())
+    assert net.training and all(p.requires_grad for p in net.parameters())
     yield
     fast.stop_compiling()
 
@@ -52,7 +52,7 @@ def test_compiled_in_bf16_and_judged_without(compiled):
 
 def count_compiled(monkeypatch):
     calls, original = [], fast._compiled
-    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x: (calls.append(len(x)), original()(net, x))[1])
+    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x, last: (calls.append(len(x)), original()(net, x, last))[1])
     return calls
 
 
@@ -99,8 +99,8 @@ def test_smaller_batches_are_filled_up(compiled, monkeypatch):
     gradients(x[:5].clone(), training=False)
     assert calls == [16, 16]
     with_norm = get_network("ConvNetBN", 3, 10, (32, 32), 0)
-    monkeypatch.setattr(fast, "_ready", {(with_norm.architecture, training, 16, wanted) for training, wanted in
-                                         ((True, "parameters"), (False, "none"))})
+    monkeypatch.setattr(fast, "_ready", {(with_norm.architecture, training, 16, None, wanted) for training, wanted
+                                         in ((True, "parameters"), (False, "none"))})
     assert fast._compiled_size(with_norm, x) is None
     with torch.no_grad():
         assert fast._compiled_size(with_norm.eval(), x) == 16
@@ -114,7 +114,7 @@ net = get_network("ConvNetW32", 3, 10, (32, 32), 0).eval()
 problem = fast.compile_batches(net, (3, 32, 32), attacked=[16])
 x = torch.randn(16, 3, 32, 32, requires_grad=True)
 with fast.frozen(net):
-    print(torch.backends.cpu.get_cpu_capability(), problem, fast._kind(net, x) in fast._ready,
+    print(torch.backends.cpu.get_cpu_capability(), problem, fast._kind(net, x, None) in fast._ready,
           torch.allclose(fast.forward(net, x), net(x), atol=1e-4))
 """
 
@@ -157,7 +157,7 @@ def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch, request):
     assert not calls and eager.dtype == torch.double and torch.allclose(eager, images, atol=1e-9)
     assert torch.allclose(parameters(eager_pool), parameters(plain_pool), atol=1e-12)
     quick, quick_pool = script_iteration()
-    assert calls == [16] * (5 * 10 + 2 * 2 * 11)
+    assert calls == [16] * (5 * 10 + 5 + 2 + 2 * 2 * 11)  # attacked, embedded, matched (of 40: 16, 16 and 8); pool training
     moved = (eager - start).flatten(1).norm(dim=1)  # one image a class
     assert moved.min() > 1
     assert torch.allclose(quick, eager, atol=1e-9)
@@ -165,9 +165,21 @@ def test_fast_iteration_equals_plain_iteration(compiled, monkeypatch, request):
 
 
 def test_the_benchmark_says_what_it_measured():
-    """80 images in all, fewer than a chunk: the batch that is measured is the data."""
-    bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--repeats", "1"]))
-    assert benchmark.pgd_step(bench)[0] == bench.pgd_batch == 80
+    """40 images in all, fewer than a chunk: the batch that is measured is the data. Seconds of the plain loop, and of the fast
+    one in each precision."""
+    bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--batch_real", "4", "--repeats", "1"]))
+    images, seconds, work = benchmark.pgd_step(bench)
+    fast.set_precision("tf32")
+    assert images == bench.pgd_batch == work == 40 and len(seconds) == 1 + len(bench.precisions)
+    counted = benchmark.on_a_gpu(bench)
+    assert counted["operations"] > 500 and counted["bytes"] > 1e8
+
+
+def test_operations_are_counted():
+    x = torch.ones(10, 10)
+    with benchmark.OperationCounter() as counter:
+        (x.view(100)[:50] + 1) * 2  # 50 in, 50 out, twice
+    assert counter.operations == 2 and counter.bytes == 4 * 200
 
 
 def test_no_compiler_means_plain(monkeypatch):
@@ -175,53 +187,70 @@ def test_no_compiler_means_plain(monkeypatch):
         raise RuntimeError("no C++ compiler\nand a page of advice")
     monkeypatch.setattr(fast, "_compiled", no_compiler)
     net, said = get_network("ConvNetW32", 3, 10, (32, 32), 0), []
-    fast.compile_planned(net, (3, 32, 32), {128: 1e15}, {}, said.append)
+    fast.compile_planned(net, (3, 32, 32), {"attacked": {128: 1e15}}, said.append)
     assert said == ["torch.compile does not work here (RuntimeError: no C++ compiler); going on without"]
     assert fast.forward(net, torch.zeros(128, 3, 32, 32)).shape == (128, 10)
     assert all(p.requires_grad for p in net.parameters()) and net.training
 
 
 def test_only_what_pays_is_compiled(monkeypatch):
-    asked = []
-    monkeypatch.setattr(fast, "compile_batches", lambda net, shape, attacked, trained: asked.append((attacked, trained)))
+    asked, said = [], []
+    monkeypatch.setattr(fast, "compile_batches", lambda net, shape, last, **sizes: asked.append(sizes))
     net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
-    fast.compile_planned(net, (3, 32, 32), {128: 1e12, 64: 1e14}, {0: 0, 256: 1e13}, lambda line: None)
-    fast.compile_planned(net, (3, 32, 32), {128: 1e12}, {}, lambda line: None)
+    fast.compile_planned(net, (3, 32, 32), {"attacked": {128: 1e12, 64: 1e14}, "trained": {0: 0, 256: 1e13}}, said.append)
+    fast.compile_planned(net, (3, 32, 32), {"attacked": {128: 1e12}, "trained": {}}, said.append)
     fast.set_precision("bf16")
-    fast.compile_planned(net, (3, 32, 32), {128: 1e12, 64: 1e11}, {}, lambda line: None)
+    fast.compile_planned(net, (3, 32, 32), {"matched": {128: 3e12, 64: 1e11}}, said.append)
     fast.set_precision("tf32")
-    assert asked == [([64], [256]), ([128], [])]
+    assert asked == [{"attacked": [64], "trained": [256]}, {"matched": [128]}] and len(said) == 2
+    assert "attacked batches of 64, trained batches of 256 images" in said[0]
 
 
-def test_precision():
+def test_precision(monkeypatch):
     with pytest.raises(ValueError, match="fp64.*fp32, tf32, bf16"):
         fast.set_precision("fp64")
     net, x = get_network("ConvNetW32", 3, 10, (32, 32), 0), torch.randn(4, 3, 32, 32)
     exact = fast.forward(net, x)
     fast.set_precision("bf16")
     try:
-        rough = fast.forward(net, x)
-        with fast.no_bf16():  # where an accuracy is measured
-            assert torch.equal(fast.forward(net, x), exact)
-        assert torch.equal(fast.forward(net, x), rough)
+        assert torch.equal(fast.forward(net, x), exact)  # on a CPU, what is not compiled
+        monkeypatch.setattr(fast, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))  # as on a GPU
+        rough, embedding = fast.forward(net, x), fast.embed(net, x, 1000)[0]
     finally:
         fast.set_precision("tf32")
-    assert rough.dtype == torch.float32 and not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.05)
-    assert torch.equal(fast.forward(net, x), exact)
+    for x, y in ((rough, exact), (embedding, net.embed_and_classify(x)[0])):
+        assert x.dtype == torch.float32 and not torch.equal(x, y) and torch.allclose(x, y, atol=0.05)
+
+
+@pytest.mark.parametrize("model, last", [("ConvNetW32", 1000), ("ConvNetW32", -1), ("ConvNetW32", 5), ("ConvNetAS", 1000),
+                                         ("ConvNetBN", 1000), ("ConvNetGN", 3), ("ConvNetMP", 1000), ("ResNet18", -2),
+                                         ("VGG11", 1000), ("MLP", 1000)])
+def test_lean_equals_plain(model, last):
+    """Scores, embeddings and all gradients, in double precision; what has no bias has its gradient, 0, all the same."""
+    net = get_network(model, 3, 10, (32, 32), 0).double()
+    net.train()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.double, requires_grad=True)
+    wanted = [x, *net.parameters()]
+    for layers in (None, fast._layers(net, last)):
+        plain, lean = fast._plain(net, x, layers), fast._lean(net, x, layers)
+        plain, lean = ([out] if layers is None else out for out in (plain, lean))
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(plain, lean))
+        gradients = [torch.autograd.grad(sum(part.square().sum() for part in out), wanted) for out in (plain, lean)]
+        assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-9) for a, b in zip(*gradients))
 
 
 @pytest.mark.parametrize("flag, expected", [([], 1), (["--no_compile"], 0)])
 def test_the_script_compiles_unless_told_not_to(monkeypatch, tmp_path, flag, expected):
     planned = []
-    monkeypatch.setattr(fast, "compile_planned", lambda net, shape, attacked, trained, say: planned.append((attacked, trained)))
+    monkeypatch.setattr(fast, "compile_planned", lambda net, shape, batches, say, last: planned.append(batches))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", "--dataset", "Digits", "--model", "MLP", "--ipc", "1",
                                       "--select", "test", "--Iteration", "0", "--num_exp", "1", "--epoch_eval_train",
                                       "1", "--test_limit", "20", "--no_baseline", *flag])
     rome.main()
     assert len(planned) == expected
-    for attacked, trained in planned:  # 256 real images of each class (all that there are), a pool batch of 256
-        assert attacked[128] > attacked[20] > 0 and trained[256] > trained[10] > 0
+    for batches in planned:  # 256 real images of each class (all that there are), a pool batch of 256
+        assert batches["attacked"][64] > batches["attacked"][20] > 0 and batches["trained"][256] > batches["trained"][10] > 0
 
 
 @pytest.mark.slow

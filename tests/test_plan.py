@@ -1,6 +1,7 @@
 """What a run will cost: counts, estimates, the clock."""
 import time
 
+import pytest
 import torch
 from conftest import random_dataset
 
@@ -12,21 +13,23 @@ from networks import get_network
 
 
 def test_planned_batches():
-    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 128."""
+    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 64."""
     data = random_dataset(per_class=80)
     args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
                             "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
-    attacked, trained = planned_batches(args, data, get_threat_model("published", data))
-    # 640 images an update = 5 x 128; 200 pool images = 128 + 72, 4 steps; 800 test images = 6 x 128 + 32, two networks
-    assert attacked[128] == 10 * (50 * 640 + 50 * 4 * 128 + 2 * 768)
-    assert attacked[72] == 10 * 50 * 4 * 72 and attacked[32] == 10 * 2 * 32
+    planned = planned_batches(args, data, get_threat_model("published", data))
+    attacked, trained = planned["attacked"], planned["trained"]
+    # 640 images an update = 10 x 64; 200 pool images = 3 x 64 + 8, 4 steps; 800 test images = 12 x 64 + 32, two networks
+    assert attacked[64] == 10 * (50 * 640 + 50 * 4 * 192 + 2 * 768)
+    assert attacked[8] == 10 * 50 * 4 * 8 and attacked[32] == 10 * 2 * 32
     assert trained[200] == 1.5 * 50 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
     assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
+    assert planned["matched"] == {64: 0, 30: 50 * 30} and planned["embedded"][64] == pytest.approx(0.45 * 50 * 640)
     more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
     less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
     published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))
     assert planned_batches(more, data, published) == planned_batches(less, data, published)
-    judged, _ = planned_batches(args, data, pixel)
+    judged = planned_batches(args, data, pixel)["attacked"]
     assert judged[32] == 3 * 20 * 2 * 32  # 20 steps at three radii
 
 

@@ -267,10 +267,10 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
 def test_evaluation_iterations():
     def args(**k):
         return SimpleNamespace(**{"Iteration": 300, "eval_interval": 100, "eval_mode": "S", **k})
-    assert sorted(rome.evaluation_iterations(args())) == [100, 200, 300]  # not 0; the last one included
-    assert sorted(rome.evaluation_iterations(args(Iteration=250, eval_mode="SS"))) == [100, 200, 250]
-    assert sorted(rome.evaluation_iterations(args(eval_mode="M"))) == [300]
-    assert sorted(rome.evaluation_iterations(args(Iteration=0))) == [0]
+    assert sorted(utils.evaluation_iterations(args())) == [100, 200, 300]  # not 0; the last one included
+    assert sorted(utils.evaluation_iterations(args(Iteration=250, eval_mode="SS"))) == [100, 200, 250]
+    assert sorted(utils.evaluation_iterations(args(eval_mode="M"))) == [300]
+    assert sorted(utils.evaluation_iterations(args(Iteration=0))) == [0]
 
 
 def test_initial_set(digits):
