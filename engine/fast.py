@@ -108,18 +108,19 @@ def forward(net, x):
 
 def embed(net, x, last):
     """`Network.embed_and_classify`, compiled like `forward`."""
-    return _through(net, x, _layers(net, last))
+    return _through(net, x, last)
 
 
 def _layers(net, last):
     """--embed_last as a number of layers from the start."""
-    return len(range(len(net.features))[:last])
+    return None if last is None else len(range(len(net.features))[:last])
 
 
 def _through(net, x, last):
     size = _compiled_size(net, x, last)
     if size is None:
         return _plain(net, x, last)
+    last = _layers(net, last)
     if size == len(x):
         return _compiled()(net, x, last)
     out = _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))), last)
@@ -130,7 +131,7 @@ def _compiled_size(net, x, last=None):
     """The size of the compiled batches that x goes through as; None: of none."""
     if not _ready or getattr(net, "architecture", None) is None:
         return None
-    architecture, training, n, *rest = kind = _kind(net, x, last)
+    architecture, training, n, *rest = kind = _kind(net, x, _layers(net, last))
     if kind in _ready:
         return n
     size = min((size for a, t, size, *other in _ready if n < size and (a, t, other) == (architecture, training, rest)),

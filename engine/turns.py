@@ -5,8 +5,6 @@ The images of a class are moved by their momentum in the turns of the others. Th
 of all classes can be brought to where their turns find them, their gradients taken in one pass, and the turns be made.
 Source: SPEC 1.1; the result is that of turn after turn, up to the rounding of a larger batch.
 """
-import copy
-
 import torch
 
 
@@ -15,7 +13,7 @@ def at_their_turns(images, optimizer, num_classes):
 
     images: (C*ipc, ...) class-major, the parameter of `optimizer`. Returns a tensor like images, without a graph.
     """
-    kept, state = images.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    kept, state = images.detach().clone(), _copy(optimizer.state_dict())
     found = torch.empty_like(kept)
     for rows in _of_each_class(images, num_classes):
         found[rows] = images.detach()[rows]
@@ -37,3 +35,10 @@ def take_turns(images, optimizer, gradient, num_classes):
 def _of_each_class(images, num_classes):
     ipc = len(images) // num_classes
     return [slice(c * ipc, (c + 1) * ipc) for c in range(num_classes)]
+
+
+def _copy(state):
+    """A state_dict whose tensors are copies."""
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, torch.Tensor) else state
