@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
-from augment import PACKS, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from augment import PACKS, draws_on_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from engine.audit import audits_at_the_end
 from engine.clock import Clock
 from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
-from engine.device import get_device
+from engine.device import get_device, moved_together
 from engine.fast import choose_precision, embed, forward, frozen, set_precision
 from engine.formats import SyntheticSet
 from engine.plan import matched_together, print_plan
@@ -96,18 +97,19 @@ def robust_prior(net, data, threat, args, rng):
     """
     draws, emb_adv = [], []
     for classes in data.class_groups(args.batch_real):  # as many at a time as the memory allows
-        batches = []
-        for c in classes:
-            img_real = data.sample_class(c, args.batch_real, rng["data"])  # (n, 3, H, W)
-            draws.append(dsa_draw(args.dsa_strategy, data.size, rng["dsa"]))
-            img_real = dsa_apply(img_real, draws[c])
+        chosen = [data.choose_class(c, args.batch_real, rng["data"]) for c in classes]
+        drawn = [dsa_draw(args.dsa_strategy, data.size, rng["dsa"]) for c in classes]
+        chosen, drawn = draws_on_device(chosen, drawn, data.device)
+        draws, batches = draws + drawn, []
+        for c, index in zip(classes, chosen):
+            img_real = dsa_apply(data.take("train", index)[0], draws[c])  # (n, 3, H, W)
             if args.ipc == 1 and args.pack == 1 and REAL_KEPT and len(img_real) > REAL_KEPT:
                 img_real = lowest_loss(net, img_real, c, REAL_KEPT)
             batches.append(img_real)
         sizes = [len(batch) for batch in batches]
         img_adv = torch.cat(batches)  # (sum of sizes, 3, H, W)
         if args.attack_prior:
-            label_real = torch.tensor(classes).repeat_interleave(torch.tensor(sizes)).to(data.device)
+            label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
             img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=data.chunk)
         with torch.no_grad():
             embeddings = torch.cat([embed(net, x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
@@ -125,9 +127,11 @@ def lowest_loss(net, img_real, c, count):
 def train_pool(members, data, threat, args, rng):
     """Step 4: train these networks of the pool on attacked real images. Returns the mean loss, a () tensor; 0 for none."""
     losses = [torch.zeros((), device=data.device)]
+    chosen = [data.choose(args.trained_bs, rng["data"]) for _ in range(len(members) * args.model_train_steps)]
+    batches = iter(moved_together(chosen, data.device))
     for member in members:
         for _ in range(args.model_train_steps):
-            img_real, label_real = data.sample(args.trained_bs, rng["data"])
+            img_real, label_real = data.take("train", next(batches))
             if args.attack_pool:
                 img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk)
             logits = forward(member.net, img_real)
@@ -146,15 +150,16 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
         pool.push(args.net_push_num)
     matched = pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end)
     trained = [] if pool.fixed else pool.choose(args.fetch_net_num, rng["pool"])
-    for _ in range(args.outer_loop):
-        # 3. Match the synthetic images to the robust prior of random pool networks.
-        for member in matched:
-            loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
-            w_f = member.running_accuracy()
-        # 4. Train random pool networks on attacked real images.
-        loss_net = train_pool(trained, data, threat, args, rng)
-    losses = dict(zip(("loss_robustness", "loss_performance", "w_f", "loss_pool"),
-                      torch.stack([loss_rob, loss_perf, w_f, loss_net]).tolist()))
+    with audits_at_the_end() as audits:
+        for _ in range(args.outer_loop):
+            # 3. Match the synthetic images to the robust prior of random pool networks.
+            for member in matched:
+                loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
+                w_f = member.running_accuracy()
+            # 4. Train random pool networks on attacked real images.
+            loss_net = train_pool(trained, data, threat, args, rng)
+        losses = dict(zip(("loss_robustness", "loss_performance", "w_f", "loss_pool"),
+                          audits.read([loss_rob, loss_perf, w_f, loss_net])))
     utils.check_finite(losses)
     return losses
 

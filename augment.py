@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from engine.device import moved_together
 from engine.fast import exact_products
 
 # Strengths, in the units of SPEC 1.4.
@@ -166,6 +167,13 @@ def dsa_apply(x, draw):
         return x
     name, parameters = draw
     return DSA_OPERATIONS[name][1](x, parameters.to(x.device))
+
+
+def draws_on_device(chosen, draws, device):
+    """Tensors of the CPU and draws of `dsa_draw`, one for each of them, on the device, in one copy. Returns both as they were."""
+    parameters = moved_together([*chosen, *(draw[1] for draw in draws if draw)], device)
+    rest = iter(parameters[len(chosen):])
+    return parameters[:len(chosen)], [draw and (draw[0], next(rest)) for draw in draws]
 
 
 # --------------------------------------------------------------------------------------------------------------- packing

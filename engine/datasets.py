@@ -87,14 +87,22 @@ class Dataset:
         """How many training images class c has."""
         return len(self._class_index[c])
 
+    def choose_class(self, c, n, generator):
+        """The numbers of n training images of class c without replacement; of the whole class, shuffled, if it is smaller.
+        (n,) int64, on the CPU."""
+        return self._class_index[c][torch.randperm(self.class_size(c), generator=generator)[:n]]
+
+    def choose(self, n, generator):
+        """The numbers of n training images of all classes, likewise."""
+        return torch.randperm(len(self.labels["train"]), generator=generator)[:n]
+
     def sample_class(self, c, n, generator):
-        """n training images of class c without replacement; the whole class, shuffled, if it is smaller."""
-        order = torch.randperm(self.class_size(c), generator=generator)[:n]
-        return self.take("train", self._class_index[c][order])[0]
+        """The images of `choose_class`, (n, C, H, W) normalised."""
+        return self.take("train", self.choose_class(c, n, generator))[0]
 
     def sample(self, n, generator):
-        """n training images of all classes without replacement, with labels; the whole set if it is smaller."""
-        return self.take("train", torch.randperm(len(self.labels["train"]), generator=generator)[:n])
+        """The images of `choose` and their labels."""
+        return self.take("train", self.choose(n, generator))
 
     def class_groups(self, batch_real):
         """Ranges of classes whose batches of `batch_real` images are held at a time, so that memory does not grow with their

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.safe_files import InputError
 
@@ -65,6 +66,19 @@ def synchronise(device):
     """Wait for what the device was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def moved_together(tensors, device):
+    """Tensors of the CPU -> on the device, in one copy from pinned memory, so that the host does not wait for each of them."""
+    if device.type == "cpu":
+        return list(tensors)
+    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    sizes = [-len(part) % 8 + len(part) for part in flat]  # each begins where any type may begin
+    buffer = torch.cat([F.pad(part, (0, size - len(part))) for part, size in zip(flat, sizes)])
+    if torch.cuda.is_available():
+        buffer = buffer.pin_memory()
+    parts = buffer.to(device, non_blocking=True).split(sizes)
+    return [part[:len(one)].view(tensor.dtype).view(tensor.shape) for part, one, tensor in zip(parts, flat, tensors)]
 
 
 def versions():

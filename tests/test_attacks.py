@@ -24,6 +24,7 @@ from attacks import (
     spsa,
     square_attack,
 )
+from engine.audit import audits_at_the_end
 from networks import get_network
 
 QUICK = {  # enough to see the direction
@@ -169,6 +170,23 @@ def test_audit_refuses(broken, error):
     for norm, eps in (("Linf", 8 / 255), ("L2", 8 / 255)):
         with pytest.raises(error):
             audit(x, x_adv, norm, eps)
+
+
+def test_audits_can_be_read_together():
+    """The wrong one among them is found; the values asked for come back."""
+    x = torch.full((2, 1, 2, 2), 0.5)
+    with audits_at_the_end() as audits:
+        audit(x, x + 0.01, "Linf", 0.02)
+        audit(x, x + 0.03, "Linf", 0.04)
+        assert audits.read([torch.tensor(2.5), torch.tensor(1.0)]) == [2.5, 1.0]
+    with pytest.raises(RuntimeError, match="largest Linf change 0.03, allowed are .0, 1. and 0.02"), audits_at_the_end() as audits:
+        audit(x, x + 0.01, "Linf", 0.02)
+        audit(x, x + 0.03, "Linf", 0.02)
+        audit(x, x, "Linf", 0.02)
+    with pytest.raises(FloatingPointError), audits_at_the_end() as audits:
+        audit(x, x * torch.nan, "Linf", 0.02)
+    with pytest.raises(RuntimeError, match="left its bounds"):
+        audit(x, x + 0.03, "Linf", 0.02)  # at once again
 
 
 def test_audit_refuses_values_outside_the_box():

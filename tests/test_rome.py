@@ -74,9 +74,15 @@ class SmallData:
         self.x = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.y = torch.arange(30) % 3
 
+    def choose_class(self, c, n, generator):
+        index = (self.y == c).nonzero().flatten()
+        return index[torch.randperm(len(index), generator=generator)[:n]]
+
+    def take(self, split, index):
+        return self.x[index], self.y[index]
+
     def sample_class(self, c, n, generator):
-        x = self.x[self.y == c]
-        return x[torch.randperm(len(x), generator=generator)[:n]]
+        return self.take("train", self.choose_class(c, n, generator))[0]
 
     def normalize(self, z):
         return (z - 0.4) / 0.3
