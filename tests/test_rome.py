@@ -250,8 +250,8 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
         return [{"model": "MLP", "robust_acc": 1 - accs[it], "select_acc": accs[it]}]
     monkeypatch.setattr(NetPool, "push", lambda self, n, push=NetPool.push: (pushed.append(n), push(self, n)))
     monkeypatch.setattr(NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
-    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None, metric=lambda *a, **k: None,
-                           say=lambda text: None,
+    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None,
+                           report_iteration=lambda *a: None,
                            save_best=lambda exp, best, recipe: saved.append(best["iteration"]),
                            experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
                            uninterrupted=contextlib.nullcontext)
@@ -267,10 +267,10 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
 def test_evaluation_iterations():
     def args(**k):
         return SimpleNamespace(**{"Iteration": 300, "eval_interval": 100, "eval_mode": "S", **k})
-    assert sorted(rome.evaluation_iterations(args())) == [100, 200, 300]  # not 0; the last one included
-    assert sorted(rome.evaluation_iterations(args(Iteration=250, eval_mode="SS"))) == [100, 200, 250]
-    assert sorted(rome.evaluation_iterations(args(eval_mode="M"))) == [300]
-    assert sorted(rome.evaluation_iterations(args(Iteration=0))) == [0]
+    assert sorted(utils.evaluation_iterations(args())) == [100, 200, 300]  # not 0; the last one included
+    assert sorted(utils.evaluation_iterations(args(Iteration=250, eval_mode="SS"))) == [100, 200, 250]
+    assert sorted(utils.evaluation_iterations(args(eval_mode="M"))) == [300]
+    assert sorted(utils.evaluation_iterations(args(Iteration=0))) == [0]
 
 
 def test_initial_set(digits):
