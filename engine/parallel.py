@@ -9,12 +9,14 @@ import itertools
 import json
 import os
 import re
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+from tqdm import tqdm
 
 from engine.safe_files import InputError
 
@@ -156,6 +158,18 @@ def rank():
 def chief():
     """Whether this is the process that writes."""
     return rank() == 0
+
+
+def silent():
+    """The `disable` of a progress bar: it is shown on a terminal, and by the first process."""
+    return None if chief() else True
+
+
+def say(text):
+    """A line for the reader, above a progress bar if there is one; from the first process."""
+    if chief():
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ script = importlib.import_module(Path(sys.argv[1]).stem)
 sys.argv = sys.argv[1:]
 torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float32")))
 utils.SELECT_IMAGES = 40
+import sanity; sanity.QUERIES = 50; sanity.STEPS = 10
 if os.environ.get("KEEP"):
     StateFile.remove = lambda self: None
 who, call = map(int, os.environ.get("KILL", "-1:0").split(":"))
