@@ -293,6 +293,7 @@ def main():
     device = get_device(parallel.start(args))
     sources = read_sources(args, NETWORKS)
     data = load_dataset(choose_dataset(args, sources), args.data_path, device)
+    data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random numbers on CUDA
     for flag in ("limit", "aa_limit"):
         if getattr(args, flag) > len(data.labels["test"]):
             raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
