@@ -390,9 +390,9 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, own=slice(None), **options):
+def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, own=None, **options):
     """The adversarial images alone: see `craft`. own: a slice; of PGD on x, these images only, with their part of the noise."""
-    if len(x[own]) < len(x):
+    if own is not None and len(x[own]) < len(x):
         eps = options.get("eps", threat.eps)
         options["noise"] = torch.cat([start_noise(part, eps, generator) for part in x.split(chunk)])[own]
         x, labels = x[own], labels[own]
