@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -32,7 +33,8 @@ class _World:
 
     def __init__(self, rank, size, store):
         self.rank, self.size, self.store = rank, size, store
-        self.numbers = itertools.count()  # of meetings and deals, the same on all processes
+        # The same on all processes; apart, as one that is told to stop before a deal comes to the next meeting without it.
+        self.meetings, self.deals = itertools.count(), itertools.count()
         self.pulse = _Pulse(rank, store)
 
 
@@ -81,7 +83,7 @@ def start(args):
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, problem = _own_device(args.device, rank)
     with _talking():
-        store = next(rendezvous("env://", rank, size, timeout=START))[0]
+        store = _own_part(next(rendezvous("env://", rank, size, timeout=START))[0], rank, size)
         flags = {name: str(value) for name, value in vars(args).items()}
         store.set(f"hello/{rank}", json.dumps({"problem": problem, "device": device.split(":")[0], "flags": flags}))
         said = [json.loads(store.get(f"hello/{r}")) for r in range(size)]
@@ -106,6 +108,28 @@ def start(args):
     _world.pulse.start()
     meet()
     return device
+
+
+def _own_part(store, rank, size):
+    """The part of the store that is of this start: torchrun keeps it, with all that is in it, when it restarts the processes.
+
+    Process 0 names it, and answers the word of each other one, who else could take the name of an earlier start for it.
+    """
+    from torch.distributed import PrefixStore
+    word, deadline = uuid.uuid4().hex, time.monotonic() + START.total_seconds()
+    if rank == 0:
+        store.set("part", word)
+        for r in range(1, size):
+            store.set(f"{word}/answer/{r}", store.get(f"{word}/word/{r}"))
+        return PrefixStore(word, store)
+    while time.monotonic() < deadline:
+        name = store.get("part").decode()
+        store.set(f"{name}/word/{rank}", word)
+        for _ in range(20):
+            if store.check([f"{name}/answer/{rank}"]) and store.get(f"{name}/answer/{rank}").decode() == word:
+                return PrefixStore(name, store)
+            time.sleep(0.05)
+    raise RuntimeError(f"no answer from process 0 in {START.total_seconds():.0f} s")
 
 
 def _own_device(name, rank):
@@ -269,7 +293,7 @@ def meet(value=None):
     """Wait for all processes, however long they work. Returns what each one came with, by rank. value: as JSON has it."""
     if size() == 1:
         return [value]
-    name = f"meeting{next(_world.numbers)}"
+    name = f"meeting{next(_world.meetings)}"
     with _talking():
         _world.store.set(f"{name}/{rank()}", json.dumps(value))
     return [json.loads(_wait_for(f"{name}/{r}")) for r in range(size())]
@@ -290,7 +314,7 @@ def deal(count, work, collect=lambda k, result: None):
         for k in range(count):
             take(work(k))
         return results
-    name, store = f"deal{next(_world.numbers)}", _world.store
+    name, store = f"deal{next(_world.deals)}", _world.store
     while (k := _next(f"{name}/next")) < count:
         result = json.dumps(work(k))
         with _talking():

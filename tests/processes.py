@@ -1,8 +1,10 @@
-"""Run a script as its users do, in float64 and with small sets, for tests/test_parallel.py; torchrun can start it.
+"""Run a script as its users do, in float64 and small, for tests/test_parallel.py; torchrun may start it.
 
-    python tests/processes.py ROME_cifar10.py <flags>      with these variables: DTYPE, a dtype of torch; KEEP=1, saved states
-                                                           stay when the run ends; KILL=rank:call, SIGKILL or, with SIGNAL, that
-                                                           signal to itself in that call of a training step
+    python tests/processes.py ROME_cifar10.py <flags>
+
+Variables: DTYPE, a dtype of torch, the default one; KEEP=1: saved states stay when the run ends. AT=<rank>:<function of the
+script>:<call>: that call gets the signal SIGNAL (SIGKILL) before it begins, in the first start of that process. MORE: flags that
+process 1 has beside those of the others.
 """
 import importlib
 import os
@@ -14,26 +16,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine.run_folder  # noqa: E402
+import sanity  # noqa: E402
 import utils  # noqa: E402
 from engine.command_line import run_script  # noqa: E402
 from engine.saved_state import StateFile  # noqa: E402
 
+torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float64")))
 script = importlib.import_module(Path(sys.argv[1]).stem)
-sys.argv = sys.argv[1:]
-torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float32")))
-utils.SELECT_IMAGES = 40
-import sanity; sanity.QUERIES = 50; sanity.STEPS = 10
+rank = os.environ.get("RANK", "0")
+sys.argv = sys.argv[1:] + (os.environ.get("MORE", "").split() if rank == "1" else [])
+utils.SELECT_IMAGES, sanity.QUERIES, sanity.STEPS = 40, 50, 10
+engine.run_folder.save_grid = lambda *args: None  # two seconds of imports
 if os.environ.get("KEEP"):
     StateFile.remove = lambda self: None
-who, call = map(int, os.environ.get("KILL", "-1:0").split(":"))
-if who == int(os.environ.get("RANK", 0)) and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
-    name = os.environ.get("WHERE", "attack_images")
-    function, calls = getattr(script, name), []
+
+who, where, call = os.environ.get("AT", "-1::0").split(":")
+if who == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    owner = utils if hasattr(utils, where) and where != "attack_images" else script
+    function, calls = getattr(owner, where), []
 
     def disturbed(*args, **options):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == int(call):
             os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
         return function(*args, **options)
-    setattr(script, name, disturbed)
+    setattr(owner, where, disturbed)
 run_script(script.main)
