@@ -2,6 +2,7 @@
 
     python benchmark.py                         full ConvNet, CIFAR-10 ipc 10 flags, smaller batches; 15 min on two cores
     python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     at the published sizes
+    torchrun --nproc_per_node 2 benchmark.py                                         two processes against one of them
 
 Measures, as medians of --repeats runs, the plain loop (class by class, eager, glibc's malloc as it is) and the fast one in turn
 in the same process. Random images: speed does not depend on them. Writes one table and --out as JSON.
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import utils
 from attacks import attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from engine import fast
+from engine import fast, parallel
 from engine.command_line import add_fast_flags, at_least, run_script
 from engine.datasets import DATASETS, Dataset
 from engine.device import device_name, get_device, synchronise, versions
@@ -121,6 +122,12 @@ class Bench:
                for name in ("data", "dsa", "pool", "attack")}
         return image_syn.requires_grad_(), rome.image_optimizer(self.flags, image_syn), pool, rng
 
+    def iterate(self, parts):
+        """One outer iteration as the script makes it. parts: of `start`."""
+        image_syn, optimizer_img, pool, rng = parts
+        rome.update_images(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
+        rome.train_pool(pool.choose(2, rng["pool"]), self.data, self.threat, self.flags, rng)
+
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
         synchronise(self.device)
@@ -209,12 +216,25 @@ def whole_iteration(bench):
         plain_iteration(image_syn, optimizer_img, pool.members[0], pool.members, bench.data, bench.threat, flags, rng)
 
     def quick():
-        image_syn, optimizer_img, pool, rng = fast_parts
-        rome.update_images(image_syn, optimizer_img, pool.members[0], bench.data, bench.threat, flags, rng)
-        rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, flags, rng)
+        bench.iterate(fast_parts)
     trained = 2 * flags.model_train_steps * flags.trained_bs
     work = 10 * (10 * flags.batch_real + trained) + TRAINING_STEP * trained
     return 10 * flags.batch_real + trained, *bench.compare(plain, quick), work
+
+
+def processes(bench):
+    """One outer iteration by the first process alone, while the others sleep, and by all together, in turn.
+
+    Returns median seconds of both, (alone, together)."""
+    alone, together, times = bench.start(), bench.start(), []
+    for _ in range(1 + bench.args.repeats):
+        one = 0.0
+        if parallel.chief():
+            with parallel.alone():
+                one = bench.seconds(lambda: bench.iterate(alone))
+        one = parallel.meet(one)[0]
+        times.append((one, max(parallel.meet(bench.seconds(lambda: bench.iterate(together))))))
+    return np.median(times[1:], axis=0).tolist()
 
 
 def evaluation_training(bench, ipc):
@@ -257,6 +277,7 @@ def peak_memory(device):
 
 def main():
     args = parse_args()
+    args.device = parallel.start(args)
     fast.set_precision(args.precision)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
@@ -267,10 +288,20 @@ def main():
         trained = {args.trained_bs, *(size for sizes in sets.values() for size in sizes if size)}
         last = 10 * args.batch_real % chunk
         attacked = {bench.pgd_batch, min(args.trained_bs, chunk), *([last] if last else [])}
+        if parallel.size() > 1:
+            shares = parallel.largest_share(10 * args.batch_real), parallel.largest_share(args.trained_bs)
+            attacked |= {size for size in (min(shares[0], chunk), shares[0] % chunk, min(shares[1], chunk)) if size}
+            trained = {args.trained_bs, shares[1]}
         problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained))
         compile_seconds = time.perf_counter() - start
-        print(problem or f"compiled {len(attacked) + len(trained)} kinds of batches in {compile_seconds:.1f} s", flush=True)
+        parallel.say(problem or f"compiled {len(attacked) + len(trained)} kinds of batches in {compile_seconds:.1f} s")
 
+    if parallel.size() > 1:
+        alone, together = processes(bench)
+        return parallel.say(
+            f"outer iteration, {device_name(bench.device)}, {args.model}, ipc {args.ipc}, batch_real {args.batch_real}, "
+            f"trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}; medians of {args.repeats}: one process "
+            f"{alone:.3g} s, {parallel.size()} processes {together:.3g} s: {alone / together:.2f} times as fast")
     ceiling = ceilings(bench)
     peak = ceiling["convolution, bf16" if args.precision == "bf16" else "convolution"]
     measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,

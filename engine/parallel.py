@@ -355,7 +355,7 @@ def _wait_for(key):
         if now - looked < PULSE:
             continue
         looked = now
-        for r in range(_world.size):
+        for r in set(seen) - {_world.rank}:
             beat = store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else None
             if beat != beats.get(r):
                 beats[r], seen[r] = beat, now

@@ -2,9 +2,9 @@
 
     python tests/processes.py ROME_cifar10.py <flags>
 
-Variables: DTYPE, a dtype of torch, the default one; KEEP=1: saved states stay when the run ends. AT=<rank>:<function of the
-script>:<call>: that call gets the signal SIGNAL (SIGKILL) before it begins, in the first start of that process. MORE: flags that
-process 1 has beside those of the others.
+Variables: DTYPE, a dtype of torch, the default one; KEEP=1: saved states stay when the run ends. AT=<rank>:<function>:<call>:
+that call, of a function of the script or of utils, gets the signal SIGNAL (SIGKILL) before it begins, in the first start of
+that process. MORE: flags that process 1 has beside those of the others.
 """
 import importlib
 import os

@@ -138,11 +138,13 @@ def test_experiments_are_dealt_out(undisturbed, tmp_path, data):
 
 def test_the_cifar100_script_on_digits(tmp_path):
     """Other flags: classes alone, unpacked, clean real images in the prior, several groups of classes, Adam."""
-    flags = ["ROME_cifar100.py", *[flag for flag in ROME if flag != "--aug"], "--dataset", "Digits", "--labels", "hard", "--no_attack_prior", "--optim",
-             "adam", "--lr_img", "0.01", "--num_exp", "1", "--num_eval", "3", "--Iteration", "5", "--eval_interval", "5"]
+    unpacked = [flag for flag in ROME if flag != "--aug"]
+    flags = ["ROME_cifar100.py", *unpacked, "--dataset", "Digits", "--labels", "hard", "--no_attack_prior", "--optim", "adam",
+             "--lr_img", "0.01", "--num_exp", "1", "--num_eval", "3", "--Iteration", "5", "--eval_interval", "5"]
     for folder, count in (("a", None), ("b", 2)):
         run(tmp_path / folder, count, *flags)
-    a, b = (torch.load(tmp_path / folder / "result" / RESULT.replace("CIFAR10", "Digits"), weights_only=True) for folder in "ab")
+    name = RESULT.replace("CIFAR10", "Digits")
+    a, b = (torch.load(tmp_path / folder / "result" / name, weights_only=True) for folder in "ab")
     assert torch.allclose(a["data"][0][0], b["data"][0][0], atol=1e-5) and a["accs_all_exps"] == b["accs_all_exps"]
 
 
@@ -201,7 +203,8 @@ def test_more_processes_than_work(monkeypatch, digits, flags, says):
 @pytest.mark.parametrize("flags, says", [
     (["--num_nets", "2"], "3 processes share 2 networks .--num_nets."),
     (["--batch_train", "1435"], "3 processes share 2 images of the last batch of an epoch .--batch_train."),
-    (["--model", "ConvNetBN"], "--model ConvNetBN has BatchNorm.*--num_nets"), (["--model", "ConvNetBN", "--num_nets", "3"], None)])
+    (["--model", "ConvNetBN"], "--model ConvNetBN has BatchNorm.*--num_nets"),
+    (["--model", "ConvNetBN", "--num_nets", "3"], None)])
 def test_what_pretraining_cannot_share(monkeypatch, digits, flags, says):
     as_one_of(monkeypatch, 1, 3)
     with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
@@ -239,7 +242,8 @@ import builtins, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 found, usual = [], builtins.__import__
 def watched(name, importer=None, *rest):
-    if name.startswith("torch.distributed") and importer and str(importer.get("__file__", "")).startswith({str(ROOT)!r} + "/engine"):
+    ours = importer and str(importer.get("__file__", "")).startswith({str(ROOT)!r} + "/engine")
+    if ours and name.startswith("torch.distributed"):
         found.append(name)
     return usual(name, importer, *rest)
 builtins.__import__ = watched
@@ -296,6 +300,26 @@ def test_one_process_deals_in_order_and_meets_nobody():
     seen = []
     assert parallel.deal(3, lambda k: k * k, lambda k, result: seen.append((k, result))) == [0, 1, 4]
     assert seen == [(0, 0), (1, 1), (2, 4)] and parallel.meet("x") == ["x"] and parallel.agree(3, 0) == (3, 0)
+
+
+def test_a_machine_that_falls_silent(monkeypatch):
+    """Whoever waits for it gives up, with one line, once it has shown no sign of life for so long."""
+    class Store(dict):
+        def check(self, keys):
+            return all(key in self for key in keys)
+        get = dict.__getitem__
+
+    store = Store({"pulse/1": b"7", "pulse/2": b"0"})
+    monkeypatch.setattr(parallel, "_world", SimpleNamespace(rank=0, size=3, store=store))
+    monkeypatch.setattr(parallel, "PULSE", 0.02)
+    monkeypatch.setattr(parallel, "PATIENCE", 0.4)
+    began, beats, sleep = time.monotonic(), iter(range(1, 10**6)), time.sleep
+    monkeypatch.setattr(parallel.time, "sleep", lambda pause: (sleep(pause), store.update({"pulse/2": next(beats)})))
+    with pytest.raises(ConnectionError, match="no sign of life from process 1"):
+        parallel._wait_for("never")
+    assert 0.4 < time.monotonic() - began < 5
+    store["there"] = b"x"
+    assert parallel._wait_for("there") == b"x"
 
 
 def test_a_signal_among_several_processes(monkeypatch):
