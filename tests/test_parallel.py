@@ -122,10 +122,12 @@ def test_killed_then_stopped_and_started_again_by_torchrun(undisturbed, tmp_path
 
 
 def test_experiments_are_dealt_out(undisturbed, tmp_path, data):
-    """Each has its own states: stopped under two processes, it goes on under one, with the bits of a plain run."""
-    flags = ["ROME_cifar10.py", *ROME, *data, "--parallel", "experiments"]
+    """Each has its own states: stopped under two processes, it goes on under one, with the bits of a plain run; which was
+    one of the other script: with these flags the two do the same."""
+    flags = ["ROME_cifar100.py", *ROME, *data, "--syn_ce", "--ce_weight", 1, "--parallel", "experiments"]
     _, err = run(tmp_path, 2, *flags, AT="1:outer_iteration:4", SIGNAL=str(int(signal.SIGTERM)), status=1)
-    assert len(said_by("ROME_cifar10.py", err)) == 1 and "stopped by SIGTERM" in said_by("ROME_cifar10.py", err)[0]
+    (line,) = said_by("ROME_cifar100.py", err)
+    assert "stopped by SIGTERM; the same command goes on from here" in line
     states = [tmp_path / "checkpoints" / NAME / f"exp{k}" / "state.pt" for k in range(2)]
     assert {torch.load(path, weights_only=True)["experiment"]["it"] for path in states} & {4}
     out, _ = run(tmp_path, None, *flags)
@@ -136,6 +138,7 @@ def test_experiments_are_dealt_out(undisturbed, tmp_path, data):
                                                                             "best_exp1.pt"}
 
 
+@pytest.mark.slow
 def test_the_cifar100_script_on_digits(tmp_path):
     """Other flags: classes alone, unpacked, clean real images in the prior, several groups of classes, Adam."""
     unpacked = [flag for flag in ROME if flag != "--aug"]
@@ -241,11 +244,11 @@ def test_a_plain_run_imports_nothing(tmp_path, data):
 import builtins, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 found, usual = [], builtins.__import__
-def watched(name, importer=None, *rest):
+def watched(name, importer=None, *rest, **named):
     ours = importer and str(importer.get("__file__", "")).startswith({str(ROOT)!r} + "/engine")
     if ours and name.startswith("torch.distributed"):
         found.append(name)
-    return usual(name, importer, *rest)
+    return usual(name, importer, *rest, **named)
 builtins.__import__ = watched
 import ROME_cifar10, evaluate, pretrain
 sys.argv = ["ROME_cifar10.py", *{[*ROME, *data, "--Iteration", "1", "--num_exp", "1"]!r}]
