@@ -16,6 +16,7 @@ from tqdm import tqdm
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
 from augment import PACKS, draws_on_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from engine import parallel
 from engine.audit import audits_at_the_end
 from engine.clock import Clock
 from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
@@ -24,8 +25,7 @@ from engine.device import get_device, moved_together
 from engine.fast import choose_precision, embed, forward, frozen, set_precision
 from engine.formats import SyntheticSet
 from engine.plan import matched_together, print_plan
-from engine.pool import FixedPool, NetPool
-from engine.run_folder import Run
+from engine.run_folder import open_run
 from engine.streams import stream, stream_seed
 from engine.turns import at_their_turns, take_turns
 from networks import EVAL_MODES, NETWORKS, network_for
@@ -87,11 +87,13 @@ def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
             total_perf += loss_perf.detach()
         gradients += torch.autograd.grad(loss, part)  # no image has a part in the loss of another class
     take_turns(image_syn, optimizer_img, torch.cat(gradients), data.num_classes)
+    parallel.same(image_syn.data)
     return total_rob / data.num_classes, total_perf / data.num_classes
 
 
 def robust_prior(net, data, threat, args, rng):
-    """Real batches of every class, augmented, attacked on `net`, and their mean embeddings.
+    """Real batches of every class, augmented, attacked on `net`, and their mean embeddings. Of several processes each one
+    attacks and embeds its share of the images.
 
     Returns the DSA draw of each class, shared with its synthetic images, and the embeddings, (C, D).
     """
@@ -107,14 +109,15 @@ def robust_prior(net, data, threat, args, rng):
                 img_real = lowest_loss(net, img_real, c, REAL_KEPT)
             batches.append(img_real)
         sizes = [len(batch) for batch in batches]
-        img_adv = torch.cat(batches)  # (sum of sizes, 3, H, W)
+        img_real, own = torch.cat(batches), parallel.share(sum(sizes))  # (sum of sizes, 3, H, W)
+        img_adv = img_real[own]
         if args.attack_prior:
             label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
-            img_adv = attack_images(net, img_adv, label_real, threat, rng["attack"], chunk=data.chunk)
+            img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
         with torch.no_grad():
             embeddings = torch.cat([embed(net, x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
-        emb_adv += [embedding.mean(0) for embedding in embeddings.split(sizes)]  # (D,) a class
-    return draws, torch.stack(emb_adv)
+        emb_adv.append(parallel.class_means(embeddings, sizes))  # (classes of this group, D)
+    return draws, torch.cat(emb_adv)
 
 
 @torch.no_grad()
@@ -125,22 +128,28 @@ def lowest_loss(net, img_real, c, count):
 
 
 def train_pool(members, data, threat, args, rng):
-    """Step 4: train these networks of the pool on attacked real images. Returns the mean loss, a () tensor; 0 for none."""
+    """Step 4: train these networks of the pool on attacked real images; of several processes each one has its share of every
+    batch. Returns the mean loss, a () tensor; 0 for none."""
     losses = [torch.zeros((), device=data.device)]
     chosen = [data.choose(args.trained_bs, rng["data"]) for _ in range(len(members) * args.model_train_steps)]
     batches = iter(moved_together(chosen, data.device))
     for member in members:
         for _ in range(args.model_train_steps):
             img_real, label_real = data.take("train", next(batches))
+            seen, own = len(label_real), parallel.share(len(label_real))
+            img_adv = img_real[own]
             if args.attack_pool:
-                img_real = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk)
-            logits = forward(member.net, img_real)
-            losses.append(F.cross_entropy(logits, label_real))
+                img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
+            logits, label_adv = forward(member.net, img_adv), label_real[own]
+            loss = F.cross_entropy(logits, label_adv) * (len(label_adv) / seen)  # of all processes together: the mean
             member.optimizer.zero_grad()
-            losses[-1].backward()
+            loss.backward()
+            loss, right = loss.detach(), (logits.detach().argmax(1) == label_adv).sum().to(loss.dtype)
+            parallel.add_up([loss, right, *(parameter.grad for parameter in member.net.parameters())])
             member.optimizer.step()
-            member.record(logits, label_real)
-    return torch.stack([loss.detach() for loss in losses]).sum() / max(len(losses) - 1, 1)
+            member.record(right, seen)
+            losses.append(loss)
+    return torch.stack(losses).sum() / max(len(losses) - 1, 1)
 
 
 def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng):
@@ -170,7 +179,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
     image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.pack, exp)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
-    pool = new_pool(args, exp, data, prior)
+    pool = utils.new_pool(args, exp, data, prior)
     evaluated_at = utils.evaluation_iterations(args)
     best, best_acc, it, evaluated = None, -1.0, 0, -1  # evaluated: the last iteration at which the set was
 
@@ -183,9 +192,6 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
     if run.experiment:  # an interrupted run has saved it
         saved = run.experiment
         it, evaluated, best, best_acc = (saved[key] for key in ("it", "evaluated", "best", "best_acc"))
-        if best:  # a state is read into the memory of the CPU
-            best["set"] = [part if part is None else part.to(data.device) for part in best["set"]]
-            best["controls"] = {name: soft.to(data.device) for name, soft in best["controls"].items()}
         image_syn.data.copy_(saved["image_syn"])
         optimizer_img.load_state_dict(saved["optimizer_img"])
         pool.load_state_dict(saved["pool"])
@@ -222,10 +228,7 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
                 raise utils.diverged(error, args, exp, it) from None
             clock.lap("iteration")
             if it % LOG_INTERVAL == 0:
-                run.metric("iteration", exp=exp, iteration=it, **losses)
-                run.say(f"exp {exp} it {it}/{args.Iteration}  robustness-aligned {losses['loss_robustness']:.4g}  "
-                        f"performance-aligned {losses['loss_performance']:.4g}  w_f {losses['w_f']:.2f} %  "
-                        f"pool {losses['loss_pool']:.4g}  {clock}")
+                run.report_iteration(exp, it, losses, clock)
             it += 1
 
     utils.save_grids(run, f"best_exp{exp}", best["set"][0], args.pack)
@@ -242,21 +245,10 @@ def image_optimizer(args, image_syn):
     return torch.optim.Adam([image_syn], lr=args.lr_img)
 
 
-def new_pool(args, exp, data, prior):
-    """The pool of networks that the robust prior is made with: those of --robust_prior, or one that is trained on the way."""
-    if prior:
-        return FixedPool(prior)
-    decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
-    return NetPool(
-        make_net=lambda k: network_for(data, args.model, stream_seed(args.seed, exp, "pool", k)),
-        make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **decay),
-        limit=args.net_num)
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    device = get_device(args.device, args.deterministic)
+    device = get_device(parallel.start(args), args.deterministic)
     set_precision(choose_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device, args.chunk)
     utils.check_sizes(args, data)
@@ -264,25 +256,39 @@ def main():
         data.fit_zca()
     threat = get_threat_model(args.threat_model, data)
     prior = utils.load_robust_prior(args, data)
-    with Run(args, data) as run:
+    with open_run(args, data) as run:
         if not run.finished:
             run_experiments(args, data, threat, prior, run, Clock())
 
 
 def run_experiments(args, data, threat, prior, run, clock):
     """--num_exp sets and their baselines, from where an interrupted run has stopped."""
-    evaluate = utils.Evaluator(args, data, threat)
+    evaluate = utils.Evaluator(args, data, threat, run.deal)
     controls = len(control_packs(args))
     print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
                evaluations=len(utils.evaluation_iterations(args)),
                reports=controls + (args.select == "train") + (args.labels == "prior") * (controls + 1))
+    with tqdm(total=args.Iteration * args.num_exp, disable=None if parallel.chief() else True, unit="it") as clock.bar:
+        if args.parallel == "experiments":
+            run.deal_experiments(lambda exp, own: experiment(args, exp, data, threat, prior, evaluate, own, clock))
+        else:
+            done = len(run.progress.get("sets", []))
+            clock.skip("iteration", done * args.Iteration)
+            for exp in range(done, args.num_exp):
+                experiment(args, exp, data, threat, prior, evaluate, run, clock)
+    with run.uninterrupted():
+        run.save_result(evaluate.constant(), recipe(args, run.progress.get("teachers")))
+        run.finish()
 
+
+def experiment(args, exp, data, threat, prior, evaluate, run, clock):
+    """One set and its baselines; what is known of them goes into the progress of the run."""
     # Evaluation rows by name of the set; the distilled sets; their teachers. All are saved with the state of the run.
     table, sets, teachers = (run.progress.setdefault(key, kind()) for key, kind in
                              (("table", dict), ("sets", list), ("teachers", list)))
 
-    def report(exp, name, one, pack_by):
-        if len(table.get(name, [])) > exp * evaluate.networks:
+    def report(name, one, pack_by):
+        if len(table.get(name, [])) > len(sets) * evaluate.networks:
             return  # done before the interruption
         rows = evaluate(one, pack_by, exp, name)
         with run.uninterrupted():
@@ -290,26 +296,19 @@ def run_experiments(args, data, threat, prior, run, clock):
             table[name] = table.get(name, []) + rows
         clock.lap("report")
 
-    with tqdm(total=args.Iteration * args.num_exp, disable=None, unit="it") as clock.bar:
-        clock.skip("iteration", len(sets) * args.Iteration)
-        for exp in range(len(sets), args.num_exp):
-            for name, (control, pack_by) in control_sets(args, exp, data).items():
-                report(exp, name, control, pack_by)
-            best = distill(args, exp, data, threat, prior, evaluate, run, clock)
-            one = SyntheticSet(*best["set"])
-            if args.labels == "prior":
-                for name, (control, pack_by) in control_sets(args, exp, data).items():
-                    report(exp, f"{name}, prior labels", control._replace(soft_labels=best["controls"].get(name)), pack_by)
-                report(exp, f"{args.method}, hard labels", one._replace(soft_labels=None), args.pack)
-            with run.uninterrupted():
-                run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
-                sets.append(best["set"])
-                teachers.append(best["teachers"])
-                table[args.method] = table.get(args.method, []) + best["rows"]
-                run.watch(None)
+    for name, (control, pack_by) in control_sets(args, exp, data).items():
+        report(name, control, pack_by)
+    best = distill(args, exp, data, threat, prior, evaluate, run, clock)
+    if args.labels == "prior":
+        for name, (control, pack_by) in control_sets(args, exp, data).items():
+            report(f"{name}, prior labels", control._replace(soft_labels=best["controls"].get(name)), pack_by)
+        report(f"{args.method}, hard labels", SyntheticSet(*best["set"])._replace(soft_labels=None), args.pack)
     with run.uninterrupted():
-        run.save_result([SyntheticSet(*one) for one in sets], table, evaluate.constant(), recipe(args, teachers))
-        run.finish()
+        run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
+        sets.append(best["set"])
+        teachers.append(best["teachers"])
+        table[args.method] = table.get(args.method, []) + best["rows"]
+        run.watch(None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
@@ -337,12 +336,10 @@ def parse_args(argv=None):
     add = loss.add_argument
     add("--align_weight", type=fraction, default=0.2, help="robustness- against performance-aligned term, 0 to 1")
     add_switch(loss, "syn_ce", True, "use the performance-aligned term")
-    add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation, or "
-        "squared Euclidean distance")
+    add("--align_distance", choices=("tv", "l2"), default="tv", help="between mean embeddings: squared total variation or L2")
     add_switch(loss, "attack_prior", True, "match to attacked real images, not to clean ones")
     add("--ce_weight", type=at_least(0, float), help="weight inside the performance-aligned term")
-    add("--embed_last", type=int, default=-1, help="the embedding is what features[:embed_last] computes; a negative number "
-        "cuts layers off the end, 1000 means all")
+    add("--embed_last", type=int, default=-1, help="the embedding is what features[:embed_last] computes; 1000 means all")
     add("--Iteration", type=at_least(0), default=20000, help="outer iterations")
     add("--outer_loop", type=at_least(1), default=1, help="rounds of image updates and network training per outer iteration")
     add("--batch_real", type=at_least(1), default=256, help="real images of each class per update")
@@ -351,8 +348,7 @@ def parse_args(argv=None):
 
     pool = parser.add_argument_group("the pool of networks")
     add = pool.add_argument
-    add("--robust_prior", nargs="+", default=[], metavar="FILE", help="networks of pretrain.py, used as they are instead of "
-        "the pool")
+    add("--robust_prior", nargs="+", default=[], metavar="FILE", help="networks of pretrain.py, in place of the pool")
     add_switch(pool, "attack_pool", True, "train the pool on attacked real images, not on clean ones")
     add("--net_num", type=at_least(1), default=100, help="most networks in the pool")
     add("--net_push_num", type=at_least(0), default=1, help="fresh networks pushed at a time")
@@ -374,8 +370,7 @@ def parse_args(argv=None):
     add("--num_eval", type=at_least(1), help="networks trained per evaluation")
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
-    add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of its learning rate, which is --lr_net: step, as "
-        "published, or cosine")
+    add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of its learning rate, --lr_net: step, as published; cosine")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
     add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
         f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "

@@ -109,21 +109,24 @@ def fgsm(model, x, labels, *, eps=EPS, targeted=False):
     return (x + eps * _input_gradient(model, x, labels, targeted).sign()).clamp(0, 1)
 
 
-def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False, random_start=True, generator=None):
-    """Projected gradient descent, L-inf.
-
-    eps, step_size: attack-space units. random_start: begin at a uniform point of the eps ball (drawn from `generator`,
-    of x's device) rather than at x. Source: Madry et al. 2018; SPEC 1.1, 3.2.
-    """
+def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False, random_start=True, generator=None,
+        noise=None):
+    """Projected gradient descent, L-inf. eps, step_size: attack-space units. random_start: begin at a uniform point of the
+    eps ball (drawn from `generator`, of x's device) rather than at x. noise: like x; what was drawn for that already.
+    Source: Madry et al. 2018; SPEC 1.1, 3.2."""
     x_adv = x
     if random_start:
-        noise = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
-        x_adv = (x + noise).clamp(0, 1)
+        x_adv = (x + (start_noise(x, eps, generator) if noise is None else noise)).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * _input_gradient(model, x_adv, labels, targeted).sign()
         # Projected around x, not around its clamped image: under `published`, x lies outside [0, 1].
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv.detach()
+
+
+def start_noise(x, eps, generator):
+    """A uniform point of the L-inf ball of radius eps for each image. x: (N, C, H, W), of which only the shape counts."""
+    return torch.empty_like(x).uniform_(-eps, eps, generator=generator)
 
 
 def pgd_l2(model, x, labels, *, eps=EPS_L2, step_size, steps=PGD_STEPS, targeted=False):
@@ -275,9 +278,8 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=CHUNK):
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
-    L-inf, untargeted.
-    iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose schedule is scaled to
-    them. batch: images attacked at a time; what an attack leaves is put together anew for the next one.
+    L-inf, untargeted. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
+    schedule is scaled to them. batch: images attacked at a time; what an attack leaves is put together anew for the next one.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
     AutoAttack, _ = pyautoattack()
@@ -369,18 +371,18 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
         options["eps"] = eps
         if spec.step_size is not None:
             options.setdefault("step_size", spec.step_size(threat) * eps / spec.eps(threat))
-    if spec.targetable:
-        options["targeted"] = targeted
-    if spec.random:
-        options["generator"] = generator
+    options |= {"targeted": targeted} if spec.targetable else {}
+    options |= {"generator": generator} if spec.random else {}
     if spec.batches:
         options["batch"], chunk = chunk, max(len(x), 1)
     was_training = net.training
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
-    parts = []
+    noise, parts = options.pop("noise", None), []
     with frozen(net):
-        for x_part, goal_part in zip(x.split(chunk), goal.split(chunk)):
+        for i, (x_part, goal_part) in enumerate(zip(x.split(chunk), goal.split(chunk))):
+            if noise is not None:
+                options["noise"] = noise[i * chunk:(i + 1) * chunk]
             z = threat.encode(x_part)
             z_adv = spec.run(lambda z: forward(net, threat.decode(z)), z, goal_part, **options)
             parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
@@ -388,6 +390,10 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, **options):
-    """The adversarial images alone: see `craft`."""
+def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, own=None, **options):
+    """The adversarial images alone: see `craft`. own: a slice; of PGD on x, these images only, with their part of the noise."""
+    if own is not None and len(x[own]) < len(x):
+        eps = options.get("eps", threat.eps)
+        options["noise"] = torch.cat([start_noise(part, eps, generator) for part in x.split(chunk)])[own]
+        x, labels = x[own], labels[own]
     return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, chunk=chunk, **options)[0]

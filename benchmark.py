@@ -3,9 +3,11 @@
     python benchmark.py                         full ConvNet, CIFAR-10 ipc 10 flags, smaller batches; 25 min on two cores
     python benchmark.py --quick                 ConvNetW32, once: 3 min
     python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     at the published sizes
+    torchrun --nproc_per_node 2 benchmark.py                                         two processes against one of them
 
 Measures, as medians of --repeats runs, the plain loop (class by class, eager, glibc's malloc as it is) and the fast one in fp32
-(tf32 on a GPU) and, where there are instructions for it, in bf16, in turn in the same process. Random images: speed does not depend on them. Writes one table and --out as JSON.
+(tf32 on a GPU) and, where there are instructions for it, in bf16, in turn in the same process. Random images: speed does not
+depend on them. Writes one table and --out as JSON.
 Distributed under the MIT licence.
 """
 import argparse
@@ -27,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import utils
 from attacks import attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from engine import fast
+from engine import fast, parallel
 from engine.command_line import add_switch, at_least, run_script
 from engine.datasets import DATASETS, Dataset
 from engine.device import device_name, get_device, has_bf16, synchronise, versions
@@ -92,7 +94,7 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
             member.optimizer.zero_grad()
             F.cross_entropy(logits, label_real).backward()
             member.optimizer.step()
-            member.record(logits, label_real)
+            member.record((logits.argmax(1) == label_real).sum(), len(label_real))
 
 
 class Bench:
@@ -100,7 +102,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.device = args, get_device(args.device)
-        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) else [])]
+        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) and parallel.size() == 1 else [])]
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
@@ -123,11 +125,17 @@ class Bench:
     def start(self):
         """(images, their optimiser, a pool of two, random streams), the same at every call."""
         image_syn, _ = rome.initial_set(self.flags, self.data, stream(0, "init"), "real", 2)
-        pool = rome.new_pool(self.flags, 0, self.data, None)
+        pool = utils.new_pool(self.flags, 0, self.data, None)
         del pool.members[2:]
         rng = {name: stream(0, name, device=self.device if name == "attack" else "cpu")
                for name in ("data", "dsa", "pool", "attack")}
         return image_syn.requires_grad_(), rome.image_optimizer(self.flags, image_syn), pool, rng
+
+    def iterate(self, parts):
+        """One outer iteration as the script makes it. parts: of `start`."""
+        image_syn, optimizer_img, pool, rng = parts
+        rome.update_images(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
+        rome.train_pool(pool.choose(2, rng["pool"]), self.data, self.threat, self.flags, rng)
 
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
@@ -212,12 +220,25 @@ def whole_iteration(bench):
         plain_iteration(image_syn, optimizer_img, pool.members[0], pool.members, bench.data, bench.threat, flags, rng)
 
     def quick():
-        image_syn, optimizer_img, pool, rng = fast_parts
-        rome.update_images(image_syn, optimizer_img, pool.members[0], bench.data, bench.threat, flags, rng)
-        rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, flags, rng)
+        bench.iterate(fast_parts)
     trained = 2 * flags.model_train_steps * flags.trained_bs
     work = 10 * (10 * flags.batch_real + trained) + TRAINING_STEP * trained
     return 10 * flags.batch_real + trained, bench.compare(plain, quick), work
+
+
+def processes(bench):
+    """One outer iteration by the first process alone, while the others sleep, and by all together, in turn.
+
+    Returns median seconds of both, (alone, together)."""
+    alone, together, times = bench.start(), bench.start(), []
+    for _ in range(1 + bench.args.repeats):
+        one = 0.0
+        if parallel.chief():
+            with parallel.alone():
+                one = bench.seconds(lambda: bench.iterate(alone))
+        one = parallel.meet(one)[0]
+        times.append((one, max(parallel.meet(bench.seconds(lambda: bench.iterate(together))))))
+    return np.median(times[1:], axis=0).tolist()
 
 
 def evaluation_training(bench, ipc):
@@ -295,29 +316,37 @@ def peak_memory(device):
 def compile_all(bench):
     """Compile what the rows use, in each precision. Returns the seconds that it took, or 0 with a line that says why not."""
     args, chunk = bench.args, bench.data.chunk
-    sizes = [size for ipc in args.train_ipc for size in set_batches(40 * ipc, 256, 1) if size]
-    last = 10 * args.batch_real % chunk
+    images, pool_batch = map(parallel.largest_share, (10 * args.batch_real, args.trained_bs))
+    attacked, trained = {bench.pgd_batch, min(pool_batch, chunk), images % chunk} - {0}, {args.trained_bs, pool_batch}
+    if parallel.size() == 1:
+        trained |= {size for ipc in args.train_ipc for size in set_batches(40 * ipc, 256, 1) if size}
     start, ready = time.perf_counter(), set()
     for precision in bench.precisions:
         fast.set_precision(precision)
         fast._ready.clear()
-        problem = fast.compile_batches(
-            bench.network(0), (3, 32, 32), attacked=sorted({bench.pgd_batch, min(args.trained_bs, chunk), last} - {0}),
-            trained=sorted({args.trained_bs, *sizes}), matched=[chunk], embedded=[chunk], last=1000)
+        problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained), matched=[chunk],
+                                       embedded=[chunk], last=1000)
         if problem:
-            print(problem, flush=True)
+            parallel.say(problem)
             return 0.0
         ready |= fast._ready
     seconds = time.perf_counter() - start
-    print(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s", flush=True)
+    parallel.say(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s")
     return seconds
 
 
 def main():
     args = parse_args()
+    args.device = parallel.start(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     compile_seconds = compile_all(bench) if args.compile else 0.0
+    if parallel.size() > 1:
+        alone, together = processes(bench)
+        return parallel.say(
+            f"outer iteration, {device_name(bench.device)}, {args.model}, ipc {args.ipc}, batch_real {args.batch_real}, "
+            f"trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}; medians of {args.repeats}: one process "
+            f"{alone:.3g} s, {parallel.size()} processes {together:.3g} s: {alone / together:.2f} times as fast")
     ceiling = ceilings(bench)
     peaks = [ceiling["convolution"], ceiling.get("convolution, bf16")]
     measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,

@@ -21,22 +21,24 @@ from tqdm import tqdm
 import utils
 from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
 from augment import PACKS, parse_dsa_strategy
+from engine import parallel
 from engine.clock import duration
 from engine.command_line import add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, synchronise
 from engine.fast import PRECISIONS, choose_precision, set_precision, stop_compiling
 from engine.formats import SyntheticSet, load_into, pack_of
-from engine.jobs import Job, PassCounter, Results, rows_of, warm_up
+from engine.jobs import Job, PassCounter, Results, do_jobs, warm_up
 from engine.pictures import draw_results
 from engine.plan import compile_planned, image_gradients_per_second, set_batches
 from engine.results import CONTROLS, HEADLINE_EPS
 from engine.safe_files import InputError, sha256, write_json, write_tensors, write_text
+from engine.saved_state import Interrupted
 from engine.sources import check_set, choose_dataset, fit_normalisation, read_sources
 from engine.streams import stream, stream_seed
 from engine.tables import results_markdown
 from networks import NETWORKS, network_for
-from sanity import check_autoattack, check_sanity, train_surrogate
+from sanity import run_sanity
 from sets import LR_SCHEDULES, PROTOCOL, protocol, protocol_of, training_set
 from utils import QUERY, WHITE_BOX
 
@@ -148,8 +150,10 @@ def victim_of_network(source, data):
 
 def victims_of_set(args, source, data, folder):
     """Train --num_eval networks on each set of a file, with its own labels and, if they are soft, with the classes alone (with
-    --adv_train for each threat model), or read those that are there."""
+    --adv_train for each threat model), but for those that are there; of several processes each trains the next one when it is
+    free. Then read them all: a list of Victims."""
     folder.mkdir(exist_ok=True)
+    victims, untrained = [], []
     options, pack = protocol_of(source.meta, protocol(args)), pack_of(source.meta, args.packed)
     training = {"seed": args.seed, **options, "pack": pack, "precision": args.precision, "set_sha256": sha256(source.path)}
     for exp, one in enumerate(source.sets):
@@ -165,31 +169,32 @@ def victims_of_set(args, source, data, folder):
             about = {"file": str(folder / name), "set": str(source.path), "set_index": exp,
                      "labels": "hard" if variant.soft_labels is None else "soft", **training,
                      "seed_init": stream_seed(args.seed, *key, "init"), "seed_train": stream_seed(args.seed, *key, "train")}
-            net = network_for(data, source.model, about["seed_init"])
-            notes = folder / f"{name}.json"
-            if not notes.exists():
-                train_victim(args, net, training_set(variant, pack), options, threat_name, about, key, data,
-                             args.num_eval * len(source.sets) * len(variants))
-                write_tensors(folder / name, {k: v.cpu() for k, v in net.state_dict().items()})
-                about["sha256"] = sha256(folder / name)
-                write_json(notes, about)
-            else:
-                load_into(net, folder / name)
-                found = json.loads(notes.read_text())
-                other = [key for key in (*training, "labels") if found.get(key) != about[key]]
-                if other:
-                    raise InputError(f"{folder / name} was trained with another {other[0]} ({found.get(other[0])} instead of "
-                                     f"{about[other[0]]}); choose another --out")
-                about = found
-            yield Victim(name, method, ipc, source.model, net.eval(), threat_name, about)
+            victims.append(Victim(name, method, ipc, source.model, None, threat_name, about))
+            if not (folder / f"{name}.json").exists():
+                untrained.append((victims[-1], variant, key))
+
+    parallel.meet()  # all have looked before one is trained
+    with tqdm(total=len(untrained), desc=f"training on {source.path.name}", unit="net", disable=parallel.silent()) as bar:
+        parallel.deal(len(untrained), lambda k: train_victim(args, *untrained[k], options, pack, data, len(victims)),
+                      lambda k, result: bar.update())
+    for victim in victims:
+        victim.net = load_into(network_for(data, source.model, 0), folder / victim.name).eval()
+        wanted, victim.about = victim.about, json.loads((folder / f"{victim.name}.json").read_text())
+        for key in (*training, "labels"):
+            if victim.about.get(key) != wanted[key]:
+                raise InputError(f"{folder / victim.name} was trained with another {key} ({victim.about.get(key)} instead of "
+                                 f"{wanted[key]}); choose another --out")
+    return victims
 
 
-def train_victim(args, net, train_on, options, threat_name, about, key, data, runs):
-    """Train a fresh network on (images, labels) `train_on`, one of `runs`. about: takes the seconds."""
+def train_victim(args, victim, one, key, options, pack, data, runs):
+    """Train a fresh network, one of `runs`, on a SyntheticSet, and write it with its notes. key: of its random streams."""
     set_precision(args.precision)
+    about, threat_name, train_on = victim.about, victim.threat, training_set(one, pack)
+    net = network_for(data, victim.model, about["seed_init"])
     if args.compile and not threat_name:
         epochs = (options["epochs"] + 1) * runs
-        compile_planned(net, data, {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)}, tqdm.write)
+        compile_planned(net, data, {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)}, parallel.say)
     start = time.perf_counter()
     attack = None
     if threat_name:
@@ -202,6 +207,10 @@ def train_victim(args, net, train_on, options, threat_name, about, key, data, ru
     about["train_seconds"] = round(time.perf_counter() - start, 2)
     utils.check_finite({f"a weight of {Path(about['file']).name} after training on {about['set']} (--lr_net "
                         f"{options['lr_net']})": float(sum(p.detach().abs().sum() for p in net.parameters()))})
+    path = Path(about["file"])
+    write_tensors(path, {k: v.cpu() for k, v in net.state_dict().items()})
+    about["sha256"] = sha256(path)
+    write_json(path.with_name(f"{path.name}.json"), about)
 
 
 # ------------------------------------------------------------------------------------------------------------ the jobs
@@ -281,9 +290,10 @@ def main():
     if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
-    choose_precision(args, device := get_device(args.device))
+    choose_precision(args, device := get_device(parallel.start(args)))
     sources = read_sources(args, NETWORKS)
     data = load_dataset(choose_dataset(args, sources), args.data_path, device)
+    data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random numbers on CUDA
     for flag in ("limit", "aa_limit"):
         if getattr(args, flag) > len(data.labels["test"]):
             raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
@@ -300,8 +310,8 @@ def main():
     with closing(Results(args, flags, device, MAY_CHANGE, KNOWN)) as results:  # nothing is written before here
         try:
             run(args, sources, victims, data, results)
-        except KeyboardInterrupt:
-            tqdm.write(f"{results.folder} has what was done so far; --resume goes on with it")
+        except (KeyboardInterrupt, Interrupted):
+            parallel.say(f"{results.folder} has what was done so far; --resume goes on with it")
             raise
 
 
@@ -309,8 +319,7 @@ def run(args, sources, victims, data, results):
     """Train what is to be trained, attack everything, write tables and pictures."""
     for source in sources:
         if source.sets:
-            found = victims_of_set(args, source, data, results.folder / "networks")
-            victims += tqdm(found, f"training on {source.path.name}", unit="net", disable=None)
+            victims += victims_of_set(args, source, data, results.folder / "networks")
     if args.precision != "fp32":
         stop_compiling()
     set_precision("fp32")  # no doubt about the accuracies
@@ -329,16 +338,13 @@ def run(args, sources, victims, data, results):
     rate = image_gradients_per_second(victims[0].net, data)
     counts = {job: min(limits.get(job.attack, len(test[1])), len(test[1])) for job in waiting}
     cost = sum(typical_cost(args, job.attack) * n for job, n in counts.items())
-    print(f"{len(victims)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
-          f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about {duration(cost / rate)} to "
-          f"go; results in {results.folder}", flush=True)
-    with tqdm(total=sum(counts.values()), unit="img", disable=None) as bar:
-        for job in waiting:
-            bar.set_description(str(job))
-            images = tuple(part[:counts[job]] for part in test)
-            run_job(job, evaluated(args, job, victims), images, threats[job.threat_model], data, args, results, bar)
+    parallel.say(f"{len(victims)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
+                 f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about "
+                 f"{duration(cost / rate / parallel.size())} to go; results in {results.folder}")
+    run_jobs({job: counts[job] for job in waiting}, victims, threats, test, data, args, results)
     if args.sanity:
-        run_sanity(args, victims, threats, test, data, results)
+        attacked = [(name, victim) for name in threats for victim in crafting(args, victims, name)]
+        run_sanity(attacked, threats, test, data, results, args.seed)
 
     content = results.content
     threats = {name: get_threat_model(name, data) for name in THREAT_MODELS
@@ -347,27 +353,10 @@ def run(args, sources, victims, data, results):
     content["transfer"] = utils.transfer_of(content["rows"], threats)
     results.save()
     text = results_markdown(content, threats)
-    write_text(results.folder / "results.md", text)
-    draw_results(content, threats, ATTACKS, results.folder)
-    print(text)
-
-
-def run_sanity(args, victims, threats, test, data, results):
-    """The checks of `sanity` on every network that was attacked; saved one by one."""
-    surrogates = {}
-    for name, victim in itertools.product(threats, victims):
-        checks = results.content["sanity"].setdefault(victim.name, {})
-        if victim not in crafting(args, victims, name):
-            continue
-        if name not in checks:
-            if victim.model not in surrogates:
-                surrogates[victim.model] = train_surrogate(data, victim.model, args.seed)
-            checks[name] = check_sanity(victim.name, victim.net, surrogates[victim.model], threats[name], test, args.seed)
-        checks[name].pop("AutoAttack", None)
-        compared = check_autoattack(results.content["rows"], victim.name, name)
-        if compared:
-            checks[name]["AutoAttack"] = compared
-        results.save()
+    if parallel.chief():
+        write_text(results.folder / "results.md", text)
+        draw_results(content, threats, ATTACKS, results.folder)
+    parallel.say(text)
 
 
 def compile_attacks(args, jobs, victims, n, data):
@@ -377,23 +366,24 @@ def compile_attacks(args, jobs, victims, n, data):
         cost = sum(typical_cost(args, job.attack) for job in jobs
                    if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD20", "PGD_L2", "CW", "Deepfool"))
         batch = min(data.chunk, SLICE)
-        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: cost * n}}, tqdm.write)
+        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: cost * n}}, parallel.say)
 
 
-def run_job(job, victims, test, threat, data, args, results, bar):
-    """Attack the test images slice by slice; what an interrupted run has done of this job is taken over."""
-    size = 4 * SLICE if job.attack == "Deepfool" else SLICE
-    parts = list(zip(*(tensor.split(size) for tensor in test)))
-    slices = results.slices(job, victims, [len(labels) for _, labels in parts])
-    bar.update(sum(s["n"] for s in slices))
-    warm_up(victims[0].net, parts[0][0], data.chunk)
-    for number in range(len(slices), len(parts)):
-        slices.append(run_slice(job, number, *parts[number], victims, threat, data.chunk, args))
-        results.save_slices(job, victims, slices)
-        bar.update(len(parts[number][1]))
-    rows = rows_of(job, slices, victims, data.name, args.seed)
-    results.add(job, rows)
-    tqdm.write(f"{job}: {100 * rows[0]['accuracy']:.2f} % in {duration(rows[0]['seconds'])}")
+def run_jobs(counts, victims, threats, test, data, args, results):
+    """Attack the test images slice by slice. counts: {Job: how many of them}."""
+    parts = {job: list(zip(*(tensor[:n].split(4 * SLICE if job.attack == "Deepfool" else SLICE) for tensor in test)))
+             for job, n in counts.items()}
+    warm = set()  # jobs
+
+    def work(job, number):
+        own, *others = evaluated(args, job, victims)
+        if job not in warm:
+            warm_up(own.net, parts[job][0][0], data.chunk)
+            warm.add(job)
+        return run_slice(job, number, *parts[job][number], [own, *others], threats[job.threat_model], data.chunk, args)
+    with tqdm(total=sum(counts.values()), unit="img", disable=parallel.silent()) as bar:
+        do_jobs({job: (evaluated(args, job, victims), [len(labels) for _, labels in parts[job]]) for job in counts}, work,
+                results, data.name, args.seed, bar)
 
 
 if __name__ == "__main__":

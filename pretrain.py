@@ -8,9 +8,10 @@ goes on with the same command. Source: Madry et al. 2018, for the paper's "robus
 Distributed under the MIT licence.
 """
 import argparse
-import itertools
+import contextlib
 import json
 import math
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 import utils
 from attacks import PGD_STEPS, THREAT_MODELS, attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
+from engine import parallel
 from engine.clock import duration
 from engine.command_line import add_fast_flags, add_switch, at_least, run_script
 from engine.datasets import DATASETS, load_dataset
@@ -95,9 +97,14 @@ def train(args, k, data, threat, states, interrupts):
                 "optimizer": optimizer.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()},
                 "correct": correct, "seen": seen, "chunk": data.chunk}
 
-    saved, damage = states.load(state())
+    def save():
+        if parallel.chief():
+            states.save(state())
+        parallel.meet()
+
+    saved, damage = parallel.from_chief(lambda: states.load(state()))
     if damage:
-        tqdm.write(damage)
+        parallel.say(damage)
     if saved:
         where = f"the run saved in {states.newest.parent}"
         refuse_other_flags(saved["flags"], vars(args), MAY_CHANGE, where, "--fresh to start over")
@@ -110,17 +117,16 @@ def train(args, k, data, threat, states, interrupts):
             generator.set_state(saved["rng"][name])
         correct, seen, step = saved["correct"].to(data.device), saved["seen"], saved["step"]
         data.chunk = saved["chunk"]  # another one draws other random starts on CUDA
-        tqdm.write(f"going on with network {k} at step {step}")
+        parallel.say(f"going on with network {k} at step {step}")
 
     size = len(data.labels["train"])
     per_epoch = math.ceil(size / args.batch_train)
     steps, order = args.epochs * per_epoch, None
-    with tqdm(total=steps, initial=step, desc=f"network {k}", unit="step", disable=None) as bar:
+    with tqdm(total=steps, initial=step, desc=f"network {k}", unit="step", disable=parallel.silent()) as bar:
         try:
             while step < steps:
-                interrupts.check()
-                if states.due(step):
-                    states.save(state())
+                if interrupts.check(due=parallel.chief() and states.due(step)):
+                    save()
                 with interrupts.deferred():
                     epoch, batch = divmod(step, per_epoch)
                     if batch == 0:
@@ -129,55 +135,76 @@ def train(args, k, data, threat, states, interrupts):
                         order = torch.randperm(size, generator=stream(args.seed, "pretrain", k, "order", epoch))
                     images, labels = data.take("train", order[batch * args.batch_train:(batch + 1) * args.batch_train])
                     images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, rng["dsa"], n=len(images)))
+                    own = parallel.share(len(labels))  # of several processes each has its share of the batch
+                    attacked, seen = images[own], seen + len(labels)
                     if args.attack_steps:
-                        images = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
-                                               steps=args.attack_steps, chunk=data.chunk)
+                        attacked = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
+                                                 steps=args.attack_steps, chunk=data.chunk, own=own)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
-                    logits = forward(net, images)
-                    loss = F.cross_entropy(logits, labels)
+                    logits = forward(net, attacked)
+                    loss = F.cross_entropy(logits, labels[own]) * (len(attacked) / len(labels))
                     optimizer.zero_grad()
                     loss.backward()
+                    loss, right = loss.detach(), (logits.detach().argmax(1) == labels[own]).sum().to(loss.dtype)
+                    parallel.add_up([loss, right, *(parameter.grad for parameter in net.parameters())])
                     optimizer.step()
-                    correct += (logits.detach().argmax(1) == labels).sum()
-                    seen += len(labels)
+                    correct += right
                     step += 1
                 bar.update()
                 if step % per_epoch == 0:
                     utils.check_finite({"the training loss": loss.item()})
-                    tqdm.write(f"network {k} epoch {epoch + 1}/{args.epochs}: accuracy {100 * correct.item() / seen:.2f} % on "
-                               f"its {'attacked' if args.attack_steps else 'clean'} batches, loss {loss.item():.4f}")
+                    parallel.say(f"network {k} epoch {epoch + 1}/{args.epochs}: accuracy {100 * correct.item() / seen:.2f} % "
+                                 f"on its {'attacked' if args.attack_steps else 'clean'} batches, loss {loss.item():.4f}")
         except Interrupted as stop:
             if stop.whole:
-                states.save(state())
+                save()
             raise
-    states.save(state())  # the test comes next, and may be interrupted
+    save()  # the test comes next, and may be interrupted
     return net.eval(), correct.item() / seen
 
 
 def compile_training(args, data):
     """Compile for the batches of this training, if they are many enough."""
-    trained = set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
-    attacked = {}
-    if args.batch_train % data.chunk == 0:
-        attacked[data.chunk] = trained[args.batch_train] / TRAINING_STEP * args.attack_steps
-    compile_planned(network_for(data, args.model, 0), data, {"attacked": attacked, "trained": trained}, print)
+    trained = {parallel.largest_share(size): n / parallel.size() for size, n in
+               set_batches(len(data.labels["train"]), args.batch_train, args.epochs).items()}
+    attacked, own = {}, parallel.largest_share(args.batch_train)
+    if own % data.chunk == 0:
+        attacked[data.chunk] = trained[own] / TRAINING_STEP * args.attack_steps
+    compile_planned(network_for(data, args.model, 0), data, {"attacked": attacked, "trained": trained}, parallel.say)
 
 
 def print_plan(args, data):
     """Say what the run is about to do and, from a short measurement, how long it will take."""
     images = len(data.labels["train"])
-    gradients = args.epochs * images * (args.attack_steps + 1)
+    gradients = args.epochs * images * (args.attack_steps + 1) / (parallel.size() if args.num_nets == 1 else 1)
     estimate = duration(gradients / image_gradients_per_second(network_for(data, args.model, 0), data))
-    print(f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} epochs of {images} "
-          f"training images of {data.name}, threat model {args.threat_model}; about {estimate} each", flush=True)
+    shared = ""
+    if parallel.size() > 1:
+        shared = f"; {parallel.size()} processes share {'every batch' if args.num_nets == 1 else 'the networks'}"
+    parallel.say(f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} epochs of {images} "
+                 f"training images of {data.name}, threat model {args.threat_model}; about {estimate} each{shared}")
+
+
+def check_shares(args, data):
+    """Raise InputError where several processes have nothing to share, or share what must stay whole."""
+    if args.num_nets > 1:
+        return parallel.check_work(args.num_nets, "networks (--num_nets)")
+    last = len(data.labels["train"]) % args.batch_train or args.batch_train
+    parallel.check_work(min(last, args.batch_train), "images of the last batch of an epoch (--batch_train)")
+    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
+    if parallel.size() > 1 and any(isinstance(layer, norms) for layer in network_for(data, args.model, 0).modules()):
+        raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; start one process, or one for "
+                         "each of several networks (--num_nets)")
 
 
 def main():
     args = parse_args()
-    device = get_device(args.device)
+    device = get_device(parallel.start(args))
     set_precision(choose_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device)
+    data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random starts on CUDA
+    check_shares(args, data)
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
     if args.aa_limit and find_spec("pyautoattack") is None:
@@ -185,51 +212,81 @@ def main():
     threat = get_threat_model(args.threat_model, data)
     print_plan(args, data)
     if args.compile:
-        compile_training(args, data)
+        with parallel.alone() if args.num_nets > 1 else contextlib.nullcontext():
+            compile_training(args, data)
     trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"
+    paths = [Path(args.checkpoint_path) / f"{name}-{k}.pth" for k in range(args.num_nets)]
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    held, states, interrupts = lock(folder), StateFile(folder, args.save_interval), Interrupts(tqdm.write)
-    if args.fresh:
-        states.remove()
-        for k, ending in itertools.product(range(args.num_nets), ("pth.json", "pth")):
-            (Path(args.checkpoint_path) / f"{name}-{k}.{ending}").unlink(missing_ok=True)
+    held, interrupts = [], Interrupts(parallel.say)
+
+    def begin():
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(lock(folder))
+        if args.fresh and not parallel.restarted():
+            for k, path in enumerate(paths):
+                shutil.rmtree(folder / f"net{k}", ignore_errors=True)
+                for written in (about_of(path), path):
+                    written.unlink(missing_ok=True)
+
+    def work(k):
+        with parallel.alone():
+            one_network(args, k, data, threat, folder / f"net{k}", paths[k], interrupts)
     try:
-        for k in range(args.num_nets):
-            path = Path(args.checkpoint_path) / f"{name}-{k}.pth"
-            about_path = path.with_name(path.name + ".json")
-            if about_path.exists() and not args.fresh:
-                refuse_other_flags(json.loads(about_path.read_text())["flags"], vars(args), MAY_CHANGE, str(path),
-                                   "--fresh to start over")
-                print(f"{path} is there already")
-                continue
-            start = time.perf_counter()
-            net, train_acc = train(args, k, data, threat, states, interrupts)
-            images, labels = data.take("test", slice(args.test_limit or None))
-            rng = stream(args.seed, "pretrain", k, "test", device=data.device)
-            about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
-                     "threat_model": args.threat_model, "train_robust_acc": train_acc,
-                     "clean_acc": utils.accuracy(net, images, labels),
-                     **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels),
-                     "seed": args.seed, "flags": vars(args), "versions": versions(),
-                     "device": device_name(data.device)}
-            if args.aa_limit:
-                with no_bf16():
-                    x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA",
-                                          targeted=False)
-                about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
-            with interrupts.deferred():
-                write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
-                write_json(about_path, about)
-                states.remove()
-            measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items() if key in about)
-            autoattack = f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}" if args.aa_limit else ""
-            print(f"{path}: {measured} of {len(labels)} test images{autoattack}, in training {100 * train_acc:.2f} %; "
-                  f"{duration(time.perf_counter() - start)}", flush=True)
+        parallel.from_chief(begin)
+        if args.num_nets == 1:
+            one_network(args, 0, data, threat, folder / "net0", paths[0], interrupts)
+        else:
+            with interrupts.at_once():
+                parallel.deal(args.num_nets, work)
     finally:
         interrupts.restore()
-        held.close()
+        for file in held:
+            file.close()
+
+
+def about_of(path):
+    """The file that says how a network was trained."""
+    return path.with_name(f"{path.name}.json")
+
+
+def one_network(args, k, data, threat, folder, path, interrupts):
+    """Train network number k, test it, write it to `path`, unless it is there. folder: of its saved states."""
+    if about_of(path).exists():
+        said = json.loads(about_of(path).read_text())["flags"]
+        refuse_other_flags(said, vars(args), MAY_CHANGE, str(path), "--fresh to start over")
+        return parallel.say(f"{path} is there already")
+    start, states = time.perf_counter(), None
+    if parallel.chief():
+        folder.mkdir(exist_ok=True)
+        states = StateFile(folder, args.save_interval)
+    net, train_acc = train(args, k, data, threat, states, interrupts)
+    with interrupts.at_once():
+        (about,) = parallel.deal(1, lambda _: measure(args, k, net, train_acc, data, threat))
+    with interrupts.deferred():
+        if parallel.chief():
+            write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
+            write_json(about_of(path), about)
+            shutil.rmtree(folder)
+    measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items() if key in about)
+    autoattack = f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}" if args.aa_limit else ""
+    parallel.say(f"{path}: {measured} of {about['n']} test images{autoattack}, in training {100 * train_acc:.2f} %; "
+                 f"{duration(time.perf_counter() - start)}")
+
+
+def measure(args, k, net, train_acc, data, threat):
+    """What is known of a network, for the file beside it."""
+    images, labels = data.take("test", slice(args.test_limit or None))
+    rng = stream(args.seed, "pretrain", k, "test", device=data.device)
+    about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes, "threat_model": args.threat_model,
+             "train_robust_acc": train_acc, "clean_acc": utils.accuracy(net, images, labels),
+             **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels), "seed": args.seed,
+             "flags": vars(args), "versions": versions(), "device": device_name(data.device)}
+    if args.aa_limit:
+        with no_bf16():
+            x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA", targeted=False)
+        about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
+    return about
 
 
 if __name__ == "__main__":

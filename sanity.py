@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from attacks import craft
+from engine import parallel
 from engine.streams import stream, stream_seed
 from networks import network_for
 from utils import train_on_set
@@ -81,3 +82,30 @@ def check_autoattack(rows, network, threat_name):
     strong, weak, eps = max(pairs, key=lambda pair: pair[0] - pair[1])
     return _check(strong <= weak + SLACK / 2, strong - weak, f"accuracy {100 * strong:.1f} % under AutoAttack, "
                   f"{100 * weak:.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
+
+
+def run_sanity(attacked, threats, test, data, results, seed):
+    """The checks of every network that was attacked, by whichever process is free; saved one by one.
+
+    attacked: (name of a threat model, Victim of evaluate.py), ... results: of engine.jobs.
+    """
+    surrogates, checks = {}, results.content["sanity"]
+    missing = [(name, victim) for name, victim in attacked if name not in checks.setdefault(victim.name, {})]
+
+    def check(k):
+        name, victim = missing[k]
+        if victim.model not in surrogates:
+            surrogates[victim.model] = train_surrogate(data, victim.model, seed)
+        return check_sanity(victim.name, victim.net, surrogates[victim.model], threats[name], test, seed)
+
+    def collect(k, result):
+        name, victim = missing[k]
+        checks[victim.name][name] = result
+        results.save()
+    parallel.deal(len(missing), check, collect)
+    for name, victim in attacked:
+        checks[victim.name][name].pop("AutoAttack", None)
+        compared = check_autoattack(results.content["rows"], victim.name, name)
+        if compared:
+            checks[victim.name][name]["AutoAttack"] = compared
+    results.save()

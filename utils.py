@@ -13,10 +13,12 @@ import torch
 
 from attacks import ATTACKS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
+from engine import parallel
 from engine.device import CHUNK
 from engine.fast import forward, no_bf16
 from engine.formats import load_into
 from engine.plan import TRAINING_STEP
+from engine.pool import FixedPool, NetPool
 from engine.results import groups_of, mean_of, of_all_images
 from engine.safe_files import InputError
 from engine.streams import stream, stream_seed
@@ -57,6 +59,19 @@ def check_sizes(args, data):
                          "--model_train_steps 0 the pool is not trained: name networks with --robust_prior")
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
+    if args.parallel == "experiments":
+        return parallel.check_work(args.num_exp, "experiments (--num_exp)")
+    for classes in data.class_groups(args.batch_real):
+        parallel.check_work(sum(min(args.batch_real, data.class_size(c)) for c in classes), "real images (--batch_real)")
+    if not args.robust_prior and args.fetch_net_num and args.model_train_steps:
+        parallel.check_work(min(args.trained_bs, len(data.labels["train"])), "images of the pool's batches (--trained_bs)")
+
+
+def evaluation_iterations(args):
+    """The outer iterations at whose start the set is evaluated. Deviation: always the last one too, which the published code
+    misses where --Iteration is no multiple of --eval_interval, or --eval_mode is none of S and SS."""
+    regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
+    return {*regular, args.Iteration}
 
 
 def load_robust_prior(args, data):
@@ -87,6 +102,17 @@ def load_robust_prior(args, data):
         net = load_into(network_for(data, args.model, 0), path).eval()
         networks.append((net.requires_grad_(False), accuracy))
     return networks
+
+
+def new_pool(args, exp, data, prior):
+    """The pool of networks that the robust prior is made with: those of --robust_prior, or one that is trained on the way."""
+    if prior:
+        return FixedPool(prior)
+    decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
+    return NetPool(
+        make_net=lambda k: network_for(data, args.model, stream_seed(args.seed, exp, "pool", k)),
+        make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **decay),
+        limit=args.net_num)
 
 
 # ---------------------------------------------------------------------------------- training on a synthetic set, accuracy
@@ -175,10 +201,12 @@ def evaluation_iterations(args):
 class Evaluator:
     """Trains fresh networks on a synthetic set and measures them (SPEC 3.1), as the flags of a run say.
 
-    args: the flags eval_mode, model, num_eval, test_limit, select, seed and those of `train_on_set`.
+    args: the flags eval_mode, model, num_eval, test_limit, select, seed and those of `train_on_set`. deal: shares the networks
+    out among processes, as parallel.deal does.
     """
 
-    def __init__(self, args, data, threat):
+    def __init__(self, args, data, threat, deal=parallel.deal):
+        self.deal = deal
         self.data, self.threat, self.seed, self.num_eval = data, threat, args.seed, args.num_eval
         self.models = eval_pool(args.eval_mode, args.model)
         self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
@@ -197,8 +225,9 @@ class Evaluator:
         (with --select test or last, on the test images), None unless `select`; seconds.
         """
         images, labels = training_set(one, pack)
-        return [self._one_network(images, labels, model, ("evaluate", *key, model, i), select)
-                for model in self.models for i in range(self.num_eval)]
+        networks = [(model, i) for model in self.models for i in range(self.num_eval)]
+        return self.deal(len(networks), lambda k: self._one_network(images, labels, networks[k][0],
+                                                                    ("evaluate", *key, *networks[k]), select))
 
     def constant(self):
         """The rows of a classifier that always gives the same answer: no robust accuracy below it means anything."""

@@ -2,12 +2,13 @@
 import argparse
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from engine import fast
+from engine import fast, parallel
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted
 
@@ -41,6 +42,8 @@ def add_run_flags(parser):
         "saving takes 1 %% of the time")
     add("--fresh", action="store_true", help="start over, instead of going on with what an interrupted run has saved")
     add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
+    add("--parallel", choices=("batch", "experiments"), default="batch", help="what the processes of torchrun share: the "
+        "images of every batch, or whole experiments (--num_exp), each with its own saved state")
     add_fast_flags(group)
 
 
@@ -82,8 +85,12 @@ def method_name(text):
 def run_script(main):
     """Run `main()`; turn the errors that a user can mend into one line and a non-zero exit status."""
     fast.reuse_freed_memory()
+    whole = False
+    if parallel.by_torchrun():  # which ends the other processes with SIGTERM once one has died
+        signal.signal(signal.SIGTERM, _stopped)
     try:
         main()
+        whole = True
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except torch.OutOfMemoryError as error:
@@ -92,8 +99,15 @@ def run_script(main):
     except Interrupted as stop:
         rest = "goes on from here" if stop.whole else "goes on from the last saved state"
         same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
-        print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {same} {rest}", file=sys.stderr)
+        if parallel.chief():
+            print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {same} {rest}", file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        parallel.stop(whole)
+
+
+def _stopped(signum, frame):
+    raise Interrupted(signum, whole=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from engine import parallel
+from engine.clock import duration
 from engine.device import device_name, versions
 from engine.fast import forward
 from engine.results import check_rows, label
@@ -71,8 +73,38 @@ def warm_up(net, images, chunk):
         torch.autograd.grad(logits.sum(), x)
 
 
+def do_jobs(plan, work, results, dataset, seed, bar):
+    """Every slice of every job, by whichever process is free; slices that an interrupted run has done are taken over.
+
+    plan: {Job: (the networks evaluated on, the sizes of its slices)}, in order. work: (job, number of a slice) -> its plain
+    numbers, see `rows_of`. results: takes the rows. bar: of test images.
+    """
+    done = {job: results.slices(job, victims, sizes) for job, (victims, sizes) in plan.items()}
+    todo = [(job, number) for job, (_, sizes) in plan.items() for number in range(len(done[job]), len(sizes))]
+
+    def finish(job):
+        rows = rows_of(job, done[job], plan[job][0], dataset, seed)
+        results.add(job, rows)
+        parallel.say(f"{job}: {100 * rows[0]['accuracy']:.2f} % in {duration(rows[0]['seconds'])}")
+
+    def collect(k, result):
+        job, (victims, sizes) = todo[k][0], plan[todo[k][0]]
+        done[job].append(result)
+        results.save_slices(job, victims, done[job])
+        bar.update(result["n"])
+        if len(done[job]) == len(sizes):
+            finish(job)
+
+    for job, slices in done.items():
+        bar.update(sum(s["n"] for s in slices))
+        if len(slices) == len(plan[job][1]):
+            finish(job)
+    parallel.deal(len(todo), lambda k: work(*todo[k]), collect)
+
+
 class Results:
-    """results.json and, for the job that is not finished, unfinished.json. Both are only ever replaced whole.
+    """results.json and, for the job that is not finished, unfinished.json. Both are only ever replaced whole. Of several
+    processes all have the content, and the first one writes.
 
     flags: {name: value} of the run. may_change: those that a run that goes on may change. known: the names of the attacks and
     the threat models that there are, as for `check_rows`.
@@ -81,28 +113,36 @@ class Results:
     def __init__(self, args, flags, device, may_change, known):
         self.folder = Path(args.out)
         self.path, self.unfinished_path = self.folder / "results.json", self.folder / "unfinished.json"
+        self._lock = None
+        self.content, self._unfinished = parallel.from_chief(
+            lambda: (self._begin(args, flags, device, may_change, known), self._read_unfinished()))
+        self.save()
+
+    def _begin(self, args, flags, device, may_change, known):
+        """Lock the folder. Returns the content: that of an interrupted run, or none yet."""
         if self.folder.exists():
             self._lock = lock(self.folder)
-        self.content = {"rows": [], "metrics": [], "sanity": {}, "networks": {}, "flags": flags,
-                        "versions": versions(), "device": device_name(device)}
+        content = {"rows": [], "metrics": [], "sanity": {}, "networks": {}, "flags": flags,
+                   "versions": versions(), "device": device_name(device)}
         if self.path.exists():
-            if not args.resume:
+            if not args.resume and not parallel.restarted():
                 raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
-            self.content = self._read(self.path, known)
-            refuse_other_flags(self.content["flags"], flags, may_change, f"the run in {self.folder}", "another --out")
-            if self.content["rows"] and self.content["device"] != device_name(device):
-                raise InputError(f"the seconds in {self.path} are those of {self.content['device']}, this is "
+            content = self._read(self.path, known)
+            refuse_other_flags(content["flags"], flags, may_change, f"the run in {self.folder}", "another --out")
+            if content["rows"] and content["device"] != device_name(device):
+                raise InputError(f"the seconds in {self.path} are those of {content['device']}, this is "
                                  f"{device_name(device)}: AE and CREI would mix them; go on there, or choose another "
                                  "--out")
-            self.content |= {"flags": flags, "device": device_name(device)}
+            content |= {"flags": flags, "device": device_name(device)}
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             self._lock = lock(self.folder)
-        self.save()
+        return content
 
     def close(self):
         """Let another process have the folder."""
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def _read(self, path, known):
         try:
@@ -130,11 +170,12 @@ class Results:
         """Rows of a job that is done, in place of those that fewer evaluated networks have left."""
         self.content["rows"] = [row for row in self.content["rows"] if not job.is_of(row)] + rows
         self.save()
-        if self.unfinished()["job"] == vars(job):
+        if parallel.chief() and self.unfinished()["job"] == vars(job):
             self.unfinished_path.unlink()
 
     def save(self):
-        write_json(self.path, self.content)
+        if parallel.chief():
+            write_json(self.path, self.content)
 
     def slices(self, job, victims, sizes):
         """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks.
@@ -149,6 +190,9 @@ class Results:
 
     def unfinished(self):
         """What is known of the job that was interrupted: its fields, the networks evaluated on, its finished slices."""
+        return self._read_unfinished() if parallel.chief() else self._unfinished
+
+    def _read_unfinished(self):
         try:
             unfinished = json.loads(self.unfinished_path.read_text())
             return {key: unfinished[key] for key in ("job", "evaluated_on", "slices")}
@@ -156,4 +200,5 @@ class Results:
             return {"job": None, "evaluated_on": None, "slices": []}
 
     def save_slices(self, job, victims, slices):
-        write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in victims], "slices": slices})
+        if parallel.chief():
+            write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in victims], "slices": slices})

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from engine import fast
+from engine import fast, parallel
 from engine.device import device_name, has_bf16, synchronise
 
 TRAINING_STEP = 1.5  # of an image-gradient: a training step has the gradient of the parameters as well
@@ -87,18 +87,27 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
         net.train(not args.robust_prior)  # as those of the pool are
         compile_planned(net, data, planned_batches(args, data, threat), run.say, args.embed_last)
     rate = image_gradients_per_second(net, data)
-    clock.expect("iteration", args.Iteration * args.num_exp, gradients / rate)
-    clock.expect("evaluation", evaluations * args.num_exp, evaluate.cost(trained_on, select=True) / rate)
-    clock.expect("report", reports * args.num_exp, evaluate.cost(trained_on) / rate)
+    # What this process does: all experiments, a share of each one; or experiments by itself.
+    experiments, shared, networks = args.num_exp, parallel.size(), parallel.largest_share(evaluate.networks)
+    if args.parallel == "experiments":
+        experiments, shared, networks = parallel.largest_share(args.num_exp), 1, evaluate.networks
+    seconds = networks / evaluate.networks / rate  # of an evaluation, for each image-gradient
+    clock.expect("iteration", args.Iteration * experiments, gradients / shared / rate)
+    clock.expect("evaluation", evaluations * experiments, evaluate.cost(trained_on, select=True) * seconds)
+    clock.expect("report", reports * experiments, evaluate.cost(trained_on) * seconds)
     run.say(f"{run.name} on {device_name(data.device)}: {train_size} training, {test_size} test images of {data.num_classes} "
             f"classes; threat model {threat.name}, eps {255 * threat.eps:.3g}/255, step {255 * threat.step_size:.3g}/255")
     run.say(f"{args.num_exp} set(s) of {stored} stored images" + (f" ({trained_on} sub-images)" if args.pack > 1 else "")
             + f", {args.Iteration} iterations each, {evaluations + reports} evaluations each of {evaluate.networks} network(s)")
     run.say(f"an iteration: {gradients:.0f} image-gradients of {flops / 1e9:.3g} GFLOP = {gradients * flops / 1e12:.3g} TFLOP; "
             f"measured {rate:.0f} image-gradients/s; estimated {clock} in all")
+    if parallel.size() > 1:
+        run.say(f"{parallel.size()} processes share " + ("the experiments" if args.parallel == "experiments" else
+                                                         "every batch, and the networks of an evaluation"))
     if args.precision != "bf16" and args.compile and has_bf16(data.device):
         gain = convolution_rate(data.device, torch.bfloat16) / convolution_rate(data.device, torch.float32)
         run.say(f"--precision bf16: this device has instructions for it, and makes {gain:.1f} times as many convolutions a second")
+    parallel.meet()  # some take longer to compile
     small = sum(n < args.batch_real for n in per_class)
     if small:
         run.say(f"--batch_real {args.batch_real} is more than {small} of the classes have: all their images are used")
@@ -122,10 +131,11 @@ def planned_batches(args, data, threat):
     """The batches of COMPILE_PAYS_WITHIN outer iterations and one evaluation, whatever --Iteration says: a run that is given
     more iterations later computes the same as one that had them from the start.
 
-    Returns {"attacked", "trained", "matched", "embedded": {batch size: image-gradients}}, as `fast.compile_batches` names them.
+    Returns {"attacked", "trained", "matched", "embedded": {batch size: image-gradients}}, as `fast.compile_batches` names them;
+    of the largest share of several processes, so that all compile the same, and a batch that has an image less is filled up.
     """
     attacked, trained, matched, embedded = (collections.Counter() for _ in range(4))
-    chunk = data.chunk
+    chunk, own = data.chunk, parallel.largest_share if args.parallel == "batch" else int
 
     def chunks(images, work, kind):
         kind[chunk] += images // chunk * chunk * work
@@ -136,9 +146,9 @@ def planned_batches(args, data, threat):
 
     updates = COMPILE_PAYS_WITHIN * args.outer_loop * args.train_net_num
     steps = 0 if args.robust_prior else COMPILE_PAYS_WITHIN * args.outer_loop * args.fetch_net_num * args.model_train_steps
-    pool_batch = min(args.trained_bs, len(data.labels["train"]))
+    pool_batch = own(min(args.trained_bs, len(data.labels["train"])))
     for classes in data.class_groups(args.batch_real):
-        real = sum(min(args.batch_real, data.class_size(c)) for c in classes)
+        real = own(sum(min(args.batch_real, data.class_size(c)) for c in classes))
         attack(real * args.attack_prior, updates)
         chunks(real, FORWARD * updates, embedded)
     attack(pool_batch if args.attack_pool else 0, steps)

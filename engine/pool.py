@@ -13,10 +13,10 @@ class PoolMember:
     correct: torch.Tensor  # () float, on the device
     seen: int = 0
 
-    def record(self, logits, labels):
-        """Count the right answers of one training batch. logits: (N, num_classes), labels: (N,)."""
-        self.correct += (logits.detach().argmax(1) == labels).sum()
-        self.seen += len(labels)
+    def record(self, right, seen):
+        """Count the right answers to one training batch. right: a () tensor, of `seen` images."""
+        self.correct += right
+        self.seen += seen
 
     def running_accuracy(self):
         """Percent, 0 to 100, as a () tensor; 0 before the first batch (w_f of SPEC 1)."""

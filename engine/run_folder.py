@@ -3,12 +3,14 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from engine import parallel
 from engine.clock import duration
 from engine.device import device_name, versions
 from engine.formats import SyntheticSet, save_synset
@@ -16,9 +18,11 @@ from engine.results import COLUMNS, by_model, percent
 from engine.safe_files import InputError, write_atomically, write_json
 from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
 
-NO_EFFECT = ("fresh", "save_interval")  # on the result
+NO_EFFECT = ("fresh", "save_interval", "parallel")  # on the result
 # Flags that a run that goes on may change.
 MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
+STATE = ("flags", "versions", "device", "data", "chunk", "progress", "experiment", "seconds", "metrics_bytes",
+         "finished")  # what a saved state holds
 
 
 class Run:
@@ -33,10 +37,13 @@ class Run:
     from it; `progress` and `experiment` then hold what was saved. Without one, or with --fresh, a folder of that name is
     kept beside the new one as <run>.1, <run>.2, ...
     progress: dict of plain values and tensors that is saved as it is. experiment: the part that `watch` described, or None.
+
+    part: with --parallel experiments, the experiment that this is the run of. Its states are in exp<k>/ of the checkpoints,
+    its lines in metrics.exp<k>.jsonl and log.exp<k>.txt, until the whole run has them.
     """
 
-    def __init__(self, args, data):
-        self.args, self.data = args, data
+    def __init__(self, args, data, part=None):
+        self.args, self.data, self.part = args, data, part
         self.name = f"{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
         self.folder = Path(args.save_path) / self.name
         self.checkpoint_folder = Path(args.checkpoint_path) / self.name
@@ -44,23 +51,27 @@ class Run:
             raise InputError(f"--save_path and --checkpoint_path are both {args.save_path}; choose two folders: the one of an "
                              "earlier run is moved aside, and its saved state must not be")
         self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
-        for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", self.checkpoint_folder)):
+        states, self._kind = self.checkpoint_folder, ""
+        if part is not None:
+            states, self._kind = self._part_folder(part), f".exp{part}"
+        for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", states)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
         # The second one stands beside the run folder, which may be moved.
-        self._locks = [lock(self.checkpoint_folder), lock(self.folder.parent, f".{self.name}.lock")]
-        self._state_file = StateFile(self.checkpoint_folder, args.save_interval)
+        self._locks = [lock(states)] + ([lock(self.folder.parent, f".{self.name}.lock")] if part is None else [])
+        self._state_file = StateFile(states, args.save_interval)
         self._same = {"flags": vars(args), "versions": versions(), "device": device_name(data.device),
                       "data": data.fingerprint()}
-        saved, damage = (None, None) if args.fresh else self._state_file.load(
-            (*self._same, "chunk", "progress", "experiment", "seconds", "metrics_bytes", "finished"))
+        fresh = args.fresh and part is None and not parallel.restarted()
+        saved, damage = (None, None) if fresh else self._state_file.load(STATE)
         if saved:
             self._check_saved(saved)
             data.chunk = saved["chunk"]  # another one draws other random starts on CUDA, and free memory changes
         else:
             self._state_file.remove()
+            self._remove_parts()
         saved = saved or {"progress": {}, "experiment": None, "seconds": 0.0, "metrics_bytes": 0, "finished": False}
         self.progress, self.experiment, self.finished = saved["progress"], saved["experiment"], saved["finished"]
         self._describe = None
@@ -68,9 +79,16 @@ class Run:
         if damage:
             self.say(damage)
 
+    def _to_device(self):
+        """A state is read into the memory of the CPU."""
+        best = self.experiment and self.experiment["best"]
+        if best:
+            best["set"] = [part if part is None else part.to(self.data.device) for part in best["set"]]
+            best["controls"] = {name: soft.to(self.data.device) for name, soft in best["controls"].items()}
+
     def _check_saved(self, saved):
         where = f"the run saved in {self.checkpoint_folder}"
-        refuse_other_flags(saved["flags"], vars(self.args), MAY_CHANGE, where,
+        refuse_other_flags({"parallel": "batch", **saved["flags"]}, vars(self.args), MAY_CHANGE, where,
                            "--fresh to start over, or another --checkpoint_path")
         if saved["data"] != self._same["data"]:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
@@ -86,10 +104,10 @@ class Run:
     def _open(self, saved):
         """Begin, or go on with, the files of the run folder."""
         going_on = bool(saved.get("flags"))
-        earlier = self._set_aside() if self.folder.exists() and not going_on else None
+        earlier = self._set_aside() if self.folder.exists() and not going_on and self.part is None else None
         self.folder.mkdir(exist_ok=True)
-        self._log = open(self.folder / "log.txt", "a")
-        self._metrics = open(self.folder / "metrics.jsonl", "a")
+        self._log = open(self.folder / f"log{self._kind}.txt", "a")
+        self._metrics = open(self.folder / f"metrics{self._kind}.jsonl", "a")
         self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later lines come again
         self._metrics.seek(0, os.SEEK_END)  # truncation leaves the position, which the next state records, where it was
         self.start = time.perf_counter() - saved["seconds"]
@@ -99,9 +117,10 @@ class Run:
                      + (f"--Iteration {self.args.Iteration} does not prolong it; " if other else "") + "--fresh starts over")
             return
         about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")}}
-        write_json(self.folder / "flags.json", about)
+        if self.part is None:
+            write_json(self.folder / "flags.json", about)
         if going_on:
-            where = f"experiment {len(self.progress.get('sets', []))}"
+            where = f"experiment {len(self.progress.get('sets', [])) if self.part is None else self.part}"
             where += f", iteration {self.experiment['it']}" if self.experiment else ""
             self.say(f"going on with {self.name} at {where}, after {duration(saved['seconds'])}")
             if saved["versions"] != self._same["versions"] or saved["device"] != self._same["device"]:
@@ -109,7 +128,7 @@ class Run:
                          f"on {self._same['device']}: the result may differ in the last bits from that of an undisturbed run")
         if earlier:
             self.say(f"{self.folder} held an earlier run, now in {earlier}")
-        if self.result_file.exists():
+        if self.result_file.exists() and self.part is None:
             self.say(f"{self.result_file} exists and will be replaced at the end")
 
     def _set_aside(self):
@@ -120,6 +139,7 @@ class Run:
         return target
 
     def __enter__(self):
+        self._to_device()
         self._interrupts = Interrupts(self.say)
         return self
 
@@ -129,8 +149,11 @@ class Run:
                 self.save_state()
         finally:
             self._interrupts.restore()
-            for file in (self._log, self._metrics, *self._locks):
-                file.close()
+            self._close()
+
+    def _close(self):
+        for file in (self._log, self._metrics, *self._locks):
+            file.close()
 
     # ------------------------------------------------------------------------------------------------------ saved state
     def watch(self, describe):
@@ -143,11 +166,17 @@ class Run:
 
     def checkpoint(self, it):
         """Before iteration `it`, with the state whole: save it if it is time to, or stop if a signal asked for it."""
-        self._interrupts.check()
-        if self._state_file.due(it):
+        if self._interrupts.check(due=self._due(it)):
             self.save_state()
 
+    def _due(self, it):
+        return self._state_file.due(it)
+
     def save_state(self, finished=False):
+        self._write_state(finished)
+        parallel.meet()  # a large state takes longer than the others would wait for a sum
+
+    def _write_state(self, finished):
         self._metrics.flush()
         self._state_file.save({**self._same, "chunk": self.data.chunk, "progress": self.progress,
                                "experiment": self._describe and self._describe(),
@@ -159,6 +188,51 @@ class Run:
         self.progress, self._describe, self.finished = {}, None, True
         self._state_file.remove()
         self.save_state(finished=True)
+        self._remove_parts()
+
+    # ------------------------------------------------------------------------------------------------- several processes
+    def deal(self, count, work):
+        """`parallel.deal`; of several processes, a signal to one stops all, and the work is done again later."""
+        if parallel.size() == 1:
+            return parallel.deal(count, work)
+        with self._interrupts.at_once():
+            return parallel.deal(count, work)
+
+    def deal_experiments(self, work):
+        """--parallel experiments: work(k, its Run) for each experiment, by whichever process is free; then the progress of
+        all of them is that of this run, in order."""
+        self.save_state()  # from here on there is something to go on with
+
+        def one(exp):
+            with parallel.alone(), Run(self.args, self.data, part=exp) as part:
+                if not part.progress.get("sets"):
+                    work(exp, part)
+                    part.save_state()
+                    part._interrupts.check()
+        self.deal(self.args.num_exp, one)
+        if parallel.chief():
+            self._gather()
+
+    def _gather(self):
+        self.progress.update({"table": {}, "sets": [], "teachers": []})
+        for exp in range(self.args.num_exp):
+            saved, _ = StateFile(self._part_folder(exp)).load(STATE)
+            for name, rows in saved["progress"]["table"].items():
+                self.progress["table"].setdefault(name, []).extend(rows)
+            for key in ("sets", "teachers"):
+                self.progress[key] += saved["progress"][key]
+            for stem, ending, file in (("log", "txt", self._log), ("metrics", "jsonl", self._metrics)):
+                file.write((self.folder / f"{stem}.exp{exp}.{ending}").read_text())
+
+    def _part_folder(self, exp):
+        return self.checkpoint_folder / f"exp{exp}"
+
+    def _remove_parts(self):
+        """Forget the experiments that were runs of their own: this run has all of them, or begins anew."""
+        for exp in range(self.args.num_exp if self.part is None else 0):
+            shutil.rmtree(self._part_folder(exp), ignore_errors=True)
+            for name in (f"log.exp{exp}.txt", f"metrics.exp{exp}.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------------ reports
     def say(self, text):
@@ -171,6 +245,13 @@ class Run:
         """A line for programs, in metrics.jsonl."""
         line = {"event": event, "seconds": round(time.perf_counter() - self.start, 2), **values}
         print(json.dumps(line), file=self._metrics, flush=True)
+
+    def report_iteration(self, exp, it, losses, clock):
+        """losses: loss_robustness, loss_performance, loss_pool, w_f (percent), as floats."""
+        self.metric("iteration", exp=exp, iteration=it, **losses)
+        self.say(f"exp {exp} it {it}/{self.args.Iteration}  robustness-aligned {losses['loss_robustness']:.4g}  "
+                 f"performance-aligned {losses['loss_performance']:.4g}  w_f {losses['w_f']:.2f} %  "
+                 f"pool {losses['loss_pool']:.4g}  {clock}")
 
     def report_evaluation(self, rows, **values):
         """Rows of an Evaluator, for each network name: one line on the screen, one in metrics.jsonl."""
@@ -199,9 +280,10 @@ class Run:
         save_synset(self.checkpoint_folder / f"best_exp{exp}.pt", [SyntheticSet(*best["set"])], best["rows"],
                     self._meta(iteration=best["iteration"], recipe=recipe))
 
-    def save_result(self, sets, table, constant, recipe):
-        """The final file and the final table. sets: a SyntheticSet an experiment; table: {set name: rows}; constant: the row of
-        a constant classifier."""
+    def save_result(self, constant, recipe):
+        """The final file and the final table, from the progress: sets, those of each experiment; table, {set name: rows}.
+        constant: the row of a constant classifier."""
+        table, sets = self.progress["table"], [SyntheticSet(*one) for one in self.progress["sets"]]
         save_synset(self.result_file, sets, table[self.args.method], self._meta(recipe=recipe))
         args = self.args
         measured, wide = [key for key in COLUMNS if key in table[args.method][0]], max(24, *map(len, table))
@@ -213,6 +295,39 @@ class Run:
                 self.metric("final", set=name, model=model, **columns)
                 self.say(f"{name:<{wide}} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
         self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
+
+
+def open_run(args, data):
+    """The Run of a script: to be written by the first of several processes, the others have a `Follower`."""
+    runs = []
+
+    def begin():
+        runs.append(Run(args, data))
+        return {**{name: getattr(runs[0], name) for name in ("progress", "experiment", "finished")},
+                "chunk": data.chunk, "data": data.fingerprint()}  # the first process's chunk: another draws other noise on CUDA
+    said = parallel.from_chief(begin)
+    return runs[0] if runs else Follower(args, data, said)
+
+
+class Follower(Run):
+    """A run as a process sees it that is not the first one: it goes on from the same state, and writes and says nothing."""
+
+    def __init__(self, args, data, said):
+        self.args, self.data, self.part, self._describe, self.name = args, data, None, None, "the run"
+        self.progress, self.experiment, self.finished = (said[name] for name in ("progress", "experiment", "finished"))
+        data.chunk = said["chunk"]
+        if said["data"] != data.fingerprint():
+            raise InputError(f"process {parallel.rank()} has other data in --data_path {args.data_path} than process 0")
+
+    def _nothing(self, *args, **options):
+        pass
+
+    say = metric = report_iteration = report_evaluation = save_grid = save_best = save_result = _nothing
+    _due = _write_state = _close = _gather = _remove_parts = _nothing
+
+    def finish(self):
+        self.finished = True
+        self.save_state()
 
 
 def save_grid(path, images, data, per_row):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine import parallel
 from engine.safe_files import InputError, read_tensors, write_atomically
 
 MAX_STATE_BYTES = 64 << 30
@@ -22,42 +23,71 @@ class Interrupted(BaseException):
 
     def __init__(self, signum, whole):
         super().__init__(signal.Signals(signum).name)
-        self.exit_status, self.whole = 128 + signum, whole
+        self.signum, self.exit_status, self.whole = int(signum), 128 + signum, whole
 
 
 class Interrupts:
     """Turns SIGINT and SIGTERM into `Interrupted`: at once, or inside `deferred()` at the next `check()`.
 
-    A second signal in such a stretch stops the run at once; what was saved before is what remains.
+    A second signal in such a stretch stops the run at once; what was saved before is what remains. Of several processes each
+    one may get the signal, more than once (from the terminal, from torchrun, from each other): all stop at the same `check()`,
+    or inside `at_once()`, and further signals mean nothing.
     """
 
     def __init__(self, say):
-        self.say, self.pending, self.defer = say, None, False
+        self.say, self.pending, self.together = say, None, parallel.by_torchrun()
+        self.defer = parallel.size() > 1
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def restore(self):
         """Put the handlers back that were there before."""
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if self.together and self.pending else handler)
 
     def _handle(self, signum, frame):
+        if self.together and self.pending:
+            return
+        if self.together and not self.defer:
+            self.pending = signum
         if not self.defer or self.pending:
             raise Interrupted(signum, whole=not self.defer)
         self.pending = signum
-        self.say("stopping after this iteration; a second signal stops at once, back to the last saved state")
+        self.say("stopping after this iteration" + ("" if self.together else "; a second signal stops at once, back to the "
+                                                    "last saved state"))
 
     @contextmanager
     def deferred(self):
         """A stretch after which the state of the run is whole again."""
-        self.defer = True
+        before, self.defer = self.defer, True
         try:
             yield
         finally:
-            self.defer = False
+            self.defer = before
 
-    def check(self):
-        if self.pending:
-            raise Interrupted(self.pending, whole=True)
+    @contextmanager
+    def at_once(self):
+        """A stretch in which the processes do not wait for each other: a signal ends it at once, on all of them."""
+        before = self.defer
+        try:
+            self.defer = False
+            if self.pending:
+                raise Interrupted(self.pending, whole=True)
+            yield
+        except Interrupted as stop:
+            self.pending = stop.signum
+            parallel.pass_on(stop.signum)
+        finally:
+            self.defer = before
+        self.pending = max(parallel.meet(self.pending or 0)) or None
+        self.check()
+
+    def check(self, due=False):
+        """Raise Interrupted if a signal has come, to any process. Returns whether it was `due` for one of them."""
+        pending, due = parallel.agree(int(self.pending or 0), int(bool(due)))
+        if pending:
+            self.pending = pending
+            raise Interrupted(pending, whole=True)
+        return bool(due)
 
 
 def lock(folder, name=".lock"):

@@ -455,3 +455,16 @@ def test_spsa_uses_no_gradient():
 
     spsa(model, torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), samples=16)
     assert sum(calls) == 2 * 2 * 16
+
+
+def test_a_share_of_a_batch_is_attacked_as_the_whole(digits):
+    """What several processes attack of a batch, put together, is what one attacks: the same starts, chunk by chunk."""
+    net = get_network("LeNet", 3, 10, (32, 32), 0).double()
+    x, labels = digits.take("train", slice(23))
+    threat, rngs = get_threat_model("pixel", digits), [torch.Generator().manual_seed(0) for _ in range(4)]
+    whole = attack_images(net, x.double(), labels, threat, rngs[0], chunk=8)
+    for rng, own in zip(rngs[1:], (slice(0, 7), slice(7, 15), slice(15, 23))):
+        part = attack_images(net, x.double(), labels, threat, rng, chunk=8, own=own)
+        assert torch.allclose(part, whole[own], atol=1e-6)
+        assert torch.equal(rng.get_state(), rngs[0].get_state())  # and the next batch begins where it would
+    assert (whole - x).abs().max() > 0.05

@@ -166,7 +166,7 @@ def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
     rng = {name: stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": stream(0, device="cuda")}
     image_syn, _ = ROME_cifar10.initial_set(args, data, stream(0, "init"), "real", 2)
     optimizer_img = ROME_cifar10.image_optimizer(args, image_syn.requires_grad_())
-    pool, threat = ROME_cifar10.new_pool(args, 0, data, None), get_threat_model("published", data)
+    pool, threat = utils.new_pool(args, 0, data, None), get_threat_model("published", data)
     counts = []
     for it in (1, 2, 3):
         cuda.syncs.clear()

@@ -38,8 +38,8 @@ def test_running_accuracy_is_a_percentage():
     pool = make_pool()
     member = pool.members[0]
     assert member.running_accuracy() == 0
-    member.record(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    member.record(torch.eye(4), torch.tensor([0, 0, 0, 0]))
+    member.record(torch.tensor(3), 4)
+    member.record(torch.tensor(1), 4)
     assert member.running_accuracy() == 50  # 4 of 8
     pool.reset_running_accuracy()
     assert member.running_accuracy() == 0
@@ -57,7 +57,7 @@ def test_pool_round_trip():
     first = pool()
     for member in first.members:
         train(member)
-        member.record(torch.eye(10)[:2], torch.tensor([0, 5]))
+        member.record(torch.tensor(1), 2)
     second = pool()
     second.push(3)
     second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: nothing shared

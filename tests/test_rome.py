@@ -216,7 +216,7 @@ def test_train_pool_counts_and_learns(digits):
 
 
 def test_the_optimisers_are_the_ones_of_the_flags(digits):
-    pools = [rome.new_pool(rome.parse_args(["--model", "MLP", *flags]), 0, digits, [])
+    pools = [utils.new_pool(rome.parse_args(["--model", "MLP", *flags]), 0, digits, [])
              for flags in ([], ["--net_decay", "--lr_net", "0.05"])]
     plain, decay = (pool.members[0].optimizer.param_groups[0] for pool in pools)
     assert (plain["lr"], plain["momentum"], plain["weight_decay"]) == (0.01, 0, 0)
@@ -228,7 +228,7 @@ def test_the_optimisers_are_the_ones_of_the_flags(digits):
 def test_outer_loop_repeats_image_updates_and_pool_training_with_the_same_networks(digits, monkeypatch):
     args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--outer_loop", "3", "--train_net_num", "2",
                             "--fetch_net_num", "4", "--inner_loop", "5"])  # the last one has no effect
-    pool, rng, calls = rome.new_pool(args, 0, digits, []), {"pool": torch.Generator().manual_seed(0)}, []
+    pool, rng, calls = utils.new_pool(args, 0, digits, []), {"pool": torch.Generator().manual_seed(0)}, []
     pool.push(20)
 
     def update(image_syn, optimizer_img, member, *rest):
@@ -257,8 +257,8 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
         return [{"model": "MLP", "robust_acc": 1 - accs[it], "select_acc": accs[it]}]
     monkeypatch.setattr(NetPool, "push", lambda self, n, push=NetPool.push: (pushed.append(n), push(self, n)))
     monkeypatch.setattr(NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
-    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None, metric=lambda *a, **k: None,
-                           say=lambda text: None,
+    run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None,
+                           report_iteration=lambda *a: None,
                            save_best=lambda exp, best, recipe: saved.append(best["iteration"]),
                            experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
                            uninterrupted=contextlib.nullcontext)
