@@ -8,6 +8,7 @@
 #                runs end with clean accuracy and PGD-20, three sets each, with the soft labels and with the classes alone
 # judge IPC      AutoAttack on networks that learn the soft labels
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
+# chosen         images on which teachers and students disagree, and labels of the networks of the pool (ipc 10, 4x4)
 # convnet        the best two as a ConvNet learns them, and their controls
 # cross          other architectures on the best set
 #
@@ -81,6 +82,16 @@ teaching)
     distil Large-teacher 200 "$large-0.pth" --ipc 10 --Iteration 0 --pack 4 --model ConvNet --epoch_eval_train 1
     judge Large-teacher-10 "$out"/sets/Large-teacher-10/ROME_res_*.pt --model ConvNetW32 --attacks PGD20 --eps 2 4 8 \
         --epoch_eval_train 200 ;;
+chosen)
+    PYTHONPATH=. $python result/recorded/robust_labels/disagree.py "$out/disagree.pt" $three \
+        --students "$out"/judged/Random-4x4-10/networks/*-0.pth
+    distil Disagree "$finer" "$three" --ipc 10 --Iteration 0 --pack 4 --init "$out/disagree.pt"
+    # The pool instead of the pretrained networks: its networks are attacked and matched as they train, and give the labels.
+    $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method Pool-4x4 --threat_model pixel --labels prior $recipe \
+        --epoch_eval_train "$finer" --dsa_strategy crop_flip_scale_rotate --lr_img 0.2 --embed_last 1000 --net_decay --syn_ce \
+        --ce_weight 0.5 --train_net_num 1 --batch_real 32 --trained_bs 64 --Iteration 100 --eval_interval 100 --select last \
+        --no_baseline --num_exp 3 --num_eval 1 --test_limit 1000 --precision "$precision" --ipc 10 --pack 4 \
+        --save_path "$out/sets/Pool-4x4-10" --checkpoint_path "$out/states/Pool-4x4-10" ;;
 convnet)
     for name in Random-4x4 Random Random-unpacked; do
         judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt --model ConvNet --lr_net 0.05 --labels own hard
