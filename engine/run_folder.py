@@ -229,10 +229,11 @@ class Run:
 
     def _remove_parts(self):
         """Forget the experiments that were runs of their own: this run has all of them, or begins anew."""
-        for exp in range(self.args.num_exp if self.part is None else 0):
-            shutil.rmtree(self._part_folder(exp), ignore_errors=True)
-            for name in (f"log.exp{exp}.txt", f"metrics.exp{exp}.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        if self.part is None:
+            for folder in self.checkpoint_folder.glob("exp[0-9]*"):
+                shutil.rmtree(folder)
+            for path in (*self.folder.glob("log.exp*.txt"), *self.folder.glob("metrics.exp*.jsonl")):
+                path.unlink()
 
     # ------------------------------------------------------------------------------------------------------------ reports
     def say(self, text):

@@ -74,6 +74,8 @@ class Interrupts:
                 raise Interrupted(self.pending, whole=True)
             yield
         except Interrupted as stop:
+            if not self.together:
+                raise
             self.pending = stop.signum
             parallel.pass_on(stop.signum)
         finally:
