@@ -371,7 +371,7 @@ def parse_args(argv=None):
     add("--num_eval", type=at_least(1), help="networks trained per evaluation")
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs of training on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
-    add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of its learning rate, --lr_net: step, as published; cosine")
+    add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of --lr_net in that training: step is as published")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two evaluations")
     add("--select", choices=("train", "test", "last"), default="train", help="the set that is kept: the one of highest robust "
         f"accuracy on {utils.SELECT_IMAGES} fixed training images, or on the test images; or the last one, as in the published "

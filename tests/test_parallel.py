@@ -32,7 +32,7 @@ ROME = ["--dataset", "CIFAR10", "--model", "MLP", "--ipc", "1", "--aug", "--thre
 PLAIN, TORCHRUN = [sys.executable], [sys.executable, "-m", "torch.distributed.run"]
 
 
-def start(folder, count, script, *flags, launcher=(), **environment):
+def start(folder, count, script, *flags, launcher=("--standalone",), **environment):
     """A script as a process, or under torchrun with `count` of them."""
     folder.mkdir(exist_ok=True)
     program = PLAIN if count is None else [*TORCHRUN, "--nproc_per_node", str(count), *launcher]
@@ -103,7 +103,7 @@ def test_killed_then_stopped_and_started_again_by_torchrun(undisturbed, tmp_path
     (line,) = said_by("ROME_cifar10.py", err)
     assert "another process of the run is gone" in line and "the same command goes on" in line
     assert time.monotonic() - began < 60
-    out, err = run(tmp_path, 3, *flags, launcher=["--max-restarts", "1"], KEEP="1", AT="2:training_set:2",
+    out, err = run(tmp_path, 3, *flags, launcher=["--standalone", "--max-restarts", "1"], KEEP="1", AT="2:training_set:2",
                    SIGNAL=str(int(signal.SIGTERM)))
     (line,) = said_by("ROME_cifar10.py", err)
     assert "stopped by SIGTERM; the same command goes on from here" in line
