@@ -70,7 +70,7 @@ def synchronise(device):
 
 def moved_together(tensors, device):
     """Tensors of the CPU -> on the device, in one copy from pinned memory, so that the host does not wait for each of them."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not tensors:
         return list(tensors)
     flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     sizes = [-len(part) % 8 + len(part) for part in flat]  # each begins where any type may begin

@@ -53,14 +53,14 @@ def convolution_rate(device, dtype, count=64, repeats=3):
     """Floating-point operations a second of the ConvNet's second convolution, forward and backward to its input, in the faster of
     the two memory formats: what the library reaches by itself."""
     seconds = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        conv = torch.nn.Conv2d(128, 128, 3, padding=1).to(device, dtype, memory_format=layout).requires_grad_(False)
-        x = torch.randn(count, 128, 16, 16, device=device).to(dtype, memory_format=layout).requires_grad_()
-        gradient, times = torch.randn_like(x), []
+    for layout in (torch.contiguous_format, torch.channels_last):  # what is in it does not matter; no generator is touched
+        weight = torch.full((128, 128, 3, 3), 0.01, device=device).to(dtype, memory_format=layout)
+        x = torch.ones(count, 128, 16, 16, device=device).to(dtype, memory_format=layout).requires_grad_()
+        gradient, times = torch.ones_like(x), []
         for _ in range(repeats + 1):
             synchronise(device)
             start = time.perf_counter()
-            torch.autograd.grad(conv(x), x, gradient)
+            torch.autograd.grad(torch.nn.functional.conv2d(x, weight, padding=1), x, gradient)
             synchronise(device)
             times.append(time.perf_counter() - start)
         seconds.append(sorted(times[1:])[repeats // 2])
@@ -104,6 +104,8 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
     if parallel.size() > 1:
         run.say(f"{parallel.size()} processes share " + ("the experiments" if args.parallel == "experiments" else
                                                          "every batch, and the networks of an evaluation"))
+    elif data.device.type == "cpu" and torch.get_num_threads() > 1:
+        run.say("torchrun with a process of one thread for each core is a little faster than threads (docs/parallel.md)")
     if args.precision != "bf16" and args.compile and has_bf16(data.device):
         gain = convolution_rate(data.device, torch.bfloat16) / convolution_rate(data.device, torch.float32)
         run.say(f"--precision bf16: this device has instructions for it, and makes {gain:.1f} times as many convolutions a second")

@@ -181,7 +181,7 @@ def test_tensors_that_are_moved_together(cuda):
     moved = moved_together(sent, torch.device("cuda"))
     assert cuda.syncs == {"copy to the device": 1} and all(on_device(tensor) for tensor in moved)
     assert all(a.dtype == b.dtype and torch.equal(a, b.cpu()) for a, b in zip(sent, moved))
-    sent = [tensor for tensor in sent if len(tensor)]
+    assert moved_together([], torch.device("cuda")) == []
     assert all(a is b for a, b in zip(sent, moved_together(sent, torch.device("cpu"))))
 
 
