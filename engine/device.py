@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from engine.safe_files import InputError
 
-CHUNK = 64  # images attacked at a time on a CPU: of more, the activations do not stay in its caches
+CHUNK = 64  # images attacked at a time on a CPU; more are no faster
 BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous for the published ConvNet, whose activations are 2.5 MiB
 MOST_ATTACKED = 4096  # images at a time: an activation of ConvNetW256 then has 2^30 values, and an index of 32 bits is enough
 
