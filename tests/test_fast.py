@@ -2,11 +2,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_dataset
+from conftest import ROOT, random_dataset, sigterm_at
 
 import benchmark
 import ROME_cifar10 as rome
@@ -15,6 +16,7 @@ from attacks import craft, get_threat_model
 from engine import fast
 from engine.formats import SyntheticSet
 from engine.results import percent
+from engine.saved_state import Interrupted
 from networks import get_network
 
 SMALL = ["--model", "ConvNetW32", "--ipc", "1", "--batch_real", "8", "--trained_bs", "16", "--model_train_steps", "2"]
@@ -273,3 +275,30 @@ def test_bf16_accuracy(digits, capsys):
     for column in ("clean_acc", "robust_acc"):
         assert abs(means["fp32", column] - means["bf16", column]) < 3
         assert means["fp32", column] != means["bf16", column] or column == "clean_acc"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_killed_and_resumed_with_everything_compiled(precision, monkeypatch, tmp_path):
+    """The same bits, with batches that are compiled, filled up, and left plain."""
+    flags = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--batch_real", "7", "--trained_bs", "16",
+             "--model_train_steps", "2", "--Iteration", "4", "--num_exp", "1", "--epoch_eval_train", "1", "--test_limit", "20",
+             "--select", "last", "--no_baseline", "--threat_model", "pixel", "--precision", precision, "--embed_last", "1000"]
+    monkeypatch.setattr(fast, "COMPILE_PAYS", {"cpu": 1e9})
+    images = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *flags])
+        if name == "b":
+            sigterm_at(monkeypatch, rome, "outer_iteration", 3)
+            with pytest.raises(Interrupted):
+                rome.main()
+            fast.stop_compiling()
+        rome.main()
+        assert {kind[-1] for kind in fast._ready} == {"none", "input", "parameters"}
+        (path,) = Path("result").glob("*.pt")
+        images.append(torch.load(path, weights_only=True)["data"][0][0])
+        fast.stop_compiling()
+    fast.set_precision("tf32")
+    assert torch.equal(*images)
