@@ -62,13 +62,13 @@ sets)
     distil ROME "$packed" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --aug
     distil ROME-4x4 "$finer" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --pack 4
     # The Baseline has no robust prior: a pool of clean networks, clean images matched; then the robust networks label its images.
-    $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method Baseline --threat_model pixel --no_attack_pool \
+    $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method Baseline-classes --threat_model pixel --no_attack_pool \
         --no_attack_prior --ipc "$ipc" --aug --lr_img 0.2 --embed_last 1000 --net_decay --syn_ce --ce_weight 0.5 --train_net_num 1 \
         --batch_real 32 --trained_bs 64 --Iteration "$iterations" --eval_interval "$iterations" --select last --no_baseline \
         --num_exp 3 --num_eval 1 --epoch_eval_train 50 --test_limit 50 --precision "$precision" \
         --save_path "$out/sets/Baseline-hard-$ipc" --checkpoint_path "$out/states/Baseline-hard-$ipc"
     distil Baseline "$packed" "$three" --ipc "$ipc" --Iteration 0 --aug \
-        --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
+        --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline-classes_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
 judge)
     for name in Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4; do
         judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt
