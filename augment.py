@@ -170,7 +170,7 @@ def dsa_apply(x, draw):
 
 
 def draws_on_device(chosen, draws, device):
-    """Tensors of the CPU and draws of `dsa_draw`, one for each of them, on the device, in one copy. Returns both as they were."""
+    """Tensors of the CPU and draws of `dsa_draw`, one for each of them, on the device, in one copy: (tensors, draws)."""
     parameters = moved_together([*chosen, *(draw[1] for draw in draws if draw)], device)
     rest = iter(parameters[len(chosen):])
     return parameters[:len(chosen)], [draw and (draw[0], next(rest)) for draw in draws]

@@ -294,8 +294,9 @@ def start_up():
         return None
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run = subprocess.Popen([sys.executable, "-u", SCRIPT, "--no_compile", "--no_baseline", "--save_path", f"{folder}/result",
-                                "--checkpoint_path", f"{folder}/states"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [sys.executable, "-u", SCRIPT, "--no_compile", "--no_baseline", "--save_path", f"{folder}/result",
+                   "--checkpoint_path", f"{folder}/states"]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             for line in run.stdout:
                 if line.startswith("an iteration:"):  # the last line of the plan

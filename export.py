@@ -29,7 +29,8 @@ def parse_args(argv=None):
     add("out", metavar="DIR", help="folder for the result; one that exists and is not empty is refused")
     add("--to", choices=LAYOUTS, required=True)
     add("--index", type=at_least(0), default=0, help="which set of the file")
-    add("--packed", type=int, choices=PACKS, default=1, metavar="K", help="a file that does not say so holds K x K sub-images in each image")
+    add("--packed", type=int, choices=PACKS, default=1, metavar="K",
+        help="a file that does not say so holds KxK sub-images in each image")
     add("--hard", action="store_true", help="leave the soft labels out")
     add("--keep_packed", action="store_true", help="for dc, which can say how images are packed: leave them as they are stored")
     return parser.parse_args(argv)
@@ -42,7 +43,7 @@ def write_dc(folder, one, meta):
                      meta.get("flags", {}).get("model", "ConvNet"), f"{_per_class(one)}ipc.pt"])
     save_synset(folder / name, [one], [], meta)
     reading = f'images, labels = torch.load("{name}", weights_only=True)["data"][0]'
-    training = f"`python evaluate.py --synset {name}` of the project trains on it as said above and attacks what it has trained."
+    training = f"`python evaluate.py --synset {name}` of the project trains on it as said above and attacks the networks."
     write_text(folder / "README.md", card(one, meta, reading) + training + "\n")
 
 
@@ -98,7 +99,7 @@ LAYOUTS = {"dc": write_dc, "mtt": write_mtt, "ddranking": write_ddranking, "fold
 def _pixels(images, meta):
     """Normalised images -> pixels in [0, 1]. Raises InputError if the file does not say how it is normalised."""
     if meta.get("zca") or not {"mean", "std"} <= set(meta):
-        raise InputError("the set is ZCA-whitened, or does not say its normalisation, so it has no pixels: choose another layout")
+        raise InputError("the set is ZCA-whitened, or does not say its normalisation: it has no pixels; choose another layout")
     mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     return (images * std + mean).clamp(0, 1)
 

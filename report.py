@@ -40,8 +40,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("results", nargs="+", metavar="PATH", help="results.json, metrics.jsonl, or folders with them somewhere inside")
-    add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth under "
-        "a valid attack; default: all, and more")
+    add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth "
+        "under a valid attack; default: all, and more")
     add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables")

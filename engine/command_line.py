@@ -25,8 +25,8 @@ def add_fast_flags(parser):
     add_switch(parser, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
     parser.add_argument("--precision", choices=(*fast.PRECISIONS, "auto"), default="tf32", help="of convolutions and matrix "
                         "products; tf32 is fp32 where there is no TensorFloat-32; bf16: in the training of networks and the "
-                        "attacks in it, not where an accuracy is reported; auto: bf16 where the device has instructions for it, "
-                        "else tf32")
+                        "attacks in it, not where an accuracy is reported; auto: bf16 where the device has instructions for "
+                        "it, else tf32")
 
 
 def add_run_flags(parser):

@@ -50,8 +50,8 @@ def image_gradients_per_second(net, data):
 
 
 def convolution_rate(device, dtype, count=64, repeats=3):
-    """Floating-point operations a second of the ConvNet's second convolution, forward and backward to its input, in the faster of
-    the two memory formats: what the library reaches by itself."""
+    """Floating-point operations a second of the ConvNet's second convolution, forward and backward to its input, in the faster
+    of the two memory formats: what the library reaches by itself."""
     seconds = []
     for layout in (torch.contiguous_format, torch.channels_last):  # what is in it does not matter; no generator is touched
         weight = torch.full((128, 128, 3, 3), 0.01, device=device).to(dtype, memory_format=layout)
@@ -108,7 +108,7 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
         run.say("torchrun with a process of one thread for each core is a little faster than threads (docs/parallel.md)")
     if args.precision != "bf16" and args.compile and has_bf16(data.device):
         gain = convolution_rate(data.device, torch.bfloat16) / convolution_rate(data.device, torch.float32)
-        run.say(f"--precision bf16: this device has instructions for it, and makes {gain:.1f} times as many convolutions a second")
+        run.say(f"--precision bf16: this device has instructions for it; its convolutions are {gain:.1f} times as fast in it")
     parallel.meet()  # some take longer to compile
     small = sum(n < args.batch_real for n in per_class)
     if small:

@@ -82,8 +82,8 @@ def test_compiled_equals_plain(compiled, monkeypatch):
 
 
 def test_smaller_batches_are_filled_up(compiled, monkeypatch):
-    """Nearly as large ones go through the compiled graph, with the same scores and gradients; smaller ones stay plain, and so do
-    networks in which the other images of a batch matter."""
+    """Nearly as large ones go through the compiled graph, with the same scores and gradients; smaller ones stay plain, and so
+    do networks in which the other images of a batch matter."""
     calls, x = count_compiled(monkeypatch), torch.randn(13, 3, 32, 32)
     net, labels = get_network("ConvNetW32", 3, 10, (32, 32), 3).eval(), torch.arange(13) % 10
 

@@ -151,6 +151,27 @@ def test_the_cifar100_script_on_digits(tmp_path):
     assert torch.allclose(a["data"][0][0], b["data"][0][0], atol=1e-5) and a["accs_all_exps"] == b["accs_all_exps"]
 
 
+@pytest.mark.slow
+def test_the_other_scripts_on_digits(tmp_path):
+    """Three processes against one: a network of pretrain.py, a set distilled with it, and its evaluation."""
+    digits = ["--dataset", "Digits", "--model", "MLP", "--threat_model", "pixel", "--no_compile"]
+    network, synset = "checkpoints/full_MLP_Digits_142_PGD-pixel_seed0-0.pth", "result/ROME_res_ROME_Digits_MLP_1ipc.pt"
+    for folder, count in (("one", None), ("three", 3)):
+        folder = tmp_path / folder
+        run(folder, count, "pretrain.py", *digits, "--epochs", 1, "--attack_steps", 2, "--batch_train", 64, "--test_limit", 20,
+            "--aa_limit", 0)
+        run(folder, count, "ROME_cifar10.py", *ROME, "--dataset", "Digits", "--robust_prior", network, "--num_exp", 1)
+        run(folder, count, "evaluate.py", "--synset", synset, "--epoch_eval_train", 2, "--num_eval", 2, "--limit", 20,
+            "--attacks", "PGD", "--threat_model", "pixel", "--untargeted", "--no_compile", "--no_sanity", "--out", "out")
+    networks, sets = ([torch.load(tmp_path / folder / name, weights_only=True) for folder in ("one", "three")]
+                      for name in (network, synset))
+    assert all(torch.allclose(networks[0][key], networks[1][key], atol=1e-5) for key in networks[0])
+    assert torch.allclose(sets[0]["data"][0][0], sets[1]["data"][0][0], atol=1e-5)
+    rows = [[row["accuracy"] for row in json.loads((tmp_path / folder / "out" / "results.json").read_text())["rows"]]
+            for folder in ("one", "three")]
+    assert rows[0] == rows[1] and len(rows[0]) == 4 * 3  # own and hard labels, two networks each; two controls and PGD
+
+
 # -------------------------------------------------------------------------------------------------- pretrain.py, evaluate.py
 def test_pretrain(tmp_path, data):
     """Two processes: one network each, bit for bit; or one network together, stopped and gone on with by one."""
