@@ -162,7 +162,8 @@ def test_the_other_scripts_on_digits(tmp_path):
             "--aa_limit", 0)
         run(folder, count, "ROME_cifar10.py", *ROME, "--dataset", "Digits", "--robust_prior", network, "--num_exp", 1)
         run(folder, count, "evaluate.py", "--synset", synset, "--epoch_eval_train", 2, "--num_eval", 2, "--limit", 20,
-            "--attacks", "PGD", "--threat_model", "pixel", "--untargeted", "--no_compile", "--no_sanity", "--out", "out")
+            "--attacks", "PGD", "--threat_model", "pixel", "--untargeted", "--no_compile", "--no_sanity", "--out", "out",
+            DTYPE="float32")
     networks, sets = ([torch.load(tmp_path / folder / name, weights_only=True) for folder in ("one", "three")]
                       for name in (network, synset))
     assert all(torch.allclose(networks[0][key], networks[1][key], atol=1e-5) for key in networks[0])
