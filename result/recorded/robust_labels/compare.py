@@ -35,7 +35,7 @@ print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
 for better, than in PAIRS:
     if (SETS / better).exists() and (SETS / than).exists():
         line(f"{better} - {than}", lambda c, n=better: accuracies(n, c), lambda c, n=than: accuracies(n, c))
-for folder in sorted(SETS.iterdir()):
+for folder in sorted(path.parent for path in SETS.glob("*/metrics.jsonl")):
     hard = f"{folder.name.rsplit('-', 1)[0]}, hard labels"
     if accuracies(folder.name, "clean_acc", hard):
         line(f"{folder.name}: labels - classes alone", lambda c, f=folder: accuracies(f.name, c),
