@@ -104,8 +104,6 @@ def print_plan(args, data, threat, net, evaluate, run, clock, evaluations, repor
     if parallel.size() > 1:
         run.say(f"{parallel.size()} processes share " + ("the experiments" if args.parallel == "experiments" else
                                                          "every batch, and the networks of an evaluation"))
-    elif data.device.type == "cpu" and torch.get_num_threads() > 1:
-        run.say("torchrun with a process of one thread for each core is a little faster than threads (docs/parallel.md)")
     if args.precision != "bf16" and args.compile and has_bf16(data.device):
         gain = convolution_rate(data.device, torch.bfloat16) / convolution_rate(data.device, torch.float32)
         run.say(f"--precision bf16: this device has instructions for it; its convolutions are {gain:.1f} times as fast in it")
