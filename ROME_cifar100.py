@@ -22,11 +22,11 @@ from engine.clock import Clock
 from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import get_device, moved_together
-from engine.fast import choose_precision, embed, forward, frozen, set_precision
+from engine.fast import choose_precision, embed, frozen, set_precision
 from engine.formats import SyntheticSet
 from engine.plan import matched_together, print_plan
 from engine.run_folder import open_run
-from engine.streams import stream, stream_seed
+from engine.streams import stream
 from engine.turns import at_their_turns, take_turns
 from networks import EVAL_MODES, NETWORKS, network_for
 from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe
@@ -140,13 +140,7 @@ def train_pool(members, data, threat, args, rng):
             img_adv = img_real[own]
             if args.attack_pool:
                 img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
-            logits, label_adv = forward(member.net, img_adv), label_real[own]
-            loss = F.cross_entropy(logits, label_adv) * (len(label_adv) / seen)  # of all processes together: the mean
-            member.optimizer.zero_grad()
-            loss.backward()
-            loss, right = loss.detach(), (logits.detach().argmax(1) == label_adv).sum().to(loss.dtype)
-            parallel.add_up([loss, right, *(parameter.grad for parameter in member.net.parameters())])
-            member.optimizer.step()
+            loss, right = utils.training_step(member.net, member.optimizer, img_adv, label_real[own], seen)
             member.record(right, seen)
             losses.append(loss)
     return torch.stack(losses).sum() / max(len(losses) - 1, 1)

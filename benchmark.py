@@ -118,6 +118,9 @@ class Bench:
                                       for word in (f"--{name}", str(getattr(args, name))))])
         self.flags.compile = args.compile
         self.flops = 2 * forward_flops(self.network(0), 3, (32, 32))  # of an image-gradient
+        trained = 2 * args.model_train_steps * args.trained_bs
+        self.images = 10 * args.batch_real + trained  # of an outer iteration
+        self.work = 10 * self.images + TRAINING_STEP * trained  # its image-gradients
 
     def network(self, seed):
         return network_for(self.data, self.args.model, seed)
@@ -219,11 +222,7 @@ def whole_iteration(bench):
         image_syn, optimizer_img, pool, rng = plain_parts
         plain_iteration(image_syn, optimizer_img, pool.members[0], pool.members, bench.data, bench.threat, flags, rng)
 
-    def quick():
-        bench.iterate(fast_parts)
-    trained = 2 * flags.model_train_steps * flags.trained_bs
-    work = 10 * (10 * flags.batch_real + trained) + TRAINING_STEP * trained
-    return 10 * flags.batch_real + trained, bench.compare(plain, quick), work
+    return bench.images, bench.compare(plain, lambda: bench.iterate(fast_parts)), bench.work
 
 
 def processes(bench):
@@ -273,14 +272,11 @@ def on_a_gpu(bench):
     """What an outer iteration would cost on an H100, from counts: the eager one, all classes in one chunk, TF32. Nothing of it
     is measured; the longest of memory traffic, launches and arithmetic is taken. Returns a dict, with `text`."""
     bandwidth, launch, arithmetic = 3.35e12, 8e-6, 495e12  # bytes/s and TF32 FLOP/s of its data sheet; seconds of a launch
-    image_syn, optimizer_img, pool, rng = bench.start()
-    chunk, bench.data.chunk = bench.data.chunk, 4096
+    parts, chunk = bench.start(), bench.data.chunk
+    bench.data.chunk = 4096
     with plain_mode(), OperationCounter() as counter:
-        rome.update_images(image_syn, optimizer_img, pool.members[0], bench.data, bench.threat, bench.flags, rng)
-        rome.train_pool(pool.choose(2, rng["pool"]), bench.data, bench.threat, bench.flags, rng)
-    bench.data.chunk = chunk
-    trained = 2 * bench.flags.model_train_steps * bench.flags.trained_bs
-    flops = bench.flops * (10 * (10 * bench.flags.batch_real + trained) + TRAINING_STEP * trained)
+        bench.iterate(parts)
+    bench.data.chunk, flops = chunk, bench.flops * bench.work
     limits = {"memory": counter.bytes / bandwidth, "launches": counter.operations * launch, "arithmetic": flops / arithmetic}
     slowest = max(limits, key=limits.get)
     return {"operations": counter.operations, "bytes": counter.bytes, "flops": flops, "seconds": limits,

@@ -30,7 +30,7 @@ from engine.fast import PRECISIONS, choose_precision, set_precision, stop_compil
 from engine.formats import SyntheticSet, load_into, pack_of
 from engine.jobs import Job, PassCounter, Results, do_jobs, warm_up
 from engine.pictures import draw_results
-from engine.plan import compile_planned, image_gradients_per_second, set_batches
+from engine.plan import FORWARD, compile_planned, image_gradients_per_second, set_batches
 from engine.results import CONTROLS, HEADLINE_EPS
 from engine.safe_files import InputError, sha256, write_json, write_tensors, write_text
 from engine.saved_state import Interrupted
@@ -249,10 +249,9 @@ def attack_options(args, attack):
 
 def typical_cost(args, attack):
     """Image-gradients that an image takes, for the estimate at the start; what gives up images early varies widely."""
-    forward = 0.45  # of an image-gradient
     return {"FGSM": 1, "PGD": PGD_STEPS, "PGD20": 2 * PGD_STEPS, "PGD_L2": PGD_STEPS, "CW": 60, "Deepfool": 12,
-            "AA": 10 * args.aa_iterations + 0.2 * forward * args.queries, "Square": 0.5 * forward * args.queries,
-            "SPSA": 256 * forward * args.spsa_steps}.get(attack, forward)
+            "AA": 10 * args.aa_iterations + 0.2 * FORWARD * args.queries, "Square": 0.5 * FORWARD * args.queries,
+            "SPSA": 256 * FORWARD * args.spsa_steps}.get(attack, FORWARD)
 
 
 # ---------------------------------------------------------------------------------------------------------- one attack

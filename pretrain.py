@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
@@ -28,7 +27,7 @@ from engine.clock import duration
 from engine.command_line import add_fast_flags, add_switch, at_least, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, versions
-from engine.fast import choose_precision, forward, no_bf16, set_precision
+from engine.fast import choose_precision, mixes_its_batch, no_bf16, set_precision
 from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
 from engine.results import COLUMNS
 from engine.safe_files import InputError, write_json, write_tensors
@@ -142,13 +141,7 @@ def train(args, k, data, threat, states, interrupts):
                                                  steps=args.attack_steps, chunk=data.chunk, own=own)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
-                    logits = forward(net, attacked)
-                    loss = F.cross_entropy(logits, labels[own]) * (len(attacked) / len(labels))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    loss, right = loss.detach(), (logits.detach().argmax(1) == labels[own]).sum().to(loss.dtype)
-                    parallel.add_up([loss, right, *(parameter.grad for parameter in net.parameters())])
-                    optimizer.step()
+                    loss, right = utils.training_step(net, optimizer, attacked, labels[own], len(labels))
                     correct += right
                     step += 1
                 bar.update()
@@ -192,8 +185,7 @@ def check_shares(args, data):
         return parallel.check_work(args.num_nets, "networks (--num_nets)")
     last = len(data.labels["train"]) % args.batch_train or args.batch_train
     parallel.check_work(min(last, args.batch_train), "images of the last batch of an epoch (--batch_train)")
-    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
-    if parallel.size() > 1 and any(isinstance(layer, norms) for layer in network_for(data, args.model, 0).modules()):
+    if parallel.size() > 1 and mixes_its_batch(network_for(data, args.model, 0)):
         raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; start one process, or one for "
                          "each of several networks (--num_nets)")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from attacks import ATTACKS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
@@ -154,6 +155,19 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
     net.eval()
 
 
+def training_step(net, optimizer, images, labels, whole):
+    """One step on a batch of `whole` real images, of which each process has a share. images: (n, C, H, W) normalised; labels:
+    (n,). Returns (mean loss, number of right answers) of the whole batch, () tensors without a graph."""
+    logits = forward(net, images)
+    loss = F.cross_entropy(logits, labels) * (len(labels) / whole)  # of all processes together: the mean
+    optimizer.zero_grad()
+    loss.backward()
+    loss, right = loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+    parallel.add_up([loss, right, *(parameter.grad for parameter in net.parameters())])
+    optimizer.step()
+    return loss, right
+
+
 @torch.no_grad()
 def accuracy(net, images, labels, chunk=1024):
     """The fraction of normalised images (N, C, H, W) that `net`, in eval mode, classifies as labels (N,)."""
@@ -191,13 +205,6 @@ def diverged(error, args, exp, it):
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation of a set
-def evaluation_iterations(args):
-    """The outer iterations at whose start the set is evaluated. Deviation: always the last one too, which the published code
-    misses where --Iteration is no multiple of --eval_interval, or --eval_mode is none of S and SS."""
-    regular = range(args.eval_interval, args.Iteration, args.eval_interval) if args.eval_mode in ("S", "SS") else ()
-    return {*regular, args.Iteration}
-
-
 class Evaluator:
     """Trains fresh networks on a synthetic set and measures them (SPEC 3.1), as the flags of a run say.
 

@@ -108,8 +108,13 @@ class Dataset:
         """Ranges of classes whose batches of `batch_real` images are held at a time, so that memory does not grow with their
         number."""
         largest = max(min(batch_real, self.class_size(c)) for c in range(self.num_classes))
-        step = max(1, CLASS_GROUP_IMAGES // max(largest, 1))
-        return [range(first, min(first + step, self.num_classes)) for first in range(0, self.num_classes, step)]
+        return class_ranges(self.num_classes, largest, CLASS_GROUP_IMAGES)
+
+
+def class_ranges(num_classes, per_class, most):
+    """Ranges of classes that together have at most `most` images, `per_class` of each; at least one class in each range."""
+    step = max(1, most // max(per_class, 1))
+    return [range(first, min(first + step, num_classes)) for first in range(0, num_classes, step)]
 
 
 def _digits(name, folder):

@@ -117,10 +117,12 @@ def _layers(net, last):
 
 
 def _through(net, x, last):
+    if not _ready or getattr(net, "architecture", None) is None:
+        return _plain(net, x, last)
+    last = _layers(net, last)
     size = _compiled_size(net, x, last)
     if size is None:
         return _plain(net, x, last)
-    last = _layers(net, last)
     if size == len(x):
         return _compiled()(net, x, last)
     out = _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))), last)
@@ -128,18 +130,21 @@ def _through(net, x, last):
 
 
 def _compiled_size(net, x, last=None):
-    """The size of the compiled batches that x goes through as; None: of none."""
-    if not _ready or getattr(net, "architecture", None) is None:
-        return None
-    architecture, training, n, *rest = kind = _kind(net, x, _layers(net, last))
+    """The size of the compiled batches that x goes through as; None: of none. last: of `_layers`."""
+    architecture, training, n, *rest = kind = _kind(net, x, last)
     if kind in _ready:
         return n
     size = min((size for a, t, size, *other in _ready if n < size and (a, t, other) == (architecture, training, rest)),
                default=None)
     if size is None or n < PADDING_PAYS[_precision] * size:
         return None
-    mixes = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)  # images, or their random numbers
-    return None if training and any(isinstance(layer, mixes) for layer in net.modules()) else size
+    return None if training and mixes_its_batch(net) else size
+
+
+def mixes_its_batch(net):
+    """Whether an image's scores in training depend on the others of its batch, or on how many there are: BatchNorm, dropout."""
+    kinds = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
+    return any(isinstance(layer, kinds) for layer in net.modules())
 
 
 def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=(), last=None):

@@ -8,6 +8,7 @@ import time
 import torch
 
 from engine import fast, parallel
+from engine.datasets import class_ranges
 from engine.device import device_name, has_bf16, synchronise
 
 TRAINING_STEP = 1.5  # of an image-gradient: a training step has the gradient of the parameters as well
@@ -163,5 +164,4 @@ def planned_batches(args, data, threat):
 
 def matched_together(data, sub_images):
     """Ranges of classes whose synthetic images, `sub_images` of each, are matched in one pass: their activations are held."""
-    step = max(1, max(MATCHED, data.chunk) // sub_images)
-    return [range(first, min(first + step, data.num_classes)) for first in range(0, data.num_classes, step)]
+    return class_ranges(data.num_classes, sub_images, max(MATCHED, data.chunk))

@@ -14,10 +14,9 @@ def at_their_turns(images, optimizer, num_classes):
     images: (C*ipc, ...) class-major, the parameter of `optimizer`. Returns a tensor like images, without a graph.
     """
     kept, state = images.detach().clone(), _copy(optimizer.state_dict())
-    found = torch.empty_like(kept)
+    found, images.grad = torch.empty_like(kept), torch.zeros_like(kept)
     for rows in _of_each_class(images, num_classes):
         found[rows] = images.detach()[rows]
-        images.grad = torch.zeros_like(kept)
         optimizer.step()
     images.data.copy_(kept)
     optimizer.load_state_dict(state)
@@ -26,10 +25,11 @@ def at_their_turns(images, optimizer, num_classes):
 
 def take_turns(images, optimizer, gradient, num_classes):
     """One step of `optimizer` a class, with the gradient of its images alone. gradient: like images."""
+    images.grad = torch.zeros_like(gradient)
     for rows in _of_each_class(images, num_classes):
-        images.grad = torch.zeros_like(gradient)
         images.grad[rows] = gradient[rows]
         optimizer.step()
+        images.grad[rows] = 0
 
 
 def _of_each_class(images, num_classes):

@@ -265,8 +265,10 @@ def test_bf16_accuracy(digits, capsys):
     evaluate, means = utils.Evaluator(args, digits, get_threat_model("pixel", digits)), {}
     for precision in ("fp32", "bf16"):
         fast.set_precision(precision)
+        assert fast.compile_batches(get_network("LeNet", 3, 10, (32, 32), 0), (3, 32, 32), trained=[100]) is None
         rows = evaluate(SyntheticSet(images, labels), 1, 0)
         fast.set_precision("tf32")
+        fast.stop_compiling()
         for column in ("clean_acc", "robust_acc"):
             values = [100 * row[column] for row in rows]
             means[precision, column] = sum(values) / 5
