@@ -13,7 +13,8 @@
 # cross          other architectures on the best set
 #
 # A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
-# can run side by side. OUT: where it goes. Two cores with bf16 instructions need about 12 hours for all of it.
+# can run side by side. OUT: where it goes. ONLY="Random ROME-4x4": these sets alone. Two cores with bf16 instructions need about
+# 12 hours for all of it.
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-python3}" out="${OUT:-result/robust_labels}" precision="${PRECISION:-bf16}"
@@ -26,9 +27,15 @@ pretrain() {
         --precision "$precision" --checkpoint_path "$out/teachers" "$@"
 }
 
+# wanted NAME: whether ONLY, if there is one, has this set
+wanted() {
+    case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
 # distil NAME EPOCHS TEACHERS FLAGS...: a file of three sets, $out/sets/NAME/ROME_res_*.pt
 distil() {
     name="$1" epochs="$2" networks="$3"; shift 3
+    wanted "$name" || return 0
     $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method "$name" --threat_model pixel --robust_prior $networks \
         --labels prior $recipe --epoch_eval_train "$epochs" --dsa_strategy crop_flip_scale_rotate --lr_img 0.2 --embed_last 1000 \
         --syn_ce --ce_weight 0.5 --train_net_num 1 --batch_real 32 --select last --no_baseline --num_exp 3 --num_eval 1 \
@@ -62,6 +69,7 @@ sets)
     distil ROME "$packed" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --aug
     distil ROME-4x4 "$finer" "$three" --ipc "$ipc" --Iteration "$iterations" --eval_interval "$iterations" --pack 4
     # The Baseline has no robust prior: a pool of clean networks, clean images matched; then the robust networks label its images.
+    wanted Baseline &&
     $python -u ROME_cifar10.py --dataset CIFAR10 --model ConvNetW32 --method Baseline-classes --threat_model pixel --no_attack_pool \
         --no_attack_prior --ipc "$ipc" --aug --lr_img 0.2 --embed_last 1000 --net_decay --syn_ce --ce_weight 0.5 --train_net_num 1 \
         --batch_real 32 --trained_bs 64 --Iteration "$iterations" --eval_interval "$iterations" --select last --no_baseline \
@@ -71,7 +79,7 @@ sets)
         --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline-classes_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
 judge)
     for name in Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4; do
-        judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt
+        ! wanted "$name" || judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt
     done ;;
 teaching)
     distil One-teacher 200 "$teacher-0.pth" --ipc 10 --Iteration 0 --pack 4
@@ -93,8 +101,9 @@ chosen)
         --no_baseline --num_exp 3 --num_eval 1 --test_limit 1000 --precision "$precision" --ipc 10 --pack 4 \
         --save_path "$out/sets/Pool-4x4-10" --checkpoint_path "$out/states/Pool-4x4-10" ;;
 convnet)
-    for name in Random-4x4 Random Random-unpacked; do
-        judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt --model ConvNet --lr_net 0.05 --labels own hard
+    for name in Random-4x4 Random ROME-4x4; do
+        ! wanted "$name" || judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt \
+            --model ConvNet --lr_net 0.05 --labels own hard
     done ;;
 cross)
     for model in MLP LeNet AlexNet VGG11 ResNet18; do
