@@ -1,0 +1,72 @@
+#!/bin/sh
+# The evidence of docs/results.md, step by step, from the root of the repository:
+#
+#     sh result/recorded/evidence/evidence.sh table4 && sh .../evidence.sh grid && ...
+#
+# table4     sets under `published`: random real images, whole and packed; Baseline, +RPM, +AP, +RPM+AP (ROME)
+# grid       networks trained on them, under the white-box attacks of the paper (threat model published)
+# pixel      the same sets under the valid threat model: PGD-20 and AutoAttack at 1, 2, 4, 8 of 255
+# sweep      Figure 4: align_weight 0, 0.5, 0.8 and 1 (0.2 is +RPM+AP)
+# cifar100   1 and 10 images a class: ROME and random real images, under published and, with soft labels, under pixel
+# released   BACON, IDM and MTT, files in checkpoints/: pixel; all of Figure 3 on 10 000 images
+#
+# A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
+# can run side by side. OUT: where it goes. ONLY="Baseline +AP": these sets alone.
+set -eu
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python="${PYTHON:-python3}" out="${OUT:-result/evidence}" precision="${PRECISION:-bf16}"
+iterations=300
+step="${1:-help}"
+
+# wanted NAME: whether ONLY, if there is one, has this set
+wanted() {
+    case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
+# distil SCRIPT FOLDER NAME FLAGS...: a file of several sets, $out/sets/FOLDER/ROME_res_*.pt
+distil() {
+    script="$1" folder="$2" name="$3"; shift 3
+    wanted "$folder" || return 0
+    $python -u "$script" --model ConvNetW32 --method "$name" --lr_img 0.2 --embed_last 1000 --net_decay --syn_ce --ce_weight 0.5 \
+        --train_net_num 1 --model_train_steps 2 --trained_bs 64 --select last --no_baseline --num_eval 1 --test_limit 1000 \
+        --precision "$precision" --save_path "$out/sets/$folder" --checkpoint_path "$out/states/$folder" "$@"
+}
+
+# cifar10 FOLDER NAME FLAGS...: ipc 10, as many evaluation epochs for each as one sub-image, packed or not, is seen 300 times
+cifar10() {
+    folder="$1" name="$2"; shift 2
+    distil ROME_cifar10.py "$folder" "$name" --dataset CIFAR10 --ipc 10 --batch_real 32 --epoch_eval_train 300 --num_exp 5 "$@"
+}
+rome="--aug --Iteration $iterations --eval_interval $iterations"
+
+# evaluated FOLDER INTO FLAGS...: a network on each set
+evaluated() {
+    wanted "$1" || return 0
+    folder="$1" into="$2"; shift 2
+    $python -u evaluate.py --synset "$out/sets/$folder"/ROME_res_*.pt --num_eval 1 --precision "$precision" --limit 1000 --no_sanity \
+        --resume --out "$out/$into/$folder" "$@"
+}
+
+case "$step" in
+table4)
+    cifar10 Random-unpacked Random-unpacked --Iteration 0
+    cifar10 Random Random --aug --Iteration 0
+    cifar10 +RPM+AP +RPM+AP $rome
+    cifar10 +AP +AP $rome --no_attack_pool
+    cifar10 +RPM +RPM $rome --no_attack_prior
+    cifar10 Baseline Baseline $rome --no_attack_pool --no_attack_prior ;;
+grid)
+    for set in Random-unpacked Random Baseline +RPM +AP +RPM+AP; do
+        evaluated "$set" grid --threat_model published --attacks FGSM PGD PGD_L2 CW Deepfool AA --aa_iterations 10
+    done ;;
+pixel)
+    for set in Random-unpacked Random Baseline +RPM +AP +RPM+AP; do
+        evaluated "$set" pixel --threat_model pixel --untargeted --attacks PGD20 AA --eps 1 2 4 8 --limit 500 --queries 1000
+    done ;;
+sweep)
+    for weight in 0 0.5 0.8 1; do
+        cifar10 "align_weight-$weight" +RPM+AP $rome --align_weight "$weight" --num_exp 2
+    done ;;
+*)
+    sed -n '2,16p' "$0" ;;
+esac
