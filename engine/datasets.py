@@ -94,7 +94,7 @@ class Dataset:
 
     def choose(self, n, generator):
         """The numbers of n training images of all classes, likewise."""
-        return torch.randperm(len(self.labels["train"]), generator=generator)[:n]
+        return different(n, len(self.labels["train"]), generator)
 
     def sample_class(self, c, n, generator):
         """The images of `choose_class`, (n, C, H, W) normalised."""
@@ -109,6 +109,20 @@ class Dataset:
         number."""
         largest = max(min(batch_real, self.class_size(c)) for c in range(self.num_classes))
         return class_ranges(self.num_classes, largest, CLASS_GROUP_IMAGES)
+
+
+def different(n, total, generator):
+    """n different numbers below `total` in random order, all of them if there are not so many. (n,) int64, on the CPU.
+
+    *Performance-impacting*: few of many are drawn until n different ones are there, which is as random as the beginning of a
+    permutation and takes a fraction of the time for 256 of 50 000.
+    """
+    if 4 * n > total:
+        return torch.randperm(total, generator=generator)[:n]
+    found = {}  # in the order of their first draw
+    while len(found) < n:
+        found.update(dict.fromkeys(torch.randint(total, (n + 16,), generator=generator).tolist()))
+    return torch.tensor(list(found)[:n], dtype=torch.int64)
 
 
 def class_ranges(num_classes, per_class, most):

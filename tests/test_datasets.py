@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_dataset
 
-from engine.datasets import DATASETS, Dataset, load_dataset
+from engine.datasets import DATASETS, Dataset, different, load_dataset
 from engine.safe_files import InputError
 
 
@@ -46,6 +46,20 @@ def test_zca():
     values, vectors = np.linalg.eigh(np.cov(centred.T))
     assert np.allclose(x.flatten(1).numpy(), centred @ vectors @ np.diag((values + 0.1) ** -0.5) @ vectors.T, atol=1e-3)
     assert np.allclose(data.denormalize(x).numpy(), images.numpy() / 255, atol=1e-3)
+
+
+@pytest.mark.parametrize("n, total", [(3, 12), (4, 12), (20, 12), (256, 50000), (0, 5)])
+def test_different_numbers(n, total):
+    """All different; with each seed others; each number, and each first number, as often as any other, whichever way."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [different(n, total, generator) for _ in range(2000 if total == 12 else 20)]
+    assert all(len(set(one.tolist())) == len(one) == min(n, total) and one.dtype == torch.int64 for one in drawn)
+    assert all(0 <= one.min() and one.max() < total for one in drawn if n)
+    if total == 12:
+        for numbers in (torch.cat(drawn), torch.stack(drawn)[:, 0], torch.stack(drawn)[:, -1]):
+            counts = torch.bincount(numbers, minlength=total).double()
+            expected = len(numbers) / total
+            assert ((counts - expected).square() / expected).sum() < 40  # chi-square, 11 degrees of freedom: p = 4e-5
 
 
 def test_sampling():
