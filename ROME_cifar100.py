@@ -24,6 +24,7 @@ from engine.datasets import DATASETS, load_dataset
 from engine.device import get_device, moved_together
 from engine.fast import choose_precision, embed, frozen, set_precision
 from engine.formats import SyntheticSet
+from engine.graphs import play, played
 from engine.plan import matched_together, print_plan
 from engine.run_folder import open_run
 from engine.streams import stream
@@ -115,7 +116,8 @@ def robust_prior(net, data, threat, args, rng):
             label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
             img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
         with torch.no_grad():
-            embeddings = torch.cat([embed(net, x, args.embed_last)[0] for x in img_adv.split(data.chunk)])
+            embeddings = torch.cat([play(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net, x)[0]
+                                    for x in img_adv.split(data.chunk)])
         emb_adv.append(parallel.class_means(embeddings, sizes))  # (classes of this group, D)
     return draws, torch.cat(emb_adv)
 
@@ -153,7 +155,7 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
         pool.push(args.net_push_num)
     matched = pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end)
     trained = [] if pool.fixed else pool.choose(args.fetch_net_num, rng["pool"])
-    with audits_at_the_end() as audits:
+    with audits_at_the_end() as audits, played(args.cuda_graphs and data.device.type == "cuda"):
         for _ in range(args.outer_loop):
             # 3. Match the synthetic images to the robust prior of random pool networks.
             for member in matched:

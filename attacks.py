@@ -19,6 +19,7 @@ from engine.audit import audit
 from engine.autoattack import draw_seed, own_global_generator, pyautoattack
 from engine.device import CHUNK
 from engine.fast import forward, frozen
+from engine.graphs import play
 
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
@@ -83,7 +84,6 @@ THREAT_MODELS = {"published": _published, "pixel": _pixel}
 
 def get_threat_model(name, data):
     """The threat model `name` for a data set.
-
     data: has `normalize`, `denormalize` (pixels in [0, 1] to normalised units and back) and `num_classes`.
     Raises ValueError for an unknown name. Source: SPEC 2.
     """
@@ -99,8 +99,7 @@ def get_threat_model(name, data):
 def _input_gradient(model, x, labels, targeted):
     """The gradient in x of the loss that the attack increases, summed over the batch."""
     x = x.detach().requires_grad_()
-    loss = F.cross_entropy(model(x), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), labels, reduction="sum"), x)
     return -gradient if targeted else gradient
 
 
@@ -116,7 +115,7 @@ def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False
     Source: Madry et al. 2018; SPEC 1.1, 3.2."""
     x_adv = x
     if random_start:
-        x_adv = (x + (start_noise(x, eps, generator) if noise is None else noise)).clamp(0, 1)
+        x_adv = (x + (start_noise(x, eps, generator, len(x)) if noise is None else noise)).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * _input_gradient(model, x_adv, labels, targeted).sign()
         # Projected around x, not around its clamped image: under `published`, x lies outside [0, 1].
@@ -124,9 +123,9 @@ def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False
     return x_adv.detach()
 
 
-def start_noise(x, eps, generator):
-    """A uniform point of the L-inf ball of radius eps for each image. x: (N, C, H, W), of which only the shape counts."""
-    return torch.empty_like(x).uniform_(-eps, eps, generator=generator)
+def start_noise(x, eps, generator, chunk=CHUNK):
+    """A uniform point of the L-inf ball of radius eps for each image of x, (N, C, H, W), drawn for `chunk` at a time."""
+    return torch.cat([torch.empty_like(part).uniform_(-eps, eps, generator=generator) for part in x.split(chunk)])
 
 
 def pgd_l2(model, x, labels, *, eps=EPS_L2, step_size, steps=PGD_STEPS, targeted=False):
@@ -309,9 +308,9 @@ class Attack:
     """An attack and what is known about it.
 
     run: with the common arguments above. norm: "Linf" or "L2". eps, step_size: threat model -> default in attack space; an
-    attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees
-    logits only. random: takes a generator. gives_up: returns an image that it cannot attack as it came. batches: takes all
-    images and the size of its batches, which it keeps as full as it can. options: threat model -> what else it is told.
+    attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees logits only.
+    random: takes a generator. gives_up: returns an image that it cannot attack as it came. batches: takes all images and the
+    size of its batches, which it keeps full. options: threat model -> what else it is told.
     """
 
     run: Callable
@@ -326,8 +325,7 @@ class Attack:
     options: Callable = lambda threat: {}
 
 
-# Source of the settings: SPEC 3.2.
-ATTACKS = {
+ATTACKS = {  # Source of the settings: SPEC 3.2
     "FGSM": Attack(fgsm, "Linf", eps=lambda t: t.eps),
     "PGD": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True,
                   options=lambda t: {"steps": t.steps}),
@@ -367,8 +365,7 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
         raise ValueError(f"{attack} looks for the smallest change; it has no eps")
     options = {**spec.options(threat), **options}
     if spec.eps is not None:
-        eps = eps if eps is not None else spec.eps(threat)
-        options["eps"] = eps
+        eps = options["eps"] = spec.eps(threat) if eps is None else eps
         if spec.step_size is not None:
             options.setdefault("step_size", spec.step_size(threat) * eps / spec.eps(threat))
     options |= {"targeted": targeted} if spec.targetable else {}
@@ -378,13 +375,18 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
     was_training = net.training
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
-    noise, parts = options.pop("noise", None), []
+    noise, parts, key = options.pop("noise", None), [], None
+    if spec.run is pgd:  # the same passes for any images: can be recorded, with its random start from outside
+        if options.get("random_start", True) and noise is None:
+            noise = start_noise(x, eps, options.pop("generator"), chunk)
+        key = attack, id(threat), *sorted((name, value) for name, value in options.items() if name != "generator")
+
+    def run(net, z, goal, *noise):
+        return spec.run(lambda z: forward(net, threat.decode(z)), z, goal, **options, **dict(zip(["noise"], noise))),
     with frozen(net):
-        for i, (x_part, goal_part) in enumerate(zip(x.split(chunk), goal.split(chunk))):
-            if noise is not None:
-                options["noise"] = noise[i * chunk:(i + 1) * chunk]
+        for x_part, *given in zip(*(t.split(chunk) for t in (x, goal, noise) if t is not None)):
             z = threat.encode(x_part)
-            z_adv = spec.run(lambda z: forward(net, threat.decode(z)), z, goal_part, **options)
+            (z_adv,) = play(run, key, net, z, *given)
             parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
     net.train(was_training)
     return tuple(torch.cat(part) for part in zip(*parts))
@@ -393,7 +395,6 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
 def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, own=None, **options):
     """The adversarial images alone: see `craft`. own: a slice; of PGD on x, these images only, with their part of the noise."""
     if own is not None and len(x[own]) < len(x):
-        eps = options.get("eps", threat.eps)
-        options["noise"] = torch.cat([start_noise(part, eps, generator) for part in x.split(chunk)])[own]
+        options["noise"] = start_noise(x, options.get("eps", threat.eps), generator, chunk)[own]
         x, labels = x[own], labels[own]
     return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, chunk=chunk, **options)[0]

@@ -33,6 +33,7 @@ from engine import fast, parallel
 from engine.command_line import add_switch, at_least, run_script
 from engine.datasets import DATASETS, Dataset
 from engine.device import device_name, get_device, has_bf16, synchronise, versions
+from engine.graphs import played
 from engine.plan import TRAINING_STEP, convolution_rate, forward_flops, set_batches
 from engine.safe_files import write_json
 from engine.streams import stream
@@ -134,11 +135,12 @@ class Bench:
                for name in ("data", "dsa", "pool", "attack")}
         return image_syn.requires_grad_(), rome.image_optimizer(self.flags, image_syn), pool, rng
 
-    def iterate(self, parts):
-        """One outer iteration as the script makes it. parts: of `start`."""
+    def iterate(self, parts, record=True):
+        """One outer iteration as the script makes it. parts: of `start`. record: CUDA graphs, on a GPU."""
         image_syn, optimizer_img, pool, rng = parts
-        rome.update_images(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
-        rome.train_pool(pool.choose(2, rng["pool"]), self.data, self.threat, self.flags, rng)
+        with played(record and self.device.type == "cuda"):
+            rome.update_images(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
+            rome.train_pool(pool.choose(2, rng["pool"]), self.data, self.threat, self.flags, rng)
 
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
@@ -275,7 +277,7 @@ def on_a_gpu(bench):
     parts, chunk = bench.start(), bench.data.chunk
     bench.data.chunk = 4096
     with plain_mode(), OperationCounter() as counter:
-        bench.iterate(parts)
+        bench.iterate(parts, record=False)
     bench.data.chunk, flops = chunk, bench.flops * bench.work
     limits = {"memory": counter.bytes / bandwidth, "launches": counter.operations * launch, "arithmetic": flops / arithmetic}
     slowest = max(limits, key=limits.get)

@@ -18,6 +18,7 @@ from engine import parallel
 from engine.device import CHUNK
 from engine.fast import forward, no_bf16
 from engine.formats import load_into
+from engine.graphs import play
 from engine.plan import TRAINING_STEP
 from engine.pool import FixedPool, NetPool
 from engine.results import groups_of, mean_of, of_all_images
@@ -158,12 +159,17 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
 def training_step(net, optimizer, images, labels, whole):
     """One step on a batch of `whole` real images, of which each process has a share. images: (n, C, H, W) normalised; labels:
     (n,). Returns (mean loss, number of right answers) of the whole batch, () tensors without a graph."""
-    logits = forward(net, images)
-    loss = F.cross_entropy(logits, labels) * (len(labels) / whole)  # of all processes together: the mean
-    optimizer.zero_grad()
-    loss.backward()
-    loss, right = loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
-    parallel.add_up([loss, right, *(parameter.grad for parameter in net.parameters())])
+    share = len(labels) / whole
+
+    def gradients_of(net, images, labels):
+        logits = forward(net, images)
+        loss = F.cross_entropy(logits, labels) * share  # of all processes together: the mean
+        right = (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+        return loss, right, *torch.autograd.grad(loss, list(net.parameters()))
+    loss, right, *gradients = play(gradients_of, ("training step", share), net, images, labels)
+    parallel.add_up([loss, right, *gradients])
+    for parameter, gradient in zip(net.parameters(), gradients):
+        parameter.grad = gradient
     optimizer.step()
     return loss, right
 

@@ -231,6 +231,11 @@ def set_precision(name):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
 
 
+def precision():
+    """What `forward` computes in here and now: a name of PRECISIONS."""
+    return _precision
+
+
 def choose_precision(args, device):
     """--precision auto becomes bf16 where the device has instructions for it, else tf32, in `args` too. Returns the name."""
     if args.precision == "auto":

@@ -17,7 +17,7 @@ import ROME_cifar10
 import ROME_cifar100
 import utils
 from attacks import autoattack, get_threat_model
-from engine import fast
+from engine import fast, graphs
 from engine.command_line import run_script
 from engine.datasets import Dataset
 from engine.device import attack_chunk, moved_together
@@ -173,6 +173,9 @@ def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
         ROME_cifar10.outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
         counts.append(sum(cuda.syncs.values()))
     assert max(counts) <= SYNCHRONISATIONS, (counts, cuda.syncs)
+    kinds = {key[0] if key[0] != "PGD" else (key[0], tensors[0][0][0]) for key, *_, tensors in
+             ((key, rest, rest[5:]) for key, *rest in graphs._recordings)}
+    assert kinds == {("PGD", 20), ("PGD", 4), "embed", "training step"}  # all of it, recorded once for all networks
 
 
 def test_tensors_that_are_moved_together(cuda):
