@@ -9,6 +9,7 @@ Distributed under the MIT licence.
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import utils
 from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
 from engine.command_line import at_least, fraction, run_script
+from engine.comparison import figures_of, read_comparisons, table_comparison, table_robust
 from engine.datasets import load_dataset
 from engine.formats import pack_of, read_synset
 from engine.pictures import figure_3, figure_4, figure_run
@@ -24,7 +26,7 @@ from engine.results import find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
 from engine.sources import Source, check_set, fit_normalisation
 from engine.streams import stream, stream_seed
-from engine.tables import Table, table_accuracy, table_robust, table_runs, table_seeds
+from engine.tables import Table, table_accuracy, table_runs, table_seeds
 from networks import network_for
 from sets import protocol_of, training_set
 from utils import metrics_of, transfer_of
@@ -43,8 +45,11 @@ def parse_args(argv=None):
     add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth "
         "under a valid attack; default: all, and more")
     add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
+    add("--compare", metavar="FILE", help="tables of sets and of the differences between them, as this file asks for (JSON; see "
+        "engine/comparison.py)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
-    add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables")
+    add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in several "
+        "places, each by the tables that it names: <!-- report: begin NAME ... -->")
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     add("--tsne", metavar="SET", help="also draw a t-SNE of embeddings of real, attacked and these synthetic images (a .pt)")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz, for --tsne")
@@ -225,7 +230,7 @@ def main():
     refused, runs = refused + left_out, list(runs.values())
     if not pooled_rows and not runs:
         raise InputError("; ".join(refused) or f"no result yet below {', '.join(args.results)}")
-    all_of_it = not args.table and not args.figure
+    all_of_it = not args.table and not args.figure and not args.compare
 
     out.mkdir(parents=True, exist_ok=True)
     tables, figures = [], []
@@ -247,11 +252,17 @@ def main():
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
         if all_of_it or 3 in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
-    if all_of_it or "robust" in args.table:
-        rows_of = {run.flags["dataset"]: [] for run in runs}
-        for (dataset, _), rows in pooled_rows.items():
-            rows_of.setdefault(dataset, []).extend(rows)
-        tables = [table_robust(dataset, rows, runs) for dataset, rows in rows_of.items()] + tables
+    rows_of = {run.flags["dataset"]: [] for run in runs}
+    for (dataset, _), rows in pooled_rows.items():
+        rows_of.setdefault(dataset, []).extend(rows)
+    for dataset, rows in rows_of.items():
+        of_sets, counts = figures_of(dataset, rows, runs)
+        if all_of_it or "robust" in args.table:
+            tables.insert(0, table_robust(dataset, of_sets, counts))
+        if args.compare:
+            add_metrics(of_sets, rows, threats_of(dataset), args.crei_weight)
+            tables += [table_comparison(asked, of_sets) for asked in read_comparisons(Path(args.compare))
+                       if asked.get("dataset", dataset) == dataset]
     if all_of_it or 4 in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:
@@ -263,22 +274,44 @@ def main():
     for table in tables:
         for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             write_text(out / f"{table.name}.{ending}", text)
-    body = "\n".join(table.markdown() for table in tables)
     if args.readme:
-        replace_section(Path(args.readme), body)
-    print(body)
+        replace_sections(Path(args.readme), tables)
+    print("\n".join(table.markdown() for table in tables))
     for line in refused:
         print(f"refused: {line}")
     print(f"{len(tables)} table(s), {len(figures)} figure(s) in {out}: {', '.join([t.name for t in tables] + figures)}")
 
 
-def replace_section(path, body):
-    """Put `body` between the two markers of a file. Raises InputError if they are not there."""
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
+def add_metrics(figures, rows, threats, crei_weight):
+    """Add I-RR of each network, by threat model and form, to the `figures` of engine.comparison."""
+    of_networks = {}
+    for row in rows:
+        if row["crafted_on"] == row["evaluated_on"]:
+            of_networks.setdefault(row["evaluated_on"], []).append(row)
+    for network in of_networks.values():
+        extra, _ = figures_of("", network, [])
+        ((group, cells),) = extra.items()
+        (one,) = {key for sets in cells.values() for key in sets}
+        for e in metrics_of(network, threats, crei_weight):
+            if e["kind"] == "white-box":
+                name = f"{e['threat_model']}: I-RR {'targeted' if e['targeted'] else 'untargeted'}"
+                figures[group].setdefault(name, {}).setdefault(one, []).append(e["I-RR"])
+
+
+def replace_sections(path, tables):
+    """Put tables between the pairs of markers of a file: all of them, or those that a first marker names. Raises InputError if
+    there are no markers, or a table is not there."""
+    text, named = path.read_text(), {table.name: table for table in tables}
+
+    def body(match):
+        wanted = match[1].split() or list(named)
+        if set(wanted) - set(named):
+            raise InputError(f"{path} asks for {', '.join(sorted(set(wanted) - set(named)))}; there is {', '.join(named)}")
+        return f"{match[0].split('-->')[0]}-->\n" + "\n".join(named[name].markdown() for name in wanted) + END
+    new, count = re.subn(r"<!-- report: begin([^>]*)-->.*?" + re.escape(END), body, text, flags=re.DOTALL)
+    if not count:
         raise InputError(f"{path} has no lines {BEGIN} and {END}")
-    text = text[:text.index(BEGIN) + len(BEGIN)] + "\n" + body + text[text.index(END):]
-    write_text(path, text)
+    write_text(path, new)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import numpy as np
 from scipy.stats import binomtest
 
 from engine.results import COLUMNS, CONTROLS, HEADLINE_EPS, groups_of, label, mean_of, percent
-from engine.sources import NETWORK_NAME
 
 
 @dataclass
@@ -98,66 +97,9 @@ def table_accuracy(pool, rows, attacks, threat_models):
                  "deviation over networks; in brackets the binomial 95 % interval)", grid[0], grid[1:])
 
 
-def table_robust(dataset, rows, runs):
-    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier.
-
-    rows: of all results of this data set, each attack on the images that it was given. runs: RunRecords; their last figures
-    join the rows of evaluate.py on the same set, as those of other networks.
-    """
-    wanted = {("Clean", None): "clean", **{(attack, eps): f"{name} {255 * eps:g}/255" for attack, name in
-                                           (("PGD20", "PGD-20"), ("AA", "AutoAttack")) for eps in HEADLINE_EPS}}
-    groups, counts = {}, {}  # (set, network, ipc) -> column -> accuracies; column -> numbers of images
-
-    def take(group, key, accuracies, n):
-        groups.setdefault(group, {}).setdefault(key, []).extend(accuracies)
-        counts.setdefault(key[0], set()).add(n)
-    for row in rows:
-        if (row["threat_model"] == "pixel" and row["crafted_on"] == row["evaluated_on"] and not row["targeted"]
-                and (row["attack"], row["eps"]) in wanted):
-            match = NETWORK_NAME.match(row["evaluated_on"])
-            group = row["method"], match["model"] if match else "", row["ipc"]
-            take(group, (row["attack"], row["eps"]), [row["accuracy"]], row["n"])
-    for run in runs:
-        events = run.of("final") if (run.flags["dataset"], run.flags["threat_model"]) == (dataset, "pixel") else []
-        for e in events:
-            ours, method = f"{run.flags['method']}-pixel", run.flags["method"]
-            name = {method: ours, f"{method}, hard labels": f"{ours}-hard"}.get(e["set"])
-            if name and "robust_2_acc" in e:
-                group = name, e["model"], run.flags["ipc"]
-                take(group, ("Clean", None), e["clean_acc"], e["n"])
-                for eps, column in zip(HEADLINE_EPS, ("robust_2_acc", "robust_4_acc", "robust_acc")):
-                    take(group, ("PGD20", eps), e[column], e["n"])
-    groups = {group: cells for group, cells in groups.items() if len(cells) > 1}
-    if not groups:
-        return None
-    columns = {key: name for key, name in wanted.items() if any(key in cells for cells in groups.values())}
-    table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean "
-                  "+- standard deviation over networks, sets of several seeds)",
-                  ["set", "network", "ipc", *columns.values(), "networks"], [])
-    chance = _chance(dataset)
-    table.rows.append(["constant classifier", "", "", *(f"{chance:.1f}" for _ in columns), ""])
-    for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
-        numbers = sorted({len(cells[key]) for key in columns if key in cells})
-        table.rows.append([method, model, ipc, *(_mean_and_spread(cells.get(key)) for key in columns),
-                           " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))])
-    names = {"Clean": "clean", "PGD20": "PGD-20", "AA": "AutoAttack"}
-    table.notes.append("test images: " + "; ".join(f"{names[attack]} {', '.join(map(str, sorted(n)))}"
-                                                   for attack, n in counts.items())
-                       + ". PGD-20: untargeted, with a random start. "
-                       "Where two numbers of networks stand, AutoAttack was made on the fewer.")
-    return table
-
-
-def _chance(dataset):
+def chance(dataset):
     """Percent that a constant classifier gets right."""
     return 1.0 if dataset == "CIFAR100" else 10.0
-
-
-def _mean_and_spread(values):
-    """'20.30 +- 1.10' in percent, the sample standard deviation; None for no values."""
-    if not values:
-        return None
-    return f"{100 * np.mean(values):.1f}" + (f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def table_runs(runs):
@@ -289,7 +231,7 @@ def headline(rows):
     for (method, ipc), cells in groups.items():
         found = (cell_text(cells[key]) if key in cells else "" for key in keys)
         lines.append(f"| {method} | {ipc or ''} | {' | '.join(found)} |")
-    chance = _chance(rows[0]["dataset"])
+    chance = chance(rows[0]["dataset"])
     return [*lines, f"| *a constant classifier* | | {' | '.join([f'{chance:g}'] * len(keys))} |", ""]
 
 

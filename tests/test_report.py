@@ -195,9 +195,9 @@ def test_over_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_set_is_worth(tmp_path, monkeypatch, capsys):
-    """Clean and PGD-20 of a run and of evaluate.py are pooled, by set and network; AutoAttack on fewer images joins them."""
+    """Clean and PGD-20 of a run of two sets and of evaluate.py on the first of them; AutoAttack on fewer images joins them."""
     smaller = {"robust_2_acc": [0.30, 0.34], "robust_4_acc": [0.2, 0.2], "robust_acc": [0.1, 0.1], "clean_acc": [0.5, 0.5]}
-    write_run(tmp_path / "in" / "run", 0.2, True, {"threat_model": "pixel"}, smaller)
+    write_run(tmp_path / "in" / "run", 0.2, True, {"threat_model": "pixel", "num_exp": 2}, smaller)
     with open(tmp_path / "in" / "run" / "metrics.jsonl", "a") as file:
         hard = {"event": "final", "set": "ROME, hard labels", "model": "ConvNet", "n": 100, **smaller, "clamp_acc": [0.5, 0.5],
                 "robust_2_acc": [0.1, 0.1]}
@@ -208,17 +208,87 @@ def test_what_a_set_is_worth(tmp_path, monkeypatch, capsys):
              {**row("ROME-pixel", 50, "AA", False, 0.28, threat="pixel", n=500), "eps": 2 / 255},
              {**row("ROME-pixel", 50, "AA", True, 0.99, threat="pixel", n=500), "eps": 2 / 255},
              {**row("ROME-pixel", 50, "AA", False, 0.99, threat="published", n=500), "eps": 2 / 255}]
-    write(tmp_path / "in" / "evaluated", rows)
+    network = {key: "ROME-pixel_ConvNet_CIFAR10_50_None_0-0.pth" for key in ("crafted_on", "evaluated_on")}
+    write(tmp_path / "in" / "evaluated", [{**line, **network} for line in rows])
     out = main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--table", "robust")
     assert "1 table(s), 0 figure(s)" in out
     lines = {line["set"]: line for line in csv.DictReader((tmp_path / "out" / "robust_CIFAR10.csv").open())}
     assert list(lines) == ["constant classifier", "ROME-pixel", "ROME-pixel-hard"]
     ours = lines["ROME-pixel"]
-    assert (ours["clean"], ours["network"], ours["ipc"]) == (f"52.0 +- {np.std([50, 50, 56], ddof=1):.1f}", "ConvNet", "50")
-    assert ours["PGD-20 2/255"] == f"34.0 +- {np.std([30, 34, 38], ddof=1):.1f}" and ours["PGD-20 8/255"] == "10.0 +- 0.0"
-    assert (ours["AutoAttack 2/255"], ours["networks"]) == ("28.0", "1 to 3")
+    assert (ours["clean"], ours["network"], ours["ipc"]) == (f"51.5 +- {np.std([53, 50], ddof=1):.1f}", "ConvNet", "50")
+    assert ours["PGD-20 2/255"] == "34.0 +- 0.0" and ours["PGD-20 8/255"] == "10.0 +- 0.0"
+    assert (ours["AutoAttack 2/255"], ours["sets"]) == ("28.0", "1 to 2")
     assert lines["ROME-pixel-hard"]["PGD-20 2/255"] == "10.0 +- 0.0" and lines["constant classifier"]["clean"] == "10.0"
-    assert "clean 100, 1000; PGD-20 100, 1000; AutoAttack 500" in out
+    assert "clean 100, 1000; PGD-20 2/255 100, 1000; PGD-20 4/255 100; PGD-20 8/255 100; AutoAttack 2/255 500" in out
+
+
+def sets_of(method, accuracies, attacked=0.2):
+    """Rows of a network on each set of a file."""
+    for k, accuracy in enumerate(accuracies):
+        name = f"{method}_ConvNet_CIFAR10_50_None_{k}-0.pth"
+        for line in (row(method, 50, "Clean", None, accuracy), *(row(method, 50, attack, True, attacked) for attack in
+                                                               ("FGSM", "PGD", "PGD_L2", "CW"))):
+            yield {**line, "crafted_on": name, "evaluated_on": name}
+
+
+def test_differences_between_sets(tmp_path, monkeypatch, capsys):
+    """Their intervals by Welch's formula, what they say of a claim, and the places that they go to in a page."""
+    from scipy.stats import t
+    write(tmp_path / "in", [*sets_of("A", [0.5, 0.54, 0.52]), *sets_of("B", [0.4, 0.46]), *sets_of("C", [0.3, 0.9]),
+                            *sets_of("D", [0.7])])
+    pairs = [{"of": of, "than": than, "network": "ConvNet", "ipc": [50], **({"claim": "so"} if of != "D" else {})}
+             for of, than in (("A", "B"), ("B", "A"), ("A", "C"), ("D", "A"))] + [
+                 {"of": "A", "than": "B", "network": "ConvNet", "ipc": [1]}]
+    measures = ["published: Clean", "published: I-RR targeted", "published: PGD targeted 8/255"]
+    asked = [{"name": "claims", "title": "Claims", "measures": measures, "pairs": pairs},
+             {"name": "all", "title": "All", "measures": measures, "sets": [
+                 {"set": name, "network": "ConvNet", "ipc": 50} for name in "ADE"]}]
+    (tmp_path / "compare.json").write_text(json.dumps(asked))
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- report: begin all -->\nold\n<!-- report: end -->\nb\n<!-- report: begin claims all -->\n<!-- report: end -->\n")
+    arguments = [tmp_path / "in", "--out", tmp_path / "out", "--compare", tmp_path / "compare.json", "--readme", page]
+    out = main(monkeypatch, capsys, *arguments)
+
+    a, b = np.array([50, 54, 52]), np.array([40, 46])
+    variances = a.var(ddof=1) / 3, b.var(ddof=1) / 2
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 1)
+    half = t.ppf(0.975, freedom) * sum(variances) ** 0.5
+    lines = {line[""]: line for line in csv.DictReader((tmp_path / "out" / "claims.csv").open())}
+    verdict = "supported" if 9 > half else "not supported"
+    assert lines["so (A - B, ConvNet, 50 a class)"]["published: Clean"] == f"+9.0 [{9 - half:.1f}, {9 + half:.1f}]: {verdict}"
+    assert lines["so (A - C, ConvNet, 50 a class)"]["published: Clean"].endswith("]: not supported")
+    assert lines["so (A - B, ConvNet, 50 a class)"]["published: PGD targeted 8/255"] == "+0.0 [0.0, 0.0]: not supported"
+    assert lines["D - A, ConvNet, 50 a class"]["published: Clean"] == "+18.0" and lines["D - A, ConvNet, 50 a class"]["sets"] == "1 to 3"
+    assert "no results: A - B, ConvNet, 1 a class" in out
+
+    def irr(clean):
+        return 100 * (1 - (clean - 0.2) ** 2 / clean**2)
+    values = [irr(clean) for clean in (0.5, 0.54, 0.52)]
+    cells = {line[""]: line for line in csv.DictReader((tmp_path / "out" / "all.csv").open())}
+    assert cells["published: I-RR targeted"]["A"] == f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}"
+    assert cells["published: I-RR targeted"]["D"] == f"{irr(0.7):.1f}" and cells["sets"] == {"": "sets", "A": "3", "D": "1"}
+    text = page.read_text()
+    assert text.count("**All, ConvNet, 50 a class") == 2 and text.count("**Claims") == 1 and "old" not in text
+    assert text.index("**All") < text.index("\nb\n") < text.index("**Claims")
+    main(monkeypatch, capsys, *arguments)
+    assert page.read_text() == text
+    page.write_text("<!-- report: begin other -->\n<!-- report: end -->")
+    with pytest.raises(InputError, match="page.md asks for other; there is claims, all"):
+        main(monkeypatch, capsys, *arguments)
+    for wrong in ("{", "[]x", '[{"name": "a"}]', json.dumps([{**asked[0], "measures": "all"}]),
+                  json.dumps([{**asked[0], "pairs": [{**pairs[0], "ipc": 1}]}])):
+        (tmp_path / "compare.json").write_text(wrong)
+        with pytest.raises(InputError, match="compare.json is damaged or no file of comparisons"):
+            main(monkeypatch, capsys, *arguments)
+
+
+def test_verdicts():
+    from engine.comparison import verdict, welch
+    assert [verdict(*interval) for interval in ((0.1, 1), (-1, 1), (-1, -0.1), (0, 0))] == [
+        "supported", "not supported", "refuted", "not supported"]
+    rng = np.random.default_rng(0)
+    held = [low <= 2 <= high for _, low, high in (welch(rng.normal(5, 1, 3), rng.normal(3, 3, 4)) for _ in range(500))]
+    assert 0.9 < np.mean(held) < 0.99  # it covers the truth as often as it says
 
 
 WRONG = [("seconds", "1"), ("seconds", float("nan")), ("method", None), ("n", 2.5), ("targeted", "yes"), ("eps", "a"),
