@@ -21,7 +21,7 @@ from engine.command_line import at_least, fraction, run_script
 from engine.comparison import figures_of, read_comparisons, table_comparison, table_robust
 from engine.datasets import load_dataset
 from engine.formats import pack_of, read_synset
-from engine.pictures import figure_3, figure_4, figure_run
+from engine.pictures import figure_3, figure_4, figure_run, figure_sets
 from engine.results import find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
 from engine.sources import Source, check_set, fit_normalisation
@@ -52,6 +52,8 @@ def parse_args(argv=None):
         "places, each by the tables that it names: <!-- report: begin NAME ... -->")
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     add("--tsne", metavar="SET", help="also draw a t-SNE of embeddings of real, attacked and these synthetic images (a .pt)")
+    add("--show", nargs="+", default=[], metavar="SET", help="also draw the first images of each class of these sets (.pt), side by "
+        "side")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz, for --tsne")
     add("--seed", type=at_least(0), default=0, help="of --tsne")
     return parser.parse_args(argv)
@@ -210,6 +212,19 @@ def figure_tsne(path, data_path, seed):
     return figure
 
 
+def figure_of_sets(paths):
+    """The stored images of the first set of each file."""
+    shown, classes = {}, None
+    for path in paths:
+        sets, meta = read_synset(path)
+        if not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca") or classes not in (None, meta["classes"]):
+            raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than the others")
+        mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        name = f"{meta.get('flags', {}).get('method', Path(path).stem)}, {meta.get('threat_model', '')}"
+        classes, shown[name] = meta["classes"], sets[0].images * std + mean
+    return figure_sets(shown, classes)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
@@ -244,6 +259,8 @@ def main():
 
     if args.tsne:
         draw([("tsne", figure_tsne(args.tsne, args.data_path, args.seed))])
+    if args.show:
+        draw([("sets", figure_of_sets(args.show))])
     for pool, pooled in pooled_rows.items():
         for number, make in ((1, table_1), (2, table_2), (4, table_4)):
             if all_of_it or str(number) in args.table:

@@ -100,6 +100,25 @@ def figure_3(pool, transfer, published):
         yield f"figure3_{dataset}_{n}_{re.sub('[^a-z0-9]+', '_', title)}", figure
 
 
+def figure_sets(sets, classes, per_class=5):
+    """Stored images of sets side by side, a row for each class. sets: {title: pixels (C*ipc, 3, H, W) in [0, 1], class-major}."""
+    import matplotlib.pyplot as plt
+    from torchvision.utils import make_grid
+    figure, axes = plt.subplots(1, len(sets), figsize=(0.6 + 2.9 * len(sets), 0.6 + 0.58 * len(classes)), squeeze=False,
+                                layout="constrained", gridspec_kw={"wspace": 0.02})
+    for ax, (title, images) in zip(axes[0], sets.items()):
+        ipc = len(images) // len(classes)
+        shown = images.unflatten(0, (len(classes), ipc))[:, :per_class].flatten(0, 1)
+        ax.imshow(make_grid(shown, nrow=min(ipc, per_class), pad_value=1.0).permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+        ax.set_title(title, fontsize=10)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    height = images.shape[2] + 2
+    axes[0, 0].set_yticks([2 + height * (c + 0.5) for c in range(len(classes))], classes, fontsize=9)
+    axes[0, 0].tick_params(length=0)
+    return figure
+
+
 def figure_4(runs, published):
     """Robust accuracy against --align_weight, of runs that differ in nothing else. Yields (name, figure)."""
     import matplotlib.pyplot as plt
@@ -107,7 +126,7 @@ def figure_4(runs, published):
     for run in runs:
         final = [e for e in run.of("final") if e["set"] == run.flags["method"]]
         if final:
-            sweeps.setdefault(run.other_flags("align_weight"), {})[run.flags["align_weight"]] = (run, final[0])
+            sweeps.setdefault(run.other_flags("align_weight", "num_exp"), {})[run.flags["align_weight"]] = (run, final[0])
     for number, sweep in enumerate(s for s in sweeps.values() if len(s) > 1):
         figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
         weights = sorted(sweep)

@@ -350,6 +350,25 @@ def test_a_section_of_the_readme_is_replaced(tmp_path, monkeypatch, capsys):
         main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--readme", tmp_path / "other.md")
 
 
+def test_sets_side_by_side(tmp_path, monkeypatch, capsys):
+    """A row for each class, in its colours; a set that does not say what it is, is refused."""
+    import matplotlib.pyplot as plt
+    import torch
+    colours = torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    images = (colours.expand(2, 3, 32, 32) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    meta = {"dataset": "CIFAR10", "classes": ["a", "b"], "mean": mean, "std": std, "flags": {"method": "M"}, "threat_model": "pixel"}
+    for name, said in (("one", meta), ("two", {**meta, "flags": {"method": "N"}}), ("foreign", {})):
+        torch.save({"data": [[images.repeat_interleave(3, 0), torch.tensor([0] * 3 + [1] * 3)]], "meta": said}, tmp_path / f"{name}.pt")
+    folder = write(tmp_path / "in", bacon_rows())
+    main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--show", tmp_path / "one.pt", tmp_path / "two.pt")
+    picture = torch.from_numpy(plt.imread(tmp_path / "out" / "sets.png"))[..., :3].flatten(0, 1)
+    for colour in colours.flatten(1):
+        assert ((picture - colour).abs() < 0.01).all(1).float().mean() > 0.1
+    with pytest.raises(InputError, match="foreign.pt does not say its data set"):
+        main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--show", tmp_path / "foreign.pt")
+
+
 def test_tsne(tmp_path, monkeypatch, capsys, digits):
     import torch
     images = torch.cat([digits.sample_class(c, 1, torch.Generator().manual_seed(c)) for c in range(10)])
