@@ -231,8 +231,8 @@ def headline(rows):
     for (method, ipc), cells in groups.items():
         found = (cell_text(cells[key]) if key in cells else "" for key in keys)
         lines.append(f"| {method} | {ipc or ''} | {' | '.join(found)} |")
-    chance = chance(rows[0]["dataset"])
-    return [*lines, f"| *a constant classifier* | | {' | '.join([f'{chance:g}'] * len(keys))} |", ""]
+    least = chance(rows[0]["dataset"])
+    return [*lines, f"| *a constant classifier* | | {' | '.join([f'{least:g}'] * len(keys))} |", ""]
 
 
 def warnings_of(content):
