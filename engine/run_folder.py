@@ -88,7 +88,7 @@ class Run:
 
     def _check_saved(self, saved):
         where = f"the run saved in {self.checkpoint_folder}"
-        refuse_other_flags({"parallel": "batch", **saved["flags"]}, vars(self.args), MAY_CHANGE, where,
+        refuse_other_flags({"parallel": "batch", "cuda_graphs": True, **saved["flags"]}, vars(self.args), MAY_CHANGE, where,
                            "--fresh to start over, or another --checkpoint_path")
         if saved["data"] != self._same["data"]:
             raise InputError(f"{where} began with other data than {self.args.data_path} holds now")

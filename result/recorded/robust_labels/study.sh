@@ -60,7 +60,7 @@ esac
 case "$step" in
 teachers)
     pretrain --model ConvNetW32 --num_nets 3
-    pretrain --model ConvNet ;;
+    pretrain --model ConvNet --test_limit 1000 ;;
 sets)
     distil Random-unpacked "$whole" "$three" --ipc "$ipc" --Iteration 0
     distil Random "$packed" "$three" --ipc "$ipc" --Iteration 0 --aug
