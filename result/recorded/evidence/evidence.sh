@@ -37,6 +37,13 @@ cifar10() {
     folder="$1" name="$2"; shift 2
     distil ROME_cifar10.py "$folder" "$name" --dataset CIFAR10 --ipc 10 --batch_real 32 --epoch_eval_train 300 --num_exp 5 "$@"
 }
+# cifar100 FOLDER NAME FLAGS...: of $ipc images a class
+cifar100() {
+    folder="$1" name="$2"; shift 2
+    distil ROME_cifar100.py "$folder" "$name" --dataset CIFAR100 --ipc "$ipc" --batch_real 16 --epoch_eval_train 200 --num_exp 2 "$@"
+}
+labels="--threat_model pixel --labels prior --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_5000_PGD-pixel_seed0-0.pth
+    --lr_net 0.1 --lr_schedule cosine --label_temperature 3 --dsa_strategy crop_flip_scale_rotate"
 rome="--aug --Iteration $iterations --eval_interval $iterations"
 
 # evaluated FOLDER INTO FLAGS...: a network on each set
@@ -67,6 +74,23 @@ sweep)
     for weight in 0 0.5 0.8 1; do
         cifar10 "align_weight-$weight" +RPM+AP $rome --align_weight "$weight" --num_exp 2
     done ;;
+cifar100)
+    $python -u pretrain.py --dataset CIFAR100 --model ConvNetW32 --threat_model pixel --epochs 14 --attack_steps 3 --batch_train 128 \
+        --lr_net 0.1 --precision "$precision" --checkpoint_path "$out/teachers"
+    for ipc in 1 10; do
+        cifar100 "CIFAR100-Random-unpacked-$ipc" Random-unpacked --Iteration 0
+        cifar100 "CIFAR100-Random-$ipc" Random --Iteration 0 --aug
+        cifar100 "CIFAR100-ROME-$ipc" ROME --aug --Iteration 100 --eval_interval 100
+        cifar100 "CIFAR100-Random-$ipc-labels" Random-labels --Iteration 0 --aug $labels
+        cifar100 "CIFAR100-ROME-$ipc-labels" ROME-labels --aug --Iteration 100 --eval_interval 100 $labels
+    done ;;
+released)
+    networks="checkpoints/BACON*.pth checkpoints/IDM*.pth checkpoints/MTT*.pth"
+    for part in "pixel --threat_model pixel --untargeted --attacks PGD20 AA --eps 1 2 4 8 --limit 500 --queries 1000" \
+        "figure3 --threat_model published --transfer --attacks FGSM PGD PGD_L2 CW" \
+        "figure3_slow --threat_model published --transfer --attacks Deepfool AA --aa_iterations 10 --limit 1000"; do
+        $python -u evaluate.py --networks $networks --no_sanity --resume --out "$out/released_"$part
+    done ;;
 *)
-    sed -n '2,16p' "$0" ;;
+    sed -n '2,14p' "$0" ;;
 esac
