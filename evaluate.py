@@ -26,7 +26,7 @@ from engine.clock import duration
 from engine.command_line import add_switch, at_least, fraction, method_name, run_script
 from engine.datasets import DATASETS, load_dataset
 from engine.device import device_name, get_device, synchronise
-from engine.fast import PRECISIONS, choose_precision, set_precision, stop_compiling
+from engine.fast import PRECISIONS, choose_precision, no_bf16, set_precision, stop_compiling
 from engine.formats import SyntheticSet, load_into, pack_of
 from engine.jobs import Job, PassCounter, Results, do_jobs, warm_up
 from engine.pictures import draw_results
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--dsa_strategy", help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
     add("--lr_schedule", choices=LR_SCHEDULES, help=f"default: {said} {PROTOCOL['lr_schedule']}")
     add("--label_temperature", type=at_least(0.01, float), help=f"of soft labels; default: {said} {PROTOCOL['temperature']}")
-    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training; attacks are in fp32")
+    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training")
     add("--adv_train", action="store_true", help="train adversarially (PGD), once for each threat model")
 
     attack = parser.add_argument_group("attacks")
@@ -95,6 +95,8 @@ def parse_args(argv=None):
     add("--aa_iterations", type=at_least(1), default=100, help="of AutoAttack's components (the published benchmark: 10)")
     add("--aa_limit", type=at_least(0), default=0, metavar="N", help="AA on the first N test images only; 0: on all")
     add("--queries", type=at_least(1), default=5000, help="of Square, alone and in AutoAttack")
+    add("--attack_precision", choices=("fp32", "bf16"), default="fp32", help="what attacks compute in; whether an image is still "
+        "classified right is always judged in fp32 (docs/robustness.md)")
     add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
     add_switch(attack, "sanity", True, "check every network for signs of a broken evaluation")
 
@@ -273,9 +275,13 @@ def run_slice(job, number, x, labels, victims, threat, chunk, args):
     elif job.attack == "Clamp-only":
         x_adv = threat.clamp_only(x)
     else:
-        x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, targeted=job.targeted, eps=job.eps, generator=rng,
-                                chunk=chunk, **attack_options(args, job.attack))
-    with torch.no_grad():
+        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "chunk": chunk, **attack_options(args, job.attack)}
+        x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, **options)
+        again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, chunk)
+        if again.any():
+            with no_bf16():
+                x_adv[again], linf[again], l2[again] = craft(counter, x[again], labels[again], threat, job.attack, **options)
+    with torch.no_grad():  # the networks as they are, not `forward`: in fp32
         correct = {own.name: int((own.net(x_adv).argmax(1) == labels).sum())}  # to int: waits for the device
         seconds = time.perf_counter() - start
         correct |= {v.name: int((v.net(x_adv).argmax(1) == labels).sum()) for v in others}
@@ -319,9 +325,9 @@ def run(args, sources, victims, data, results):
     for source in sources:
         if source.sets:
             victims += victims_of_set(args, source, data, results.folder / "networks")
-    if args.precision != "fp32":
+    if args.precision != args.attack_precision:
         stop_compiling()
-    set_precision("fp32")  # no doubt about the accuracies
+    set_precision(args.attack_precision)  # the accuracies: see run_slice
     for victim in victims:
         results.register(victim)
 
@@ -341,6 +347,7 @@ def run(args, sources, victims, data, results):
                  f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about "
                  f"{duration(cost / rate / parallel.size())} to go; results in {results.folder}")
     run_jobs({job: counts[job] for job in waiting}, victims, threats, test, data, args, results)
+    set_precision("fp32")
     if args.sanity:
         attacked = [(name, victim) for name in threats for victim in crafting(args, victims, name)]
         run_sanity(attacked, threats, test, data, results, args.seed)
@@ -359,13 +366,15 @@ def run(args, sources, victims, data, results):
 
 
 def compile_attacks(args, jobs, victims, n, data):
-    """Compile for the attacks that take one gradient of whole batches, if there are enough of them."""
+    """Compile for the attacks that take whole batches, if there are enough of them."""
     for model in dict.fromkeys(v.model for v in victims):
         nets = {v.name: v.net for v in victims if v.model == model}
-        cost = sum(typical_cost(args, job.attack) for job in jobs
-                   if job.crafted_on in nets and job.attack in ("FGSM", "PGD", "PGD20", "PGD_L2", "CW", "Deepfool"))
+        there = [job.attack for job in jobs if job.crafted_on in nets]
+        attacked = sum(typical_cost(args, attack) for attack in there if attack not in ("Square", "SPSA"))
+        scored = sum(0.2 * FORWARD * args.queries for attack in there if attack in ("AA", "Square"))
         batch = min(data.chunk, SLICE)
-        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: cost * n}}, parallel.say)
+        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: attacked * n}, "scored": {batch: scored * n}},
+                        parallel.say)
 
 
 def run_jobs(counts, victims, threats, test, data, args, results):

@@ -16,7 +16,7 @@ from attacks import ATTACKS, attack_images
 from augment import dsa_apply, dsa_draw, unpack
 from engine import parallel
 from engine.device import CHUNK
-from engine.fast import forward, no_bf16
+from engine.fast import forward, no_bf16, precision
 from engine.formats import load_into
 from engine.graphs import play
 from engine.plan import TRAINING_STEP
@@ -182,6 +182,17 @@ def accuracy(net, images, labels, chunk=1024):
     correct = sum((net(x).argmax(1) == y).sum() for x, y in zip(images.split(chunk), labels.split(chunk)))
     net.train(was_training)
     return float(correct) / len(labels)
+
+
+@torch.no_grad()
+def wrong_in_bf16_alone(net, images, labels, chunk=CHUNK):
+    """Which images `forward` classifies wrong where it computes in bf16, and the network itself right, (N,) bool: what an attack in
+    bf16 took for done. None of them elsewhere. Arguments as in `accuracy`."""
+    if precision() != "bf16":
+        return torch.zeros_like(labels, dtype=torch.bool)
+    parts = images.split(chunk)
+    scores, exact = torch.cat([forward(net, x) for x in parts]), torch.cat([net(x) for x in parts])
+    return (scores.argmax(1) != labels) & (exact.argmax(1) == labels)
 
 
 def robust_accuracies(net, images, labels, threat, generator, chunk=CHUNK):

@@ -147,11 +147,11 @@ def mixes_its_batch(net):
     return any(isinstance(layer, kinds) for layer in net.modules())
 
 
-def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=(), last=None):
+def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=(), scored=(), last=None):
     """Compile for networks like `net`, by running each kind of batch once on zeros. `net` is left as it was.
 
     shape: (C, H, W) of the images. Batch sizes: attacked: with the gradient in the images, `net` in eval mode and its
-    parameters frozen; trained: with the gradient in the parameters, in training mode; matched: `embed` with `last`, and the
+    parameters frozen; scored: without a gradient, in eval mode; trained: with the gradient in the parameters, in training mode; matched: `embed` with `last`, and the
     gradient in the images; embedded: the same without a gradient; these two in the mode that `net` is in.
     Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
     """
@@ -168,6 +168,7 @@ def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=()
         torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
         torch._dynamo.config.cache_size_limit = 64  # kinds of batches
         kinds = [(n, "input", None, False) for n in attacked] + [(n, "parameters", None, True) for n in trained]
+        kinds += [(n, "none", None, False) for n in scored]
         if last is not None:
             kinds += [(n, "input", _layers(net, last), was_training) for n in matched]
             kinds += [(n, "none", _layers(net, last), was_training) for n in embedded]

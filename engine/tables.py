@@ -172,7 +172,9 @@ def results_markdown(content, threats):
         return "\n".join(lines + ["No result yet.", ""])
     lines += [f"{rows[0]['dataset']}, {rows[0]['n']} test images, seed {rows[0]['seed']}, {content['device']}, torch "
               f"{content['versions']['torch']}. Accuracy in percent; mean +- standard deviation over networks; in brackets the "
-              "binomial 95 % interval for that many images. Passes: forward + backward per image.", ""]
+              "binomial 95 % interval for that many images. Passes: forward + backward per image."
+              + (" Attacks computed in bf16, and images that were wrong in bf16 alone attacked again; judged in fp32."
+                 if content["flags"].get("attack_precision") == "bf16" else ""), ""]
     lines += headline(rows)
     for name in threats:
         groups = groups_of([row for row in rows if row["threat_model"] == name])

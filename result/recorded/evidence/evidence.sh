@@ -50,7 +50,7 @@ rome="--aug --Iteration $iterations --eval_interval $iterations"
 evaluated() {
     wanted "$1" || return 0
     folder="$1" into="$2"; shift 2
-    $python -u evaluate.py --synset "$out/sets/$folder"/ROME_res_*.pt --num_eval 1 --precision "$precision" --limit 1000 --no_sanity \
+    $python -u evaluate.py --synset "$out/sets/$folder"/ROME_res_*.pt --num_eval 1 --precision "$precision" --attack_precision "$precision" --limit 1000 --no_sanity \
         --resume --out "$out/$into/$folder" "$@"
 }
 
@@ -89,7 +89,7 @@ released)
     for part in "pixel --threat_model pixel --untargeted --attacks PGD20 AA --eps 1 2 4 8 --limit 500 --queries 1000" \
         "figure3 --threat_model published --transfer --attacks FGSM PGD PGD_L2 CW" \
         "figure3_slow --threat_model published --transfer --attacks Deepfool AA --aa_iterations 10 --limit 1000"; do
-        $python -u evaluate.py --networks $networks --no_sanity --resume --out "$out/released_"$part
+        $python -u evaluate.py --networks $networks --attack_precision "$precision" --no_sanity --resume --out "$out/released_"$part
     done ;;
 *)
     sed -n '2,14p' "$0" ;;

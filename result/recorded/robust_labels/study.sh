@@ -46,7 +46,7 @@ distil() {
 # judge OUT FILES... FLAGS...: a network on each set
 judge() {
     folder="$out/judged/$1"; shift
-    $python -u evaluate.py --num_eval 1 --labels own --precision "$precision" --threat_model pixel --untargeted --limit 1000 \
+    $python -u evaluate.py --num_eval 1 --labels own --precision "$precision" --attack_precision "$precision" --threat_model pixel --untargeted --limit 1000 \
         --attacks PGD20 AA --eps 2 4 --aa_limit 500 --queries 1000 --no_sanity --out "$folder" --resume --synset "$@"
 }
 
