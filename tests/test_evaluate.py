@@ -175,6 +175,39 @@ def test_killed_and_resumed_as_a_process(digits_networks, tmp_path):
     assert f"{len(before)} of them done" in finished.stdout
 
 
+def test_what_is_wrong_in_bf16_alone_is_attacked_again(digits_networks, digits, monkeypatch):
+    """A bf16 in which all images look wrong from the start: nothing is attacked in it, so everything is once more, in fp32, as if
+    there were no bf16."""
+    from engine import fast
+    net = get_network("LeNet", 3, 10, (32, 32), 0)
+    net.load_state_dict(torch.load(digits_networks[0], weights_only=True))
+    victim = evaluate.Victim("a.pth", "A", 1, "LeNet", net.eval())
+    x, labels = digits.take("test", slice(40))
+    job, threat = evaluate.Job("a.pth", "pixel", "FGSM", False, 2 / 255), get_threat_model("pixel", digits)
+    args = evaluate.parse_args(["--networks", "a.pth"])
+
+    def measured():
+        return evaluate.run_slice(job, 0, x, labels, [victim], threat, 64, args)
+    plain = measured()
+    asked, through = [], fast._through
+
+    def rough(net, x, last):
+        asked.append(fast.precision())
+        scores = through(net, x, last)
+        return scores - 100 * torch.nn.functional.one_hot(labels[:len(scores)], 10) if fast.precision() == "bf16" and len(x) == 40 else scores
+    monkeypatch.setattr(fast, "_through", rough)
+    fast.set_precision("bf16")
+    try:
+        found, wrong = measured(), utils.wrong_in_bf16_alone(net, x, labels)
+    finally:
+        fast.set_precision("fp32")
+    with torch.no_grad():
+        right = net(x).argmax(1) == labels
+    assert torch.equal(wrong, right) and not utils.wrong_in_bf16_alone(net, x, labels).any() and "tf32" in asked
+    assert found["correct"] == plain["correct"] and 0 < plain["correct"]["a.pth"] < right.sum()
+    assert found["max_linf"] == plain["max_linf"] and found["forward"] > plain["forward"]
+
+
 def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     content = run(monkeypatch, tmp_path / "out", "--networks", *digits_networks, "--transfer", "--attacks", "FGSM", "PGD",
                   "--threat_model", "pixel", "--untargeted", "--limit", 50, "--no_sanity")

@@ -100,6 +100,8 @@ def test_smaller_batches_are_filled_up(compiled, monkeypatch):
     assert calls == [16, 16]
     gradients(x[:5].clone(), training=False)
     assert calls == [16, 16]
+    with torch.no_grad():
+        assert torch.allclose(fast.forward(net, x), net(x), atol=1e-4) and calls == [16, 16, 16]  # scores alone, too
     with_norm = get_network("ConvNetBN", 3, 10, (32, 32), 0)
     monkeypatch.setattr(fast, "_ready", {(with_norm.architecture, training, 16, None, wanted) for training, wanted
                                          in ((True, "parameters"), (False, "none"))})
