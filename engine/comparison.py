@@ -111,8 +111,8 @@ def verdict(low, high):
 
 def read_comparisons(path):
     """The tables that a file of comparisons asks for, a list of dicts: name, title, measures (a list), and either `sets`, [{"set",
-    "network", "ipc"}, ...], or `pairs`, [{"of", "than", "network", "ipc": [...], "claim" (optional)}, ...]. Raises InputError if
-    it is something else."""
+    "network", "ipc"}, ...], or `pairs`, [{"of", "than", "network", "ipc": [...], "claim" (optional)}, ...], as
+    sentences with "sentences": true. Raises InputError if it is something else."""
     entries = {"sets": {"set": str, "network": str, "ipc": int},
                "pairs": {"of": str, "than": str, "network": str, "ipc": list, "claim": str}}
 
@@ -162,7 +162,7 @@ def table_differences(asked, figures):
     Where a pair has a claim, namely that `of` is above `than`, each difference says whether it supports it.
     """
     table = Table(asked["name"], f"{asked['title']} (percentage points, with the 95 % interval by Welch's method over sets)",
-                  ["", *asked["measures"], "sets"], [])
+                  ["", *asked["measures"], "sets"], [], sentences=bool(asked.get("sentences")))
     missing = []
     for pair in asked["pairs"]:
         for ipc in pair["ipc"]:

@@ -15,6 +15,7 @@ class Table:
     """columns: names. rows: lists of cells: text, a number in percent, or None where there is no figure.
 
     A cell may also be (ours, published) or, where the two do not pool the same, (ours, published, False): no difference then.
+    sentences: in Markdown each row is a line of text.
     """
 
     name: str
@@ -22,8 +23,13 @@ class Table:
     columns: list
     rows: list
     notes: list = field(default_factory=list)
+    sentences: bool = False
 
     def markdown(self):
+        if self.sentences:
+            said = [f"- **{_text(row[0])}**: " + "; ".join(f"{name} {_text(cell)}" for name, cell in zip(self.columns[1:], row[1:])
+                                                          if cell is not None) + "." for row in self.rows]
+            return "\n".join([f"{self.title}:", "", *said, *(f"- {note}" for note in self.notes), ""])
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(_text(cell) for cell in row) + " |" for row in self.rows]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])

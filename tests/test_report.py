@@ -240,7 +240,7 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
              for of, than in (("A", "B"), ("B", "A"), ("A", "C"), ("D", "A"))] + [
                  {"of": "A", "than": "B", "network": "ConvNet", "ipc": [1]}]
     measures = ["published: Clean", "published: I-RR targeted", "published: PGD targeted 8/255"]
-    asked = [{"name": "claims", "title": "Claims", "measures": measures, "pairs": pairs},
+    asked = [{"name": "claims", "title": "Claims", "measures": measures, "pairs": pairs, "sentences": True},
              {"name": "all", "title": "All", "measures": measures, "sets": [
                  {"set": name, "network": "ConvNet", "ipc": 50} for name in "ADE"]}]
     (tmp_path / "compare.json").write_text(json.dumps(asked))
@@ -268,8 +268,9 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
     assert cells["published: I-RR targeted"]["A"] == f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}"
     assert cells["published: I-RR targeted"]["D"] == f"{irr(0.7):.1f}" and cells["sets"] == {"": "sets", "A": "3", "D": "1"}
     text = page.read_text()
-    assert text.count("**All, ConvNet, 50 a class") == 2 and text.count("**Claims") == 1 and "old" not in text
-    assert text.index("**All") < text.index("\nb\n") < text.index("**Claims")
+    assert f"- **so (A - B, ConvNet, 50 a class)**: published: Clean +9.0 [{9 - half:.1f}, {9 + half:.1f}]: {verdict}; " in text
+    assert text.count("**All, ConvNet, 50 a class") == 2 and text.count("Claims (percentage") == 1 and "old" not in text
+    assert text.index("**All") < text.index("\nb\n") < text.index("Claims (")
     main(monkeypatch, capsys, *arguments)
     assert page.read_text() == text
     page.write_text("<!-- report: begin other -->\n<!-- report: end -->")
