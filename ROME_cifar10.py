@@ -117,8 +117,8 @@ def robust_prior(net, data, threat, args, rng):
             label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
             img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
         with torch.no_grad():
-            embeddings = torch.cat([play(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net, x)[0]
-                                    for x in img_adv.split(data.chunk)])
+            embeddings = torch.cat([play(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net,
+                                         x)[0] for x in img_adv.split(data.chunk)])
         emb_adv.append(parallel.class_means(embeddings, sizes))  # (classes of this group, D)
     return draws, torch.cat(emb_adv)
 

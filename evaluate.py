@@ -95,8 +95,8 @@ def parse_args(argv=None):
     add("--aa_iterations", type=at_least(1), default=100, help="of AutoAttack's components (the published benchmark: 10)")
     add("--aa_limit", type=at_least(0), default=0, metavar="N", help="AA on the first N test images only; 0: on all")
     add("--queries", type=at_least(1), default=5000, help="of Square, alone and in AutoAttack")
-    add("--attack_precision", choices=("fp32", "bf16"), default="fp32", help="what attacks compute in; whether an image is still "
-        "classified right is always judged in fp32 (docs/robustness.md)")
+    add("--attack_precision", choices=("fp32", "bf16"), default="fp32", help="what attacks compute in; accuracies "
+        "are judged in fp32 (docs/robustness.md)")
     add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
     add_switch(attack, "sanity", True, "check every network for signs of a broken evaluation")
 
@@ -275,7 +275,8 @@ def run_slice(job, number, x, labels, victims, threat, chunk, args):
     elif job.attack == "Clamp-only":
         x_adv = threat.clamp_only(x)
     else:
-        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "chunk": chunk, **attack_options(args, job.attack)}
+        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "chunk": chunk}
+        options |= attack_options(args, job.attack)
         x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, **options)
         again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, chunk)
         if again.any():

@@ -45,15 +45,15 @@ def parse_args(argv=None):
     add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth "
         "under a valid attack; default: all, and more")
     add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
-    add("--compare", metavar="FILE", help="tables of sets and of the differences between them, as this file asks for (JSON; see "
-        "engine/comparison.py)")
+    add("--compare", metavar="FILE", help="tables of sets and of the differences between them, as this file asks for "
+        "(JSON; see engine/comparison.py)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
-    add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in several "
-        "places, each by the tables that it names: <!-- report: begin NAME ... -->")
+    add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in "
+        "several places, each by the tables that it names: <!-- report: begin NAME ... -->")
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     add("--tsne", metavar="SET", help="also draw a t-SNE of embeddings of real, attacked and these synthetic images (a .pt)")
-    add("--show", nargs="+", default=[], metavar="SET", help="also draw the first images of each class of these sets (.pt), side by "
-        "side")
+    add("--show", nargs="+", default=[], metavar="SET", help="also draw the first images of each class of these sets (.pt), "
+        "side by side")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz, for --tsne")
     add("--seed", type=at_least(0), default=0, help="of --tsne")
     return parser.parse_args(argv)
@@ -218,7 +218,8 @@ def figure_of_sets(paths):
     for path in paths:
         sets, meta = read_synset(path)
         if not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca") or classes not in (None, meta["classes"]):
-            raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than the others")
+            raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than the "
+                             "others")
         mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         name = f"{meta.get('flags', {}).get('method', Path(path).stem)}, {meta.get('threat_model', '')}"
         classes, shown[name] = meta["classes"], sets[0].images * std + mean

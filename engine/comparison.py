@@ -9,17 +9,17 @@ from engine.safe_files import InputError
 from engine.sources import NETWORK_NAME
 from engine.tables import Table, chance
 
-OF_A_SET = re.compile(r"_(\d+)-\d+\.pth$")  # the end of a network's name that evaluate.py has trained on a set: which one of its file
+OF_A_SET = re.compile(r"_(\d+)-\d+\.pth$")  # how a network's name ends that evaluate.py trained: on which set of its file
 RADII = (1 / 255, *HEADLINE_EPS)
 VERDICTS = ("refuted", "not supported", "supported")
 
 
 def figures_of(dataset, rows, runs):
-    """Accuracies of all sets, {(method, network, ipc): {measure: {set: [percent of each network]}}}, and the number of test images
-    that they were measured on, {measure: {n, ...}}.
+    """Accuracies of all sets, {(method, network, ipc): {measure: {set: [percent of each network]}}}, and the number of test
+    images that they were measured on, {measure: {n, ...}}.
 
-    A measure is the threat model and the attack, such as "pixel: PGD20 untargeted 2/255". rows: of results of evaluate.py on this
-    data set, each attack on the images that it was given; only networks that were attacked themselves count. runs: RunRecords;
+    A measure is the threat model and the attack, such as "pixel: PGD20 untargeted 2/255". rows: of results of evaluate.py on
+    this data set, each attack on the images that it was given; only networks that were attacked themselves count. runs: RunRecords;
     their last figures join those of evaluate.py on the same set. "-hard" behind a method: learned without its soft labels.
     """
     figures, counts = {}, {}
@@ -70,8 +70,8 @@ def table_robust(dataset, figures, counts):
                            " to ".join(map(str, sorted({min(numbers), max(numbers)})))])
     table.notes.append("test images: " + "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
                                                    for measure, name in columns.items())
-                       + ". PGD-20: untargeted, with a random start. Where two numbers of sets stand, AutoAttack was made on the "
-                       "fewer.")
+                       + ". PGD-20: untargeted, with a random start. Where two numbers of sets stand, AutoAttack was made on "
+                       "the fewer.")
     return table
 
 
@@ -110,8 +110,8 @@ def verdict(low, high):
 
 
 def read_comparisons(path):
-    """The tables that a file of comparisons asks for, a list of dicts: name, title, measures (a list), and either `sets`, [{"set",
-    "network", "ipc"}, ...], or `pairs`, [{"of", "than", "network", "ipc": [...], "claim" (optional)}, ...], as
+    """The tables that a file of comparisons asks for, a list of dicts: name, title, measures (a list), and either `sets`,
+    [{"set", "network", "ipc"}, ...], or `pairs`, [{"of", "than", "network", "ipc": [...], "claim" (optional)}, ...], as
     sentences with "sentences": true. Raises InputError if it is something else."""
     entries = {"sets": {"set": str, "network": str, "ipc": int},
                "pairs": {"of": str, "than": str, "network": str, "ipc": list, "claim": str}}
@@ -139,7 +139,7 @@ def table_comparison(asked, figures):
 
 def table_sets(asked, figures):
     """Measures down, sets across: mean and standard deviation over sets."""
-    found = {(one["set"], one["network"], one["ipc"]): figures.get((one["set"], one["network"], one["ipc"])) for one in asked["sets"]}
+    found = {group: figures.get(group) for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"])}
     groups = {group: cells for group, cells in found.items() if cells}
     measures = [measure for measure in asked["measures"] if any(measure in cells for cells in groups.values())]
     if not measures:
@@ -149,7 +149,8 @@ def table_sets(asked, figures):
                   + " (percent; mean +- standard deviation over sets)",
                   ["", *(name if len({group[1:] for group in groups}) == 1 else f"{name}, {network}, {ipc} a class"
                          for name, network, ipc in groups)], [])
-    table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())] for measure in measures]
+    table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())]
+                  for measure in measures]
     table.rows.append(["sets", *(" to ".join(map(str, sorted({min(n), max(n)}))) for n in
                                  ([len(cells[m]) for m in measures if m in cells] for cells in groups.values()))])
     table.notes += [f"no results of {group[0]}, {group[1]}, {group[2]} a class" for group, cells in found.items() if not cells]

@@ -151,8 +151,9 @@ def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=()
     """Compile for networks like `net`, by running each kind of batch once on zeros. `net` is left as it was.
 
     shape: (C, H, W) of the images. Batch sizes: attacked: with the gradient in the images, `net` in eval mode and its
-    parameters frozen; scored: without a gradient, in eval mode; trained: with the gradient in the parameters, in training mode; matched: `embed` with `last`, and the
-    gradient in the images; embedded: the same without a gradient; these two in the mode that `net` is in.
+    parameters frozen; scored: in eval mode, without a gradient; trained: with the gradient in the parameters, in training mode;
+    matched: `embed` with `last`, and the gradient in the images; embedded: the same without a gradient; these two in the mode
+    that `net` is in.
     Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
     """
     device, was_training = next(net.parameters()).device, net.training

@@ -1,9 +1,9 @@
 """CUDA graphs: what a network does to a batch is recorded once and played again, so that its hundreds of launches become one.
 
-*Performance-impacting*, nothing else. A recording has a network and inputs of its own. To play it, the parameters of the network
-at hand and its inputs are copied there: one recording serves all networks of an architecture, those of a pool too, and holds
-nothing between two plays that a saved state would need. What is recorded is the function that runs without graphs as well;
-tests/test_graphs.py runs all but `capture` without a GPU.
+*Performance-impacting*, nothing else. A recording has a network and inputs of its own. To play it, the parameters of the
+network at hand and its inputs are copied there: one recording serves all networks of an architecture, those of a pool too, and
+holds nothing between two plays that a saved state would need. What is recorded is the function that runs without graphs as
+well; tests/test_graphs.py runs all but `capture` without a GPU.
 """
 import copy
 import warnings
@@ -31,8 +31,9 @@ def played(wanted):
 def play(function, key, net, *tensors):
     """function(net, *tensors), a tuple of tensors, by a recording where there is to be one.
 
-    function: of fixed shapes, without random numbers, without anything that makes the host wait; that alters neither `net` nor
-    the tensors, and depends on nothing else but what `key`, hashable, says. key None: never recorded. net: of `get_network`. tensors: on one device.
+    function: of fixed shapes, without random numbers, without anything that makes the host wait; it alters neither `net` nor
+    the tensors, and depends on nothing else but what `key`, hashable, says. key None: never recorded. net: of `get_network`.
+    tensors: on one device.
     Returns new tensors, without a graph of autograd.
     """
     global _playing, _works

@@ -101,7 +101,7 @@ def figure_3(pool, transfer, published):
 
 
 def figure_sets(sets, classes, per_class=5):
-    """Stored images of sets side by side, a row for each class. sets: {title: pixels (C*ipc, 3, H, W) in [0, 1], class-major}."""
+    """Stored images of sets side by side, a row a class. sets: {title: pixels (C*ipc, 3, H, W) in [0, 1], class-major}."""
     import matplotlib.pyplot as plt
     from torchvision.utils import make_grid
     figure, axes = plt.subplots(1, len(sets), figsize=(0.6 + 2.9 * len(sets), 0.6 + 0.58 * len(classes)), squeeze=False,
@@ -109,7 +109,8 @@ def figure_sets(sets, classes, per_class=5):
     for ax, (title, images) in zip(axes[0], sets.items()):
         ipc = len(images) // len(classes)
         shown = images.unflatten(0, (len(classes), ipc))[:, :per_class].flatten(0, 1)
-        ax.imshow(make_grid(shown, nrow=min(ipc, per_class), pad_value=1.0).permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+        grid = make_grid(shown, nrow=min(ipc, per_class), pad_value=1.0).clamp(0, 1)
+        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
         ax.set_title(title, fontsize=10)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

@@ -27,8 +27,9 @@ class Table:
 
     def markdown(self):
         if self.sentences:
-            said = [f"- **{_text(row[0])}**: " + "; ".join(f"{name} {_text(cell)}" for name, cell in zip(self.columns[1:], row[1:])
-                                                          if cell is not None) + "." for row in self.rows]
+            named = [[f"{name} {_text(cell)}" for name, cell in zip(self.columns[1:], row[1:]) if cell is not None]
+                     for row in self.rows]
+            said = [f"- **{_text(row[0])}**: {'; '.join(cells)}." for row, cells in zip(self.rows, named)]
             return "\n".join([f"{self.title}:", "", *said, *(f"- {note}" for note in self.notes), ""])
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(_text(cell) for cell in row) + " |" for row in self.rows]

@@ -27,7 +27,8 @@ def compiled():
     """ConvNetW32 compiled for 16 images, whatever they are for; skips where torch.compile does not work."""
     fast.set_precision("tf32")  # as the scripts: another precision compiles again
     net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
-    problem = fast.compile_batches(net, (3, 32, 32), attacked=[16], trained=[16], matched=[16], embedded=[16], scored=[16], last=1000)
+    problem = fast.compile_batches(net, (3, 32, 32), attacked=[16], trained=[16], matched=[16], embedded=[16], scored=[16],
+                                   last=1000)
     if problem:
         pytest.skip(problem)
     assert net.training and all(p.requires_grad for p in net.parameters())

@@ -1,4 +1,4 @@
-"""What is recorded and played again: everything but the capture of a CUDA graph, which a test at the end has where there is one."""
+"""What is recorded and played again: all but the capture of a CUDA graph, which a test at the end has where there is a GPU."""
 import pytest
 import torch
 from conftest import random_dataset
@@ -35,7 +35,8 @@ def attacked(net, data, threat, seed=0, **options):
 
 def trained(net, data, steps=3):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    said = [utils.training_step(net.train(), optimizer, *data.take("train", slice(4 * k, 4 * k + 4)), whole=4) for k in range(steps)]
+    said = [utils.training_step(net.train(), optimizer, *data.take("train", slice(4 * k, 4 * k + 4)), whole=4)
+            for k in range(steps)]
     return [*torch.stack([value for pair in said for value in pair]).tolist(), *(p.detach().clone() for p in net.parameters())]
 
 

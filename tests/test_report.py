@@ -245,7 +245,8 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
                  {"set": name, "network": "ConvNet", "ipc": 50} for name in "ADE"]}]
     (tmp_path / "compare.json").write_text(json.dumps(asked))
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- report: begin all -->\nold\n<!-- report: end -->\nb\n<!-- report: begin claims all -->\n<!-- report: end -->\n")
+    page.write_text("a\n<!-- report: begin all -->\nold\n<!-- report: end -->\nb\n<!-- report: begin claims all -->\n"
+                    "<!-- report: end -->\n")
     arguments = [tmp_path / "in", "--out", tmp_path / "out", "--compare", tmp_path / "compare.json", "--readme", page]
     out = main(monkeypatch, capsys, *arguments)
 
@@ -258,7 +259,8 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
     assert lines["so (A - B, ConvNet, 50 a class)"]["published: Clean"] == f"+9.0 [{9 - half:.1f}, {9 + half:.1f}]: {verdict}"
     assert lines["so (A - C, ConvNet, 50 a class)"]["published: Clean"].endswith("]: not supported")
     assert lines["so (A - B, ConvNet, 50 a class)"]["published: PGD targeted 8/255"] == "+0.0 [0.0, 0.0]: not supported"
-    assert lines["D - A, ConvNet, 50 a class"]["published: Clean"] == "+18.0" and lines["D - A, ConvNet, 50 a class"]["sets"] == "1 to 3"
+    single = lines["D - A, ConvNet, 50 a class"]
+    assert (single["published: Clean"], single["sets"]) == ("+18.0", "1 to 3")
     assert "no results: A - B, ConvNet, 1 a class" in out
 
     def irr(clean):
@@ -358,11 +360,14 @@ def test_sets_side_by_side(tmp_path, monkeypatch, capsys):
     colours = torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
     images = (colours.expand(2, 3, 32, 32) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    meta = {"dataset": "CIFAR10", "classes": ["a", "b"], "mean": mean, "std": std, "flags": {"method": "M"}, "threat_model": "pixel"}
+    meta = {"dataset": "CIFAR10", "classes": ["a", "b"], "mean": mean, "std": std, "flags": {"method": "M"},
+            "threat_model": "pixel"}
     for name, said in (("one", meta), ("two", {**meta, "flags": {"method": "N"}}), ("foreign", {})):
-        torch.save({"data": [[images.repeat_interleave(3, 0), torch.tensor([0] * 3 + [1] * 3)]], "meta": said}, tmp_path / f"{name}.pt")
+        content = {"data": [[images.repeat_interleave(3, 0), torch.tensor([0] * 3 + [1] * 3)]], "meta": said}
+        torch.save(content, tmp_path / f"{name}.pt")
     folder = write(tmp_path / "in", bacon_rows())
-    main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--show", tmp_path / "one.pt", tmp_path / "two.pt")
+    main(monkeypatch, capsys, folder, "--table", "1", "--out", tmp_path / "out", "--show", tmp_path / "one.pt",
+         tmp_path / "two.pt")
     picture = torch.from_numpy(plt.imread(tmp_path / "out" / "sets.png"))[..., :3].flatten(0, 1)
     for colour in colours.flatten(1):
         assert ((picture - colour).abs() < 0.01).all(1).float().mean() > 0.1
