@@ -218,8 +218,8 @@ def figure_of_sets(paths):
     for path in paths:
         sets, meta = read_synset(path)
         if not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca") or classes not in (None, meta["classes"]):
-            raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than the "
-                             "others")
+            raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than "
+                             "the others")
         mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         name = f"{meta.get('flags', {}).get('method', Path(path).stem)}, {meta.get('threat_model', '')}"
         classes, shown[name] = meta["classes"], sets[0].images * std + mean

@@ -186,8 +186,8 @@ def accuracy(net, images, labels, chunk=1024):
 
 @torch.no_grad()
 def wrong_in_bf16_alone(net, images, labels, chunk=CHUNK):
-    """Which images `forward` classifies wrong where it computes in bf16, and the network itself right, (N,) bool: what an attack
-    in bf16 took for done. None of them elsewhere. Arguments as in `accuracy`."""
+    """Which images `forward` classifies wrong where it computes in bf16, and the network itself right, (N,) bool: what an
+    attack in bf16 took for done. None of them elsewhere. Arguments as in `accuracy`."""
     if precision() != "bf16":
         return torch.zeros_like(labels, dtype=torch.bool)
     parts = images.split(chunk)

@@ -53,6 +53,11 @@ def test_no_file_is_longer_than_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_no_line_is_wider_than_a_page():
+    for path in (*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "tests").glob("*.py")):
+        assert not [line for line in path.read_text().splitlines() if len(line) > 128], path
+
+
 def test_the_readme_is_a_page_and_its_map_is_whole():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200
