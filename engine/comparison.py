@@ -20,7 +20,8 @@ def figures_of(dataset, rows, runs):
 
     A measure is the threat model and the attack, such as "pixel: PGD20 untargeted 2/255". rows: of results of evaluate.py on
     this data set, each attack on the images that it was given; only networks that were attacked themselves count. runs:
-    RunRecords; their last figures join those of evaluate.py on the same set. "-hard" behind a method: learned without its soft labels.
+    RunRecords; their last figures join those of evaluate.py on the same set. "-hard" behind a method: learned without its soft
+    labels.
     """
     figures, counts = {}, {}
 
