@@ -158,6 +158,16 @@ def plain(value):
     return type(value)(plain(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
+def run_again(function):
+    """In place of a recording: (what `function` returned, a callable that runs it again and writes the same tensors)."""
+    outputs = function()
+
+    def again():
+        for output, new in zip(outputs, function()):
+            output.detach().copy_(new)
+    return outputs, again
+
+
 @contextlib.contextmanager
 def fake_cuda(monkeypatch, memory=80 << 30):
     """A machine with one fake GPU of that many bytes. Yields the FakeCuda."""
@@ -181,14 +191,10 @@ def fake_cuda(monkeypatch, memory=80 << 30):
         def capture(function, _):
             """In place of a CUDA graph, which refuses a function that makes the host wait."""
             before = sum(device.syncs.values())
-            outputs = function()
+            recorded = run_again(function)
             if sum(device.syncs.values()) != before:
                 raise RuntimeError("operation not permitted when stream is capturing")
-
-            def again():
-                for output, new in zip(outputs, function()):
-                    output.detach().copy_(new)
-            return outputs, again
+            return recorded
         patch.setattr(graphs, "capture", capture)
         graphs.forget()
         # module.to(device) makes new parameters, as the class of the old ones cannot change

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from conftest import random_dataset
+from fake_cuda import run_again
 
 import utils
 from attacks import attack_images, get_threat_model
@@ -16,12 +17,7 @@ def recorded(monkeypatch):
 
     def capture(function, device):
         count.append(device)
-        outputs = function()
-
-        def again():
-            for output, new in zip(outputs, function()):
-                output.detach().copy_(new)
-        return outputs, again
+        return run_again(function)
     monkeypatch.setattr(graphs, "capture", capture)
     graphs.forget()
     yield count
