@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engine import fast
+from engine import fast, parallel
 
 _playing, _works = False, True
 _recordings = {}  # what was recorded: Recording
@@ -19,9 +19,10 @@ _recordings = {}  # what was recorded: Recording
 
 @contextmanager
 def played(wanted):
-    """What `play` is given inside is recorded and played, if `wanted`; else just run."""
+    """What `play` is given inside is recorded and played, if `wanted`; else just run. Of several processes none records: the
+    threads that wait for the others may disturb it."""
     global _playing
-    kept, _playing = _playing, wanted and _works
+    kept, _playing = _playing, wanted and _works and parallel.size() == 1
     try:
         yield
     finally:
