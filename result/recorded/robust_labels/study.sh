@@ -106,8 +106,8 @@ convnet)
             --model ConvNet --lr_net 0.05 --labels own hard
     done ;;
 cross)
-    for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last one sees a quarter of the images: it takes as long as all others
-        if [ $model = ResNet18 ]; then epochs=50; else epochs=200; fi
+    for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see a quarter of the images: they take long
+        case $model in MLP | LeNet) epochs=200 ;; *) epochs=50 ;; esac
         ! wanted "$model" || judge "ROME-4x4-10-$model" "$out"/sets/ROME-4x4-10/ROME_res_*.pt --model "$model" --lr_net 0.02 \
             --epoch_eval_train "$epochs" --attacks PGD20 --eps 2 4
     done ;;
