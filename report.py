@@ -18,7 +18,7 @@ import torch
 import utils
 from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
 from engine.command_line import at_least, fraction, run_script
-from engine.comparison import figures_of, read_comparisons, table_comparison, table_robust
+from engine.comparison import figures_of, place_of, read_comparisons, table_comparison, table_robust
 from engine.datasets import load_dataset
 from engine.formats import pack_of, read_synset
 from engine.pictures import figure_3, figure_4, figure_run, figure_sets
@@ -270,17 +270,17 @@ def main():
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
         if all_of_it or 3 in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
+    robust, comparisons = all_of_it or "robust" in args.table, read_comparisons(Path(args.compare)) if args.compare else []
     rows_of = {run.flags["dataset"]: [] for run in runs}
     for (dataset, _), rows in pooled_rows.items():
         rows_of.setdefault(dataset, []).extend(rows)
-    for dataset, rows in rows_of.items():
+    for dataset, rows in rows_of.items() if robust or comparisons else ():
         of_sets, counts = figures_of(dataset, rows, runs)
-        if all_of_it or "robust" in args.table:
+        if robust:
             tables.insert(0, table_robust(dataset, of_sets, counts))
-        if args.compare:
+        if comparisons:
             add_metrics(of_sets, rows, threats_of(dataset), args.crei_weight)
-            tables += [table_comparison(asked, of_sets) for asked in read_comparisons(Path(args.compare))
-                       if asked.get("dataset", dataset) == dataset]
+        tables += [table_comparison(asked, of_sets) for asked in comparisons if asked.get("dataset", dataset) == dataset]
     if all_of_it or 4 in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:
@@ -307,9 +307,7 @@ def add_metrics(figures, rows, threats, crei_weight):
         if row["crafted_on"] == row["evaluated_on"]:
             of_networks.setdefault(row["evaluated_on"], []).append(row)
     for network in of_networks.values():
-        extra, _ = figures_of("", network, [])
-        ((group, cells),) = extra.items()
-        (one,) = {key for sets in cells.values() for key in sets}
+        group, one = place_of(network[0])
         for e in metrics_of(network, threats, crei_weight):
             if e["kind"] == "white-box":
                 name = f"{e['threat_model']}: I-RR {'targeted' if e['targeted'] else 'untargeted'}"

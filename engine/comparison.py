@@ -30,10 +30,9 @@ def figures_of(dataset, rows, runs):
         counts.setdefault(measure, set()).add(n)
     for row in rows:
         if row["crafted_on"] == row["evaluated_on"]:
-            match, of_a_set = (pattern(row["evaluated_on"]) for pattern in (NETWORK_NAME.match, OF_A_SET.search))
-            group = row["method"], match["model"] if match else "", row["ipc"]
-            take(group, measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"]),
-                 of_a_set[1] if of_a_set else row["evaluated_on"], [row["accuracy"]], row["n"])
+            group, one = place_of(row)
+            take(group, measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"]), one, [row["accuracy"]],
+                 row["n"])
     for run in runs:
         flags, threat = run.flags, run.flags["threat_model"]
         ours = flags["method"] + ("-pixel" if threat == "pixel" else "")
@@ -68,7 +67,7 @@ def table_robust(dataset, figures, counts):
     for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
         numbers = [len(cells[measure]) for measure in columns if measure in cells]
         table.rows.append([method, model, ipc, *(mean_and_spread(of_sets(cells.get(measure))) for measure in columns),
-                           " to ".join(map(str, sorted({min(numbers), max(numbers)})))])
+                           least_to_most(numbers)])
     table.notes.append("test images: " + "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
                                                    for measure, name in columns.items())
                        + ". PGD-20: untargeted, with a random start. Where two numbers of sets stand, AutoAttack was made on "
@@ -78,6 +77,18 @@ def table_robust(dataset, figures, counts):
 
 def measure_name(threat, attack, targeted, eps):
     return f"{threat}: {label(attack, targeted, eps)}"
+
+
+def place_of(row):
+    """Where the network of a row belongs among the figures: ((method, network, ipc), its set)."""
+    match, of_a_set = (pattern(row["evaluated_on"]) for pattern in (NETWORK_NAME.match, OF_A_SET.search))
+    return ((row["method"], match["model"] if match else "", row["ipc"]),
+            of_a_set[1] if of_a_set else row["evaluated_on"])
+
+
+def least_to_most(numbers):
+    """'1 to 3', or '3' where they are all the same."""
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def of_sets(cells):
@@ -145,15 +156,15 @@ def table_sets(asked, figures):
     measures = [measure for measure in asked["measures"] if any(measure in cells for cells in groups.values())]
     if not measures:
         return None
-    same = {group[1:] for group in groups}
-    table = Table(asked["name"], asked["title"] + (", {}, {} a class".format(*same.pop()) if len(same) == 1 else "")
-                  + " (percent; mean +- standard deviation over sets)",
-                  ["", *(name if len({group[1:] for group in groups}) == 1 else f"{name}, {network}, {ipc} a class"
-                         for name, network, ipc in groups)], [])
+    names, where = [group[0] for group in groups], [f", {network}, {ipc} a class" for _, network, ipc in groups]
+    if len(set(where)) > 1:  # each column says it, else the title
+        names, where = [name + its for name, its in zip(names, where)], [""]
+    table = Table(asked["name"], f"{asked['title']}{where[0]} (percent; mean +- standard deviation over sets)",
+                  ["", *names], [])
     table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())]
                   for measure in measures]
-    table.rows.append(["sets", *(" to ".join(map(str, sorted({min(n), max(n)}))) for n in
-                                 ([len(cells[m]) for m in measures if m in cells] for cells in groups.values()))])
+    table.rows.append(["sets", *(least_to_most([len(cells[measure]) for measure in measures if measure in cells])
+                                 for cells in groups.values())])
     table.notes += [f"no results of {group[0]}, {group[1]}, {group[2]} a class" for group, cells in found.items() if not cells]
     return table
 
@@ -183,8 +194,7 @@ def table_differences(asked, figures):
             if not sizes:
                 missing.append(name)
                 continue
-            table.rows.append([f"{pair['claim']} ({name})" if "claim" in pair else name, *cells,
-                               " to ".join(map(str, sorted({min(sizes), max(sizes)})))])
+            table.rows.append([f"{pair['claim']} ({name})" if "claim" in pair else name, *cells, least_to_most(sizes)])
     if missing:
         table.notes.append(f"no results: {'; '.join(missing)}")
     return table if table.rows else None
