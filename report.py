@@ -44,7 +44,8 @@ def parse_args(argv=None):
     add("results", nargs="+", metavar="PATH", help="results.json, metrics.jsonl, or folders with them somewhere inside")
     add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[], help="of the paper, or what the sets are worth "
         "under a valid attack; default: all, and more")
-    add("--figure", nargs="+", type=int, choices=(3, 4), default=[], help="of the paper; default: all, and more")
+    add("--figure", nargs="+", choices=("3", "4", "curves"), default=[], help="of the paper, or the training curves of the "
+        "runs; default: all")
     add("--compare", metavar="FILE", help="tables of sets and of the differences between them, as this file asks for "
         "(JSON; see engine/comparison.py)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
@@ -268,7 +269,7 @@ def main():
                 tables.append(make(pool, pooled, published, args.crei_weight))
         if all_of_it:
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
-        if all_of_it or 3 in args.figure:
+        if all_of_it or "3" in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
     robust, comparisons = all_of_it or "robust" in args.table, read_comparisons(Path(args.compare)) if args.compare else []
     rows_of = {run.flags["dataset"]: [] for run in runs}
@@ -281,10 +282,11 @@ def main():
         if comparisons:
             add_metrics(of_sets, rows, threats_of(dataset), args.crei_weight)
         tables += [table_comparison(asked, of_sets) for asked in comparisons if asked.get("dataset", dataset) == dataset]
-    if all_of_it or 4 in args.figure:
+    if all_of_it or "4" in args.figure:
         draw(figure_4(runs, published))
     if all_of_it:
         tables += [table_seeds(runs), table_runs(runs)]
+    if all_of_it or "curves" in args.figure:
         names = [run.folder.name for run in runs]
         draw(("curves_" + ("" if names.count(run.folder.name) == 1 else f"{run.folder.parent.name}_") + run.folder.name,
               figure_run(run)) for run in runs)

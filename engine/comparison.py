@@ -40,10 +40,12 @@ def figures_of(dataset, rows, runs):
         for e in run.of("final") if flags["dataset"] == dataset else []:
             if e["set"] not in named or threat == "pixel" and "robust_2_acc" not in e:  # judged by a targeted attack then
                 continue
-            columns = {"clean_acc": ("Clean", None, None)}
+            columns = {"clean_acc": ("Clean", None, None), "clamp_acc": ("Clamp-only", None, None)}
             if threat == "pixel":
                 columns |= {column: ("PGD20", False, eps)
                             for column, eps in zip(("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}
+            else:
+                columns["robust_acc"] = ("PGD", True, HEADLINE_EPS[-1])
             for column, attack in columns.items():
                 for k, values in enumerate(np.array_split(e[column], flags.get("num_exp", 1))):
                     one = str(k) if not flags.get("seed") else f"{k} of seed {flags['seed']}"

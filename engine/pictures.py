@@ -121,25 +121,26 @@ def figure_sets(sets, classes, per_class=5):
 
 
 def figure_4(runs, published):
-    """Robust accuracy against --align_weight, of runs that differ in nothing else. Yields (name, figure)."""
+    """Robust accuracy against --align_weight, of runs that differ in nothing else but their name and the number of sets. Yields
+    (name, figure)."""
     import matplotlib.pyplot as plt
     sweeps = {}
     for run in runs:
         final = [e for e in run.of("final") if e["set"] == run.flags["method"]]
         if final:
-            sweeps.setdefault(run.other_flags("align_weight", "num_exp"), {})[run.flags["align_weight"]] = (run, final[0])
+            sweeps.setdefault(run.other_flags("align_weight", "num_exp", "method"), {})[run.flags["align_weight"]] = (run, final[0])
     for number, sweep in enumerate(s for s in sweeps.values() if len(s) > 1):
         figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
         weights = sorted(sweep)
         for key, name in (("clean_acc", "clean"), ("robust_acc", "robust")):
             values = [100 * np.array(sweep[w][1][key]) for w in weights]
             ax.errorbar(weights, [v.mean() for v in values], [v.std() for v in values], marker="o", capsize=3,
-                        label=f"{name}, ours")
+                        label=f"{name}, ours (bars: standard deviation over networks)")
         run = sweep[weights[0]][0]
         if run.flags["dataset"] == "CIFAR10" and run.flags["threat_model"] == "published":
             paper = published["figure4_alpha_sweep_accuracy_CIFAR10_ipc50_read_off_plot"]
             ax.plot([float(w) for w in paper], list(paper.values()), "k--", label="published (ipc 50, read off the plot)")
-        ax.set(xlabel="align_weight (the paper's alpha)", ylabel="accuracy (%)", title=run.title())
+        ax.set(xlabel="align_weight (the paper's alpha)", ylabel="accuracy (%)", title=run.setting())
         ax.legend()
         yield f"figure4_{number}", figure
 

@@ -99,9 +99,12 @@ class RunRecord:
     def of(self, name):
         return [event for event in self.events if event["event"] == name]
 
+    def setting(self):
+        return " ".join(map(str, (self.flags["dataset"], self.flags["model"], "ipc", self.flags["ipc"],
+                                  self.flags["threat_model"])))
+
     def title(self):
-        f = self.flags
-        return f"{f['method']} {f['dataset']} {f['model']} ipc {f['ipc']} {f['threat_model']}"
+        return f"{self.flags['method']} {self.setting()}"
 
     def other_flags(self, *names):
         """The flags but for these and the paths, as text: the same for runs that differ in nothing else."""
