@@ -121,8 +121,8 @@ def figure_sets(sets, classes, per_class=5):
 
 
 def figure_4(runs, published):
-    """Robust accuracy against --align_weight, of runs that differ in nothing else but their name and the number of sets. Yields
-    (name, figure)."""
+    """Accuracy against --align_weight, of runs that differ in nothing else but their name and number of sets. Yields (name,
+    figure)."""
     import matplotlib.pyplot as plt
     sweeps = {}
     for run in runs:

@@ -13,18 +13,18 @@ from networks import get_network
 
 
 def test_planned_batches():
-    """By hand: ipc 1 unpacked, 80 training images of each class, 50 iterations; a test set of 800 in chunks of 64."""
+    """By hand: ipc 1 unpacked, 80 training images of each class, 500 iterations; a test set of 800 in chunks of 64."""
     data = random_dataset(per_class=80)
     args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
                             "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
     planned = planned_batches(args, data, get_threat_model("published", data))
     attacked, trained = planned["attacked"], planned["trained"]
     # 640 images an update = 10 x 64; 200 pool images = 3 x 64 + 8, 4 steps; 800 test images = 12 x 64 + 32, two networks
-    assert attacked[64] == 10 * (50 * 640 + 50 * 4 * 192 + 2 * 768)
-    assert attacked[8] == 10 * 50 * 4 * 8 and attacked[32] == 10 * 2 * 32
-    assert trained[200] == 1.5 * 50 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
+    assert attacked[64] == 10 * (500 * 640 + 500 * 4 * 192 + 2 * 768)
+    assert attacked[8] == 10 * 500 * 4 * 8 and attacked[32] == 10 * 2 * 32
+    assert trained[200] == 1.5 * 500 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
     assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
-    assert planned["matched"] == {64: 0, 30: 50 * 30} and planned["embedded"][64] == pytest.approx(0.45 * 50 * 640)
+    assert planned["matched"] == {64: 0, 30: 500 * 30} and planned["embedded"][64] == pytest.approx(0.45 * 500 * 640)
     more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
     less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
     published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))

@@ -147,16 +147,16 @@ def write_run(folder, align_weight, final, flags=None, more=None):
     for it in (0, 10, 20):
         events.append({"event": "iteration", "exp": 0, "iteration": it, "loss_robustness": 9.0 - it / 4,
                        "loss_performance": 2.0, "w_f": it / 2, "loss_pool": 2.0})
-    events.append({"event": "evaluation", "exp": 0, "iteration": 20, "set": "ROME", "best_so_far": True, **accuracies})
+    events.append({"event": "evaluation", "exp": 0, "iteration": 20, "set": flags["method"], "best_so_far": True, **accuracies})
     if final:
-        events.append({"event": "final", "set": "ROME", **accuracies})
+        events.append({"event": "final", "set": flags["method"], **accuracies})
     (folder / "flags.json").write_text(json.dumps({"flags": flags}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
 
 
 def test_runs_finished_and_going_and_the_sweep(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "in" / "a", 0.2, True)
-    write_run(tmp_path / "in" / "b", 0.8, True)
+    write_run(tmp_path / "in" / "b", 0.8, True, {"method": "another name", "num_exp": 3})
     write_run(tmp_path / "in" / "other", 0.8, True, {"lr_img": 3})
     write_run(tmp_path / "in" / "c", 0.5, False)
     with open(tmp_path / "in" / "c" / "metrics.jsonl", "a") as file:
@@ -283,6 +283,20 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
         (tmp_path / "compare.json").write_text(wrong)
         with pytest.raises(InputError, match="compare.json is damaged or no file of comparisons"):
             main(monkeypatch, capsys, *arguments)
+
+
+def test_runs_under_published_in_comparisons(tmp_path, monkeypatch, capsys):
+    """The last figures of a run stand for evaluate.py's targeted PGD, which is the attack that they were measured with."""
+    write_run(tmp_path / "in" / "a", 0.2, True, {"num_exp": 2})
+    wanted = {"published: Clean": (50, 60), "published: Clamp-only": (40, 50), "published: PGD targeted 8/255": (30, 40)}
+    (tmp_path / "compare.json").write_text(json.dumps([{"name": "runs", "title": "Runs", "measures": list(wanted), "sets": [
+        {"set": "ROME", "network": "ConvNet", "ipc": 50}]}]))
+    main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--compare", tmp_path / "compare.json", "--figure",
+         "curves")
+    cells = {line[""]: line["ROME"] for line in csv.DictReader((tmp_path / "out" / "runs.csv").open())}
+    assert cells == {**{measure: f"{np.mean(two):.1f} +- {np.std(two, ddof=1):.1f}" for measure, two in wanted.items()},
+                     "sets": "2"}
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["curves_a.png"]
 
 
 def test_verdicts():
