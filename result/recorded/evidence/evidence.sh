@@ -8,7 +8,7 @@
 # pixel      the same sets under the valid threat model: PGD-20 and AutoAttack at 1, 2, 4, 8 of 255
 # sweep      Figure 4: align_weight 0, 0.5, 0.8 and 1 (0.2 is +RPM+AP)
 # cifar100   1 and 10 images a class: ROME and random real images, under published and, with soft labels, under pixel
-# released   BACON, IDM and MTT, files in checkpoints/: pixel; all of Figure 3 on 10 000 images
+# released   BACON, IDM and MTT, files in checkpoints/: pixel; Figure 3 under the bounded attacks on 10 000 images, under all on 1 000
 #
 # A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
 # can run side by side. OUT: where it goes. ONLY="Baseline +AP": these sets alone.
@@ -87,8 +87,8 @@ cifar100)
 released)
     networks="checkpoints/BACON*.pth checkpoints/IDM*.pth checkpoints/MTT*.pth"
     for part in "pixel --threat_model pixel --untargeted --attacks PGD20 AA --eps 1 2 4 8 --limit 500 --queries 1000" \
-        "figure3 --threat_model published --transfer --attacks FGSM PGD PGD_L2 CW" \
-        "figure3_slow --threat_model published --transfer --attacks Deepfool AA --aa_iterations 10 --limit 1000"; do
+        "figure3 --threat_model published --transfer --attacks FGSM PGD PGD_L2" \
+        "figure3_all --threat_model published --transfer --attacks FGSM PGD PGD_L2 CW Deepfool AA --aa_iterations 10 --limit 1000"; do
         $python -u evaluate.py --networks $networks --attack_precision "$precision" --no_sanity --resume --out "$out/released_"$part
     done ;;
 *)
