@@ -42,7 +42,8 @@ from sanity import run_sanity
 from sets import LR_SCHEDULES, PROTOCOL, protocol, protocol_of, training_set
 from utils import QUERY, WHITE_BOX
 
-SLICE = 256  # images between two saves; four times as many of DeepFool, whose batches are full to the last ones
+SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
+REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
 # Flags that a resumed run may change: they add work and leave what is done as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query",
               "transfer", "craft_on", "sanity", "crei_weight", "compile")
@@ -380,7 +381,7 @@ def compile_attacks(args, jobs, victims, n, data):
 
 def run_jobs(counts, victims, threats, test, data, args, results):
     """Attack the test images slice by slice. counts: {Job: how many of them}."""
-    parts = {job: list(zip(*(tensor[:n].split(4 * SLICE if job.attack == "Deepfool" else SLICE) for tensor in test)))
+    parts = {job: list(zip(*(tensor[:n].split(4 * SLICE if job.attack in REFILLED else SLICE) for tensor in test)))
              for job, n in counts.items()}
     warm = set()  # jobs
 
