@@ -37,10 +37,11 @@ cifar10() {
     folder="$1" name="$2"; shift 2
     distil ROME_cifar10.py "$folder" "$name" --dataset CIFAR10 --ipc 10 --batch_real 32 --epoch_eval_train 300 --num_exp 5 "$@"
 }
-# cifar100 FOLDER NAME FLAGS...: of $ipc images a class
+# cifar100 FOLDER NAME FLAGS...: of $ipc images a class; a network sees an image 300 times, or 60 where there are ten times as many
 cifar100() {
     folder="$1" name="$2"; shift 2
-    distil ROME_cifar100.py "$folder" "$name" --dataset CIFAR100 --ipc "$ipc" --batch_real 16 --epoch_eval_train 200 --num_exp 2 "$@"
+    distil ROME_cifar100.py "$folder" "$name" --dataset CIFAR100 --ipc "$ipc" --batch_real 16 --num_exp 2 \
+        --epoch_eval_train "$([ "$ipc" = 1 ] && echo 300 || echo 60)" "$@"
 }
 labels="--threat_model pixel --labels prior --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_5000_PGD-pixel_seed0-0.pth
     --lr_net 0.1 --lr_schedule cosine --label_temperature 3 --dsa_strategy crop_flip_scale_rotate"
@@ -80,9 +81,9 @@ cifar100)
     for ipc in 1 10; do
         cifar100 "CIFAR100-Random-unpacked-$ipc" Random-unpacked --Iteration 0
         cifar100 "CIFAR100-Random-$ipc" Random --Iteration 0 --aug
-        cifar100 "CIFAR100-ROME-$ipc" ROME --aug --Iteration 100 --eval_interval 100
+        cifar100 "CIFAR100-ROME-$ipc" ROME --aug --Iteration 50 --eval_interval 50
         cifar100 "CIFAR100-Random-$ipc-labels" Random-labels --Iteration 0 --aug $labels
-        cifar100 "CIFAR100-ROME-$ipc-labels" ROME-labels --aug --Iteration 100 --eval_interval 100 $labels
+        cifar100 "CIFAR100-ROME-$ipc-labels" ROME-labels --aug --Iteration 50 --eval_interval 50 $labels
     done ;;
 released)
     networks="checkpoints/BACON*.pth checkpoints/IDM*.pth checkpoints/MTT*.pth"
