@@ -20,8 +20,9 @@ def figures_of(dataset, rows, runs):
 
     A measure is the threat model and the attack, such as "pixel: PGD20 untargeted 2/255". rows: of results of evaluate.py on
     this data set, each attack on the images that it was given; only networks that were attacked themselves count. runs:
-    RunRecords; their last figures join those of evaluate.py on the same set. "-hard" behind a method: learned without its soft
-    labels.
+    RunRecords; under `pixel` their last figures join those of evaluate.py on the same set; under `published`, where all of a
+    grid is to come from the same networks, they stand beside it, as "in the run: PGD targeted 8/255". "-hard" behind a method:
+    learned without its soft labels.
     """
     figures, counts = {}, {}
 
@@ -36,6 +37,7 @@ def figures_of(dataset, rows, runs):
     for run in runs:
         flags, threat = run.flags, run.flags["threat_model"]
         ours = flags["method"] + ("-pixel" if threat == "pixel" else "")
+        where = threat if threat == "pixel" else "in the run"
         named = {flags["method"]: ours, f"{flags['method']}, hard labels": f"{ours}-hard"}
         for e in run.of("final") if flags["dataset"] == dataset else []:
             if e["set"] not in named or threat == "pixel" and "robust_2_acc" not in e:  # judged by a targeted attack then
@@ -49,7 +51,7 @@ def figures_of(dataset, rows, runs):
             for column, attack in columns.items():
                 for k, values in enumerate(np.array_split(e[column], flags.get("num_exp", 1))):
                     one = str(k) if not flags.get("seed") else f"{k} of seed {flags['seed']}"
-                    take((named[e["set"]], e["model"], flags["ipc"]), measure_name(threat, *attack), one, values, e["n"])
+                    take((named[e["set"]], e["model"], flags["ipc"]), measure_name(where, *attack), one, values, e["n"])
     return figures, counts
 
 
@@ -153,7 +155,8 @@ def table_comparison(asked, figures):
 
 def table_sets(asked, figures):
     """Measures down, sets across: mean and standard deviation over sets."""
-    found = {group: figures.get(group) for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"])}
+    found = {group: {measure: cells for measure, cells in figures.get(group, {}).items() if measure in asked["measures"]}
+             for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"])}
     groups = {group: cells for group, cells in found.items() if cells}
     measures = [measure for measure in asked["measures"] if any(measure in cells for cells in groups.values())]
     if not measures:
@@ -165,8 +168,7 @@ def table_sets(asked, figures):
                   ["", *names], [])
     table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())]
                   for measure in measures]
-    table.rows.append(["sets", *(least_to_most([len(cells[measure]) for measure in measures if measure in cells])
-                                 for cells in groups.values())])
+    table.rows.append(["sets", *(least_to_most([len(sets) for sets in cells.values()]) for cells in groups.values())])
     table.notes += [f"no results of {group[0]}, {group[1]}, {group[2]} a class" for group, cells in found.items() if not cells]
     return table
 

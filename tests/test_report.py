@@ -1,11 +1,14 @@
 """report.py on result files that were made up, so that every figure in a table is known."""
 import csv
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED
+from matplotlib.figure import Figure
 
 import report
 from engine.safe_files import InputError
@@ -286,9 +289,10 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
 
 
 def test_runs_under_published_in_comparisons(tmp_path, monkeypatch, capsys):
-    """The last figures of a run stand for evaluate.py's targeted PGD, which is the attack that they were measured with."""
+    """The last figures of a run stand beside those of evaluate.py; not among them, where others networks were attacked."""
     write_run(tmp_path / "in" / "a", 0.2, True, {"num_exp": 2})
-    wanted = {"published: Clean": (50, 60), "published: Clamp-only": (40, 50), "published: PGD targeted 8/255": (30, 40)}
+    write(tmp_path / "in" / "evaluated", [row("ROME", 50, "PGD", True, 0.9)])
+    wanted = {"in the run: Clean": (50, 60), "in the run: Clamp-only": (40, 50), "in the run: PGD targeted 8/255": (30, 40)}
     (tmp_path / "compare.json").write_text(json.dumps([{"name": "runs", "title": "Runs", "measures": list(wanted), "sets": [
         {"set": "ROME", "network": "ConvNet", "ipc": 50}]}]))
     main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--compare", tmp_path / "compare.json", "--figure",
@@ -297,6 +301,22 @@ def test_runs_under_published_in_comparisons(tmp_path, monkeypatch, capsys):
     assert cells == {**{measure: f"{np.mean(two):.1f} +- {np.std(two, ddof=1):.1f}" for measure, two in wanted.items()},
                      "sets": "2"}
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["curves_a.png"]
+
+
+PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f"\n{report.END}" in path.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_say_what_the_files_say(page, tmp_path, monkeypatch, capsys):
+    """The command that stands in a page writes its tables as they are there."""
+    text = (ROOT / "docs" / page).read_text()
+    command = re.search(rf"^    python report.py (.*) --readme docs/{page} --out \S+$", text, re.MULTILINE)[1].split()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+    words = [name for word in command for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    (tmp_path / page).write_text(text)
+    main(monkeypatch, capsys, *words, "--readme", tmp_path / page, "--out", tmp_path / "out")
+    assert (tmp_path / page).read_text() == text
 
 
 def test_verdicts():
