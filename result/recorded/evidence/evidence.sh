@@ -43,7 +43,7 @@ cifar100() {
     distil ROME_cifar100.py "$folder" "$name" --dataset CIFAR100 --ipc "$ipc" --batch_real 16 --num_exp 2 \
         --epoch_eval_train "$([ "$ipc" = 1 ] && echo 300 || echo 60)" "$@"
 }
-labels="--threat_model pixel --labels prior --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_5000_PGD-pixel_seed0-0.pth
+labels="--threat_model pixel --labels prior --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_500_PGD-pixel_seed0-0.pth
     --lr_net 0.1 --lr_schedule cosine --label_temperature 3 --dsa_strategy crop_flip_scale_rotate"
 rome="--aug --Iteration $iterations --eval_interval $iterations"
 
