@@ -128,7 +128,8 @@ def figure_4(runs, published):
     for run in runs:
         final = [e for e in run.of("final") if e["set"] == run.flags["method"]]
         if final:
-            sweeps.setdefault(run.other_flags("align_weight", "num_exp", "method"), {})[run.flags["align_weight"]] = (run, final[0])
+            sweep = sweeps.setdefault(run.other_flags("align_weight", "num_exp", "method"), {})
+            sweep[run.flags["align_weight"]] = (run, final[0])
     for number, sweep in enumerate(s for s in sweeps.values() if len(s) > 1):
         figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
         weights = sorted(sweep)

@@ -203,7 +203,7 @@ def test_recorded_results_agree_with_the_published_logs():
     path = ROOT / "result" / "recorded" / "released_published_1000" / "results.json"
     slow = {(row["attack"], row["method"]): row["accuracy"] for row in json.loads(path.read_text())["rows"]}
     for attack, method in itertools.product(("Deepfool", "AA"), ("BACON", "IDM", "MTT")):
-        # DeepFool on its own network leaves its examples on the boundary: see docs/results.md.
+        # DeepFool on its own network leaves its examples on the boundary: see docs/earlier_results.md.
         if (attack, method) != ("Deepfool", "BACON"):
             assert abs(slow[attack, method] - logs[attack]["untargeted"][method]) <= 0.03
 
