@@ -289,7 +289,7 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
 
 
 def test_runs_under_published_in_comparisons(tmp_path, monkeypatch, capsys):
-    """The last figures of a run stand beside those of evaluate.py; not among them, where others networks were attacked."""
+    """The last figures of a run stand beside those of evaluate.py; not among them, where other networks were attacked."""
     write_run(tmp_path / "in" / "a", 0.2, True, {"num_exp": 2})
     write(tmp_path / "in" / "evaluated", [row("ROME", 50, "PGD", True, 0.9)])
     wanted = {"in the run: Clean": (50, 60), "in the run: Clamp-only": (40, 50), "in the run: PGD targeted 8/255": (30, 40)}
