@@ -11,6 +11,11 @@ from engine.tables import Table, chance
 
 OF_A_SET = re.compile(r"_(\d+)-\d+\.pth$")  # how a network's name ends that evaluate.py trained: on which set of its file
 RADII = (1 / 255, *HEADLINE_EPS)
+CONTROLS_OF_A_RUN = {"clean_acc": ("Clean", None, None), "clamp_acc": ("Clamp-only", None, None)}
+OF_A_RUN = {  # threat model -> what its measures are called by, and the attack behind each column of a run
+    "published": ("in the run", {**CONTROLS_OF_A_RUN, "robust_acc": ("PGD", True, HEADLINE_EPS[-1])}),
+    "pixel": ("pixel", {**CONTROLS_OF_A_RUN, **{column: ("PGD20", False, eps) for column, eps in zip(
+        ("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}})}
 VERDICTS = ("refuted", "not supported", "supported")
 
 
@@ -37,17 +42,11 @@ def figures_of(dataset, rows, runs):
     for run in runs:
         flags, threat = run.flags, run.flags["threat_model"]
         ours = flags["method"] + ("-pixel" if threat == "pixel" else "")
-        where = threat if threat == "pixel" else "in the run"
+        where, columns = OF_A_RUN.get(threat, OF_A_RUN["published"])  # flags.json may be a stranger's
         named = {flags["method"]: ours, f"{flags['method']}, hard labels": f"{ours}-hard"}
         for e in run.of("final") if flags["dataset"] == dataset else []:
-            if e["set"] not in named or threat == "pixel" and "robust_2_acc" not in e:  # judged by a targeted attack then
+            if e["set"] not in named or not columns.keys() <= e.keys():  # `pixel`, when it was judged by a targeted attack
                 continue
-            columns = {"clean_acc": ("Clean", None, None), "clamp_acc": ("Clamp-only", None, None)}
-            if threat == "pixel":
-                columns |= {column: ("PGD20", False, eps)
-                            for column, eps in zip(("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}
-            else:
-                columns["robust_acc"] = ("PGD", True, HEADLINE_EPS[-1])
             for column, attack in columns.items():
                 for k, values in enumerate(np.array_split(e[column], flags.get("num_exp", 1))):
                     one = str(k) if not flags.get("seed") else f"{k} of seed {flags['seed']}"

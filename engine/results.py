@@ -100,8 +100,8 @@ class RunRecord:
         return [event for event in self.events if event["event"] == name]
 
     def setting(self):
-        return " ".join(map(str, (self.flags["dataset"], self.flags["model"], "ipc", self.flags["ipc"],
-                                  self.flags["threat_model"])))
+        f = self.flags
+        return f"{f['dataset']} {f['model']} ipc {f['ipc']} {f['threat_model']}"
 
     def title(self):
         return f"{self.flags['method']} {self.setting()}"
