@@ -73,7 +73,7 @@ pixel)
     done ;;
 sweep)
     for weight in 0 0.5 0.8 1; do
-        cifar10 "align_weight-$weight" "align_weight-$weight" $rome --align_weight "$weight" --num_exp 2
+        cifar10 "align-weight-$weight" "align-weight-$weight" $rome --align_weight "$weight" --num_exp 2
     done ;;
 cifar100)
     $python -u pretrain.py --dataset CIFAR100 --model ConvNetW32 --threat_model pixel --epochs 14 --attack_steps 3 --batch_train 128 \
