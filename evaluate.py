@@ -372,11 +372,11 @@ def compile_attacks(args, jobs, victims, n, data):
     for model in dict.fromkeys(v.model for v in victims):
         nets = {v.name: v.net for v in victims if v.model == model}
         there = [job.attack for job in jobs if job.crafted_on in nets]
-        attacked = sum(typical_cost(args, attack) for attack in there if attack not in ("Square", "SPSA"))
-        scored = sum(0.2 * FORWARD * args.queries for attack in there if attack in ("AA", "Square"))
+        attacked = n * sum(typical_cost(args, attack) for attack in there if attack not in ("Square", "SPSA"))
+        scored = n * FORWARD * sum(0.2 * args.queries + 3 * args.aa_iterations * (attack == "AA")
+                                   for attack in there if attack in ("AA", "Square"))  # FAB looks at each of its steps
         batch = min(data.chunk, SLICE)
-        compile_planned(next(iter(nets.values())), data, {"attacked": {batch: attacked * n}, "scored": {batch: scored * n}},
-                        parallel.say)
+        compile_planned(nets.popitem()[1], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, parallel.say)
 
 
 def run_jobs(counts, victims, threats, test, data, args, results):

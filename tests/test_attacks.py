@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_dataset
+from scipy.optimize import linprog
 from torch import nn
 
 import attacks
@@ -25,6 +26,7 @@ from attacks import (
     square_attack,
 )
 from engine.audit import audits_at_the_end
+from engine.autoattack import project_linf
 from networks import get_network
 
 QUICK = {  # enough to see the direction
@@ -421,7 +423,8 @@ def test_autoattack_and_square_equal_pyautoattack(digits_lenet):
         theirs = theirs.run_standard_evaluation(x, labels, batch_size=12)[0]
     state = torch.get_rng_state()
     ours = autoattack(net, x, labels, eps=8 / 255, queries=200, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(ours, theirs) and torch.equal(state, torch.get_rng_state())
+    assert (ours - theirs).abs().max() <= 1e-5  # FAB's projection is ours
+    assert torch.equal(net(ours).argmax(1), net(theirs).argmax(1)) and torch.equal(state, torch.get_rng_state())
     for targeted in (False, True):
         goal = (labels + 1) % 10 if targeted else labels
         with torch.random.fork_rng():
@@ -429,6 +432,34 @@ def test_autoattack_and_square_equal_pyautoattack(digits_lenet):
                                   resc_schedule=True).perturb(x, goal)
         ours = square_attack(net, x, goal, queries=100, targeted=targeted, generator=torch.Generator().manual_seed(5))
         assert torch.equal(ours, theirs) and torch.equal(state, torch.get_rng_state())
+
+
+def test_projection_of_fab_is_the_nearest_point():
+    """Against the linear programme that it solves: the smallest s with |d| <= s, w . (x + d) = b, 0 <= x + d <= 1."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, w = rng.choice([0, 1, 0.3, rng.random()], 12), rng.normal(size=12) * rng.choice([0, 1, 1], 12)
+        b = w @ rng.random(12)  # of a point of the box: it can be reached
+        eye, one = np.eye(12), np.ones((12, 1))
+        found = linprog(np.r_[np.zeros(12), 1], A_ub=np.block([[eye, -one], [-eye, -one]]), b_ub=np.zeros(24),
+                        A_eq=np.r_[w, 0][None], b_eq=[b - w @ x], bounds=[*zip(-x, 1 - x), (0, None)])
+        d = project_linf(*(torch.from_numpy(np.asarray(part, float)[None]) for part in (x, w)), torch.tensor([b]).double())[0].numpy()
+        assert found.status == 0 and np.abs(d).max() == pytest.approx(found.fun, abs=1e-9)
+        assert w @ (x + d) == pytest.approx(b, abs=1e-9) and (x + d).min() >= 0 and (x + d).max() <= 1
+
+
+def test_projection_of_fab_equals_pyautoattack():
+    """Near planes, far ones, such as no image reaches (as near as the box lets), one that the point lies on; pixels at the border."""
+    from pyautoattack.fab_projections import projection_linf
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(40, 3072, generator=generator) * 1.4 - 0.2).clamp(0, 1)
+    w = torch.randn(40, 3072, generator=generator) * (torch.rand(40, 3072, generator=generator) < 0.8)
+    distance = torch.tensor([1e-4, 1e-2, 0.1, 2.0]).repeat(10) * w.abs().sum(1) * torch.tensor([1, -1]).repeat_interleave(20)
+    b = (w * x).sum(1) + distance
+    assert (project_linf(x, w, b) - projection_linf(x, w, b)).abs().max() <= 3e-6
+    still = project_linf(x[:1], torch.zeros(1, 3072), torch.ones(1))
+    assert torch.equal(still, torch.zeros(1, 3072))  # pyautoattack: nan
+    assert project_linf(x[:1], w[:1], (w * x).sum(1)[:1]).abs().max() <= 1e-6
 
 
 def test_spsa_sees_the_gradient_of_an_affine_network():
