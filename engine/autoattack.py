@@ -1,7 +1,7 @@
 """AutoAttack and Square of their authors, as the package pyautoattack: found where it is installed, silent, with our seeds.
 
-One part of it is ours: FAB projects every image onto a hyperplane in every iteration, and sorts its pixels to do so. That is half
-the time of AutoAttack on a CPU; project_linf finds the same point without sorting.
+One function of it is ours. FAB projects every image onto a hyperplane in every iteration, and sorts its pixels to do so, which
+takes half the time of AutoAttack on a CPU; project_linf finds the same point without sorting.
 """
 import logging
 from contextlib import contextmanager, nullcontext
@@ -23,9 +23,9 @@ def pyautoattack():
 def project_linf(points, w, b):
     """The smallest change in L-inf that brings each point onto the hyperplane w . x = b, or as near as the box [0, 1] lets it.
 
-    points in [0, 1], w: (N, D); b: (N,). Returns (N, D). Each coordinate moves towards the plane by `step`, or up to the border of
-    the box; `step` is where what that gains, sum |w| min(step, room), equals the distance. This sum is concave and piecewise
-    linear, so Newton's method from below gets there without overshooting, in as many steps as linear pieces at most.
+    points in [0, 1], w: (N, D); b: (N,). Returns (N, D). Each coordinate moves towards the plane by `step`, or up to the border
+    of the box; `step` is where what that gains, sum |w| min(step, room), equals the distance. This sum is concave and
+    piecewise linear, so Newton's method from below gets there without overshooting, in as many steps as pieces at most.
     Source: Croce and Hein 2020 (FAB), section 2.2.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
@@ -52,8 +52,8 @@ def draw_seed(generator):
 
 @contextmanager
 def our_way(device):
-    """Inside, FAB projects with `project_linf`. pyautoattack seeds the global generators, of CUDA that of the current device; the
-    caller's are put back, and so is its projection."""
+    """Inside, FAB projects with `project_linf`; its own projection is put back. So are the caller's global generators, which
+    pyautoattack seeds (of CUDA that of the current device)."""
     from pyautoattack import fab_base
     cuda, theirs = device.type == "cuda", fab_base.projection_linf
     fab_base.projection_linf = project_linf

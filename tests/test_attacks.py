@@ -443,13 +443,13 @@ def test_projection_of_fab_is_the_nearest_point():
         eye, one = np.eye(12), np.ones((12, 1))
         found = linprog(np.r_[np.zeros(12), 1], A_ub=np.block([[eye, -one], [-eye, -one]]), b_ub=np.zeros(24),
                         A_eq=np.r_[w, 0][None], b_eq=[b - w @ x], bounds=[*zip(-x, 1 - x), (0, None)])
-        d = project_linf(*(torch.from_numpy(np.asarray(part, float)[None]) for part in (x, w)), torch.tensor([b]).double())[0].numpy()
+        d = project_linf(*(torch.tensor(part, dtype=torch.double)[None] for part in (x, w, b)))[0].numpy()
         assert found.status == 0 and np.abs(d).max() == pytest.approx(found.fun, abs=1e-9)
         assert w @ (x + d) == pytest.approx(b, abs=1e-9) and (x + d).min() >= 0 and (x + d).max() <= 1
 
 
 def test_projection_of_fab_equals_pyautoattack():
-    """Near planes, far ones, such as no image reaches (as near as the box lets), one that the point lies on; pixels at the border."""
+    """Near planes, far ones, such as no image of the box reaches, one that the point lies on; pixels at the border."""
     from pyautoattack.fab_projections import projection_linf
     generator = torch.Generator().manual_seed(0)
     x = (torch.rand(40, 3072, generator=generator) * 1.4 - 0.2).clamp(0, 1)
