@@ -6,7 +6,7 @@
 # teachers       three ConvNetW32 and a ConvNet, adversarially trained
 # sets IPC       sets of IPC images a class, each with its soft labels: random real images (whole, 2x2, 4x4), Baseline, ROME; the
 #                runs end with clean accuracy and PGD-20, three sets each, with the soft labels and with the classes alone
-# judge IPC      AutoAttack on networks that learn the soft labels
+# judge IPC      AutoAttack on networks that learn the soft labels, and on networks that learn the classes (10: teaching and chosen first)
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
 # chosen         images on which teachers and students disagree, and labels of the networks of the pool (ipc 10, 4x4)
 # convnet        the best two as a ConvNet learns them, and their controls
@@ -78,8 +78,10 @@ sets)
     distil Baseline "$packed" "$three" --ipc "$ipc" --Iteration 0 --aug \
         --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline-classes_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
 judge)
-    for name in Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4; do
-        ! wanted "$name" || judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt
+    names="Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4"
+    [ "$ipc" != 10 ] || names="$names One-teacher Temperature-1 Temperature-10 Disagree Pool-4x4"
+    for name in $names; do
+        ! wanted "$name" || judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt --labels own hard
     done ;;
 teaching)
     distil One-teacher 200 "$teacher-0.pth" --ipc 10 --Iteration 0 --pack 4
