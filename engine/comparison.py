@@ -160,10 +160,13 @@ def table_sets(asked, figures):
     measures = [measure for measure in asked["measures"] if any(measure in cells for cells in groups.values())]
     if not measures:
         return None
-    names, where = [group[0] for group in groups], [f", {network}, {ipc} a class" for _, network, ipc in groups]
-    if len(set(where)) > 1:  # each column says it, else the title
-        names, where = [name + its for name, its in zip(names, where)], [""]
-    table = Table(asked["name"], f"{asked['title']}{where[0]} (percent; mean +- standard deviation over sets)",
+    names, common = [group[0] for group in groups], ""
+    for part in ([network for _, network, _ in groups], [f"{ipc} a class" for *_, ipc in groups]):
+        if len(set(part)) == 1:  # the title says it, else each column
+            common += f", {part[0]}"
+        else:
+            names = [f"{name}, {its}" for name, its in zip(names, part)]
+    table = Table(asked["name"], f"{asked['title']}{common} (percent; mean +- standard deviation over sets)",
                   ["", *names], [])
     table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())]
                   for measure in measures]
