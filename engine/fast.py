@@ -213,11 +213,11 @@ def compile_planned(net, shape, planned, say, last=None):
     sizes = {kind: found for kind, found in sizes.items() if found}
     if not sizes:
         return
-    start = time.perf_counter()
+    start, already = time.perf_counter(), len(_ready)
     problem = compile_batches(net, shape, **sizes, last=last)
     if problem:
         say(f"{problem}; going on without")
-    else:
+    elif len(_ready) > already:
         batches = ", ".join(f"{kind} batches of {' and '.join(map(str, found))}" for kind, found in sizes.items())
         say(f"compiled in {time.perf_counter() - start:.3g} s: {batches} images; --no_compile turns it off")
 

@@ -199,15 +199,22 @@ def test_no_compiler_means_plain(monkeypatch):
 
 
 def test_only_what_pays_is_compiled(monkeypatch):
-    asked, said = [], []
-    monkeypatch.setattr(fast, "compile_batches", lambda net, shape, last, **sizes: asked.append(sizes))
+    """And what is new is said."""
+    asked, said, ready = [], [], set()
+    monkeypatch.setattr(fast, "_ready", ready)
+
+    def compile_batches(net, shape, last, **sizes):
+        asked.append(sizes)
+        ready.add(str(sizes))
+    monkeypatch.setattr(fast, "compile_batches", compile_batches)
     net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
     fast.compile_planned(net, (3, 32, 32), {"attacked": {128: 1e12, 64: 1e14}, "trained": {0: 0, 256: 1e13}}, said.append)
     fast.compile_planned(net, (3, 32, 32), {"attacked": {128: 1e12}, "trained": {}}, said.append)
     fast.set_precision("bf16")
-    fast.compile_planned(net, (3, 32, 32), {"matched": {128: 3e12, 64: 1e11}}, said.append)
+    for _ in range(2):
+        fast.compile_planned(net, (3, 32, 32), {"matched": {128: 3e12, 64: 1e11}}, said.append)
     fast.set_precision("tf32")
-    assert asked == [{"attacked": [64], "trained": [256]}, {"matched": [128]}] and len(said) == 2
+    assert asked == [{"attacked": [64], "trained": [256]}, {"matched": [128]}, {"matched": [128]}] and len(said) == 2
     assert "attacked batches of 64, trained batches of 256 images" in said[0]
 
 
