@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.audit import audit
-from engine.autoattack import draw_seed, our_way, pyautoattack
+from engine.autoattack import draw_seed, patched, pyautoattack
 from engine.device import CHUNK
 from engine.fast import forward, frozen
 from engine.graphs import play
@@ -286,7 +286,7 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
         part.n_iter = iterations
     attack.square.n_queries, attack.square.resc_schedule = queries, True
-    with our_way(x.device):
+    with patched(x.device):
         return attack.run_standard_evaluation(x, labels, batch_size=batch)[0]
 
 
@@ -299,7 +299,7 @@ def square_attack(model, x, labels, *, eps=EPS, queries=5000, p_init=0.8, target
     _, SquareAttack = pyautoattack()
     attack = SquareAttack(model, norm="Linf", eps=eps, n_queries=queries, p_init=p_init, targeted=targeted, loss="margin",
                           resc_schedule=True, seed=draw_seed(generator), device=x.device)
-    with our_way(x.device), torch.no_grad():
+    with patched(x.device), torch.no_grad():
         return attack.perturb(x, labels)
 
 

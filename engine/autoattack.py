@@ -23,9 +23,9 @@ def pyautoattack():
 def project_linf(points, w, b):
     """The smallest change in L-inf that brings each point onto the hyperplane w . x = b, or as near as the box [0, 1] lets it.
 
-    points in [0, 1], w: (N, D); b: (N,). Returns (N, D). Each coordinate moves towards the plane by `step`, or up to the border
-    of the box; `step` is where what that gains, sum |w| min(step, room), equals the distance. This sum is concave and
-    piecewise linear, so Newton's method from below gets there without overshooting, in as many steps as pieces at most.
+    points, w: (N, D); b: (N,). Returns (N, D). Each coordinate moves towards the plane by `step`, or up to the border of the
+    box, from outside back to it; `step` is where what that gains, sum |w| min(step, room), equals the distance. This sum is
+    concave and piecewise linear: Newton's method from below does not overshoot, and takes as many steps as pieces at most.
     Source: Croce and Hein 2020 (FAB), section 2.2.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
@@ -51,7 +51,7 @@ def draw_seed(generator):
 
 
 @contextmanager
-def our_way(device):
+def patched(device):
     """Inside, FAB projects with `project_linf`; its own projection is put back. So are the caller's global generators, which
     pyautoattack seeds (of CUDA that of the current device)."""
     from pyautoattack import fab_base

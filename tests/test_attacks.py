@@ -449,12 +449,15 @@ def test_projection_of_fab_is_the_nearest_point():
 
 
 def test_projection_of_fab_equals_pyautoattack():
-    """Near planes, far ones, such as no image of the box reaches, one that the point lies on; pixels at the border."""
+    """Near planes, far ones, such as no image of the box reaches, one that the point lies on; pixels at the border, and, as
+    under `published`, outside."""
     from pyautoattack.fab_projections import projection_linf
     generator = torch.Generator().manual_seed(0)
-    x = (torch.rand(40, 3072, generator=generator) * 1.4 - 0.2).clamp(0, 1)
+    x = torch.rand(40, 3072, generator=generator) * 1.4 - 0.2
+    x[::2] = x[::2].clamp(0, 1)
     w = torch.randn(40, 3072, generator=generator) * (torch.rand(40, 3072, generator=generator) < 0.8)
-    distance = torch.tensor([1e-4, 1e-2, 0.1, 2.0]).repeat(10) * w.abs().sum(1) * torch.tensor([1, -1]).repeat_interleave(20)
+    distance = w.abs().sum(1) * torch.tensor([1e-4, 1e-2, 0.1, 2.0]).repeat_interleave(2).repeat(5)
+    distance[20:] *= -1
     b = (w * x).sum(1) + distance
     assert (project_linf(x, w, b) - projection_linf(x, w, b)).abs().max() <= 3e-6
     still = project_linf(x[:1], torch.zeros(1, 3072), torch.ones(1))
