@@ -376,7 +376,7 @@ def compile_attacks(args, jobs, victims, n, data):
         scored = n * FORWARD * sum(0.2 * args.queries + 3 * args.aa_iterations * (attack == "AA")
                                    for attack in there if attack in ("AA", "Square"))  # FAB looks at each of its steps
         batch = min(data.chunk, SLICE)
-        compile_planned(nets.popitem()[1], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, parallel.say)
+        compile_planned([*nets.values()][0], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, parallel.say)
 
 
 def run_jobs(counts, victims, threats, test, data, args, results):
