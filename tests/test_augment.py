@@ -125,9 +125,12 @@ def test_unpack_order_and_enlargement():
 
 
 def test_pack_is_undone_by_unpack():
-    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 2, 2), size=16, mode="bilinear")
+    corners = torch.randn(8, 3, 2, 2)
+    smooth = torch.nn.functional.interpolate(corners, size=16, mode="bilinear")
     assert pack(smooth).shape == (2, 3, 16, 16)
-    assert (unpack(pack(smooth)) - smooth).abs().max() < 0.2 * smooth.std() + 0.1
+    # Along an axis, a line of slope d/8 that ends between two pixels is missed by d/32 beside its end, and nowhere else.
+    missed = (unpack(pack(smooth)) - smooth).abs().amax((2, 3))
+    assert (missed <= (corners.amax((2, 3)) - corners.amin((2, 3))) / 16 + 1e-6).all()
     constant = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16)
     assert torch.equal(unpack(pack(constant)), constant)
     quarter = pack(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)))

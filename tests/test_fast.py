@@ -117,7 +117,7 @@ from engine import fast
 from networks import get_network
 net = get_network("ConvNetW32", 3, 10, (32, 32), 0).eval()
 problem = fast.compile_batches(net, (3, 32, 32), attacked=[16])
-x = torch.randn(16, 3, 32, 32, requires_grad=True)
+x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
 with fast.frozen(net):
     print(torch.backends.cpu.get_cpu_capability(), problem, fast._kind(net, x, None) in fast._ready,
           torch.allclose(fast.forward(net, x), net(x), atol=1e-4))

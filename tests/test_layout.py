@@ -1,8 +1,11 @@
 """The plan of the house: what is upstairs and downstairs, and in which direction they know each other."""
 import ast
+import random
 import re
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 SCRIPTS = ("ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark")
@@ -84,3 +87,9 @@ def test_one_iteration_is_read_in_the_first_two_thirds(script):
     for name in ("robustness_aligned_loss", "performance_aligned_loss", "robust_prior", "update_images", "train_pool",
                  "outer_iteration", "distill"):
         assert ends[name] <= 2 / 3 * length, name
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_draws_the_same_numbers(again):
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert np.random.rand() == np.random.RandomState(0).rand() and random.random() == random.Random(0).random()
