@@ -79,9 +79,13 @@ sets)
         --init "$out/sets/Baseline-hard-$ipc/ROME_res_Baseline-classes_CIFAR10_ConvNetW32_${ipc}ipc.pt" ;;
 judge)
     names="Random-unpacked Random Random-4x4 Baseline ROME-unpacked ROME ROME-4x4"
-    [ "$ipc" != 10 ] || names="$names One-teacher Temperature-1 Temperature-10 Disagree Pool-4x4"
+    [ "$ipc" != 10 ] || names="$names Disagree Pool-4x4 One-teacher Temperature-1 Temperature-10"
     for name in $names; do
-        ! wanted "$name" || judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt --labels own hard
+        case $name in  # these three are other labels of images that are judged with their classes anyway
+            One-teacher | Temperature-*) labels=own ;;
+            *) labels="own hard" ;;
+        esac
+        ! wanted "$name" || judge "$name-$ipc" "$out/sets/$name-$ipc"/ROME_res_*.pt --labels $labels
     done ;;
 teaching)
     distil One-teacher 200 "$teacher-0.pth" --ipc 10 --Iteration 0 --pack 4
@@ -108,10 +112,14 @@ convnet)
             --model ConvNet --lr_net 0.05 --labels own hard
     done ;;
 cross)
-    for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see a quarter of the images: they take long
-        case $model in MLP | LeNet) epochs=200 ;; *) epochs=50 ;; esac
+    for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see fewer images, and no AutoAttack: they take long
+        case $model in
+            MLP | LeNet) epochs=200 attacks="PGD20 AA" ;;
+            ResNet18) epochs=30 attacks=PGD20 ;;
+            *) epochs=50 attacks=PGD20 ;;
+        esac
         ! wanted "$model" || judge "ROME-4x4-10-$model" "$out"/sets/ROME-4x4-10/ROME_res_*.pt --model "$model" --lr_net 0.02 \
-            --epoch_eval_train "$epochs" --attacks PGD20 --eps 2 4
+            --epoch_eval_train "$epochs" --attacks $attacks --eps 2 4
     done ;;
 *)
     sed -n '2,20p' "$0" ;;
