@@ -115,7 +115,6 @@ cross)
     for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see fewer images, and no AutoAttack: they take long
         case $model in
             MLP | LeNet) epochs=200 attacks="PGD20 AA" ;;
-            ResNet18) epochs=30 attacks=PGD20 ;;
             *) epochs=50 attacks=PGD20 ;;
         esac
         ! wanted "$model" || judge "ROME-4x4-10-$model" "$out"/sets/ROME-4x4-10/ROME_res_*.pt --model "$model" --lr_net 0.02 \
