@@ -9,7 +9,7 @@
 # judge IPC      AutoAttack on networks that learn the soft labels, and on networks that learn the classes (10: teaching and chosen first)
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
 # chosen         images on which teachers and students disagree, and labels of the networks of the pool (ipc 10, 4x4)
-# convnet        the best two as a ConvNet learns them, and their controls
+# convnet        the best as a ConvNet learns them, and their controls
 # cross          other architectures on the best set
 #
 # A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
@@ -107,14 +107,16 @@ chosen)
         --no_baseline --num_exp 3 --num_eval 1 --test_limit 1000 --precision "$precision" --ipc 10 --pack 4 \
         --save_path "$out/sets/Pool-4x4-10" --checkpoint_path "$out/states/Pool-4x4-10" ;;
 convnet)
-    for name in Random-4x4 Random ROME-4x4; do
-        ! wanted "$name" || judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt \
-            --model ConvNet --lr_net 0.05 --labels own hard
+    for name in Random-4x4 Random ROME-4x4 Disagree; do
+        labels="own hard"
+        [ "$name" != Disagree ] || labels=own
+        ! wanted "$name" || judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt --model ConvNet --lr_net 0.05 --labels $labels
     done ;;
 cross)
     for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see fewer images, and no AutoAttack: they take long
         case $model in
             MLP | LeNet) epochs=200 attacks="PGD20 AA" ;;
+            ResNet18) epochs=30 attacks=PGD20 ;;
             *) epochs=50 attacks=PGD20 ;;
         esac
         ! wanted "$model" || judge "ROME-4x4-10-$model" "$out"/sets/ROME-4x4-10/ROME_res_*.pt --model "$model" --lr_net 0.02 \
