@@ -10,6 +10,7 @@
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
 # chosen         images on which teachers and students disagree, and labels of the networks of the pool (ipc 10, 4x4)
 # convnet        the best as a ConvNet learns them, and their controls
+# all            the best of these ConvNets on all test images: clean, and FGSM at 2/255
 # cross          other architectures on the best set
 #
 # A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
@@ -112,6 +113,11 @@ convnet)
         [ "$name" != Disagree ] || labels=own
         ! wanted "$name" || judge "$name-10-ConvNet" "$out/sets/$name-10"/ROME_res_*.pt --model ConvNet --lr_net 0.05 --labels $labels
     done ;;
+all)
+    for name in ROME-4x4 Disagree; do
+        $python -u evaluate.py --threat_model pixel --untargeted --attacks FGSM --eps 2 --no_sanity --resume --out "${out}_all/$name" \
+            --networks "$out/judged/$name-10-ConvNet/networks/$name-pixel_ConvNet_"*.pth
+    done ;;
 cross)
     for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see fewer images, and no AutoAttack: they take long
         case $model in
@@ -123,5 +129,5 @@ cross)
             --epoch_eval_train "$epochs" --attacks $attacks --eps 2 4
     done ;;
 *)
-    sed -n '2,20p' "$0" ;;
+    sed -n '2,/^set/{/^#/p;}' "$0" ;;
 esac
