@@ -17,13 +17,14 @@ from engine.datasets import DATASETS, Dataset, load_dataset  # noqa: E402
 from engine.fast import reuse_freed_memory  # noqa: E402
 
 reuse_freed_memory()  # as the scripts do; a third of the time
+SEED = 1729  # of no generator in the tests: what one of those draws does not go with what is drawn without one
 
 
 def pytest_fixture_setup():
     """A fixture, and a test itself, draws the same numbers alone, in any order and on any worker: what fails, fails again."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)
+    random.seed(SEED)
 
 
 pytest_runtest_call = pytest_fixture_setup

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SEED
 
 SCRIPTS = ("ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark")
 MODULES = ("utils", "sets", "sanity", "attacks", "augment", "networks")  # what the scripts share of the method
@@ -91,5 +91,5 @@ def test_one_iteration_is_read_in_the_first_two_thirds(script):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_every_test_draws_the_same_numbers(again):
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
-    assert np.random.rand() == np.random.RandomState(0).rand() and random.random() == random.Random(0).random()
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(SEED)))
+    assert np.random.rand() == np.random.RandomState(SEED).rand() and random.random() == random.Random(SEED).random()
