@@ -8,7 +8,7 @@
 #                runs end with clean accuracy and PGD-20, three sets each, with the soft labels and with the classes alone
 # judge IPC      AutoAttack on networks that learn the soft labels, and on networks that learn the classes (10: teaching and chosen first)
 # teaching       other teachers, temperatures (ipc 10, random images 4x4)
-# chosen         images on which teachers and students disagree, and labels of the networks of the pool (ipc 10, 4x4)
+# chosen         (after ONLY=Random-4x4 judge 10, whose networks are the students) images on which they and the teachers disagree, and labels of the networks of the pool (ipc 10, 4x4)
 # convnet        the best as a ConvNet learns them, and their controls
 # all            the best of these ConvNets on all test images: clean, and FGSM at 2/255
 # cross          other architectures on the best set
@@ -115,8 +115,8 @@ convnet)
     done ;;
 all)
     for name in ROME-4x4 Disagree; do
-        $python -u evaluate.py --threat_model pixel --untargeted --attacks FGSM --eps 2 --no_sanity --resume --out "${out}_all/$name" \
-            --networks "$out/judged/$name-10-ConvNet/networks/$name-pixel_ConvNet_"*.pth
+        ! wanted "$name" || $python -u evaluate.py --threat_model pixel --untargeted --attacks FGSM --eps 2 --no_sanity --resume \
+            --out "${out}_all/$name" --networks "$out/judged/$name-10-ConvNet/networks/$name-pixel_ConvNet_"*.pth
     done ;;
 cross)
     for model in MLP LeNet AlexNet VGG11 ResNet18; do  # the last three see fewer images, and no AutoAttack: they take long
