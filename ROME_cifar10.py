@@ -20,15 +20,16 @@ from augment import PACKS, draws_on_device, dsa_apply, dsa_draw, parse_dsa_strat
 from engine import parallel
 from engine.audit import audits_at_the_end
 from engine.clock import Clock
-from engine.command_line import add_compatibility_flags, add_run_flags, add_switch, at_least, fraction, method_name, run_script
-from engine.datasets import DATASETS, load_dataset
+from engine.command_line import (add_compatibility_flags, add_dataset_flag, add_run_flags, add_switch, at_least, fraction,
+                                 method_name, run_script)
+from engine.datasets import load_dataset
 from engine.device import get_device, moved_together
 from engine.fast import choose_precision, embed, frozen, set_precision
-from engine.formats import SyntheticSet
 from engine.graphs import play, played
 from engine.plan import matched_together, print_plan
 from engine.run_folder import open_run
 from engine.streams import stream
+from engine.synset_files import SyntheticSet
 from engine.turns import at_their_turns, take_turns
 from networks import EVAL_MODES, NETWORKS, network_for
 from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe
@@ -251,10 +252,13 @@ def main():
     utils.check_sizes(args, data)
     if args.zca:
         data.fit_zca()
+    inputs = utils.describe_inputs(args, data)
     threat = get_threat_model(args.threat_model, data)
-    prior = utils.load_robust_prior(args, data)
+    prior = utils.load_robust_prior(args, data, inputs)
     with open_run(args, data) as run:
         if not run.finished:
+            for line in inputs:
+                run.say(line)
             run_experiments(args, data, threat, prior, run, Clock())
 
 
@@ -313,7 +317,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="real data set")
+    add_dataset_flag(parser)
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
     add("--ipc", type=at_least(1), default=50, help="images per class")
     add("--init", default="real", metavar="INIT", help="where the synthetic images start: real, noise, or the file of a set")

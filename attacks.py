@@ -20,10 +20,12 @@ from engine.autoattack import draw_seed, patched, pyautoattack
 from engine.device import CHUNK
 from engine.fast import forward, frozen
 from engine.graphs import play
+from engine.safe_files import InputError
 
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
 PGD_STEPS = 10
+PUBLISHED_CLASSES = 10  # the modulus of the targets of `published`, whatever the data set has (SPEC 2)
 TINY = 1e-10  # keeps a division by a norm finite
 STEEPER = 5.0  # DeepFool: gradient of another class, of that of the first one; the largest seen: 1.6 on ConvNet, 5.2 on AlexNet
 MARGIN = 1.2  # and of the largest seen on the network at hand
@@ -68,7 +70,8 @@ class ThreatModel:
 def _published(data):
     # QUIRK (published): normalised images are attacked as if they were pixels; 10 classes whatever the data set has.
     return ThreatModel("published", encode=lambda x: x, decode=lambda z: z, eps=EPS, step_size=2 / 225,
-                       target_classes=10, judge={"targeted": True, "steps": PGD_STEPS}, judge_eps={"robust_acc": EPS})
+                       target_classes=PUBLISHED_CLASSES, judge={"targeted": True, "steps": PGD_STEPS},
+                       judge_eps={"robust_acc": EPS})
 
 
 def _pixel(data):
@@ -90,6 +93,13 @@ def get_threat_model(name, data):
     if name not in THREAT_MODELS:
         raise ValueError(f"unknown threat model {name!r}; choose one of {', '.join(THREAT_MODELS)}")
     return THREAT_MODELS[name](data)
+
+
+def check_threat_model(name, data):
+    """Raise InputError where a data set has too few classes for the targets of a threat model."""
+    if name == "published" and data.num_classes < PUBLISHED_CLASSES:
+        raise InputError(f"--threat_model published aims at class (y + 1) mod {PUBLISHED_CLASSES}, {data.name} has "
+                         f"{data.num_classes} classes; choose --threat_model pixel")
 
 
 # --------------------------------------------------------------------------------------------------------------- attacks
@@ -277,7 +287,8 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=CHUNK):
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
-    L-inf, untargeted. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
+    L-inf, untargeted. Deviation: of C classes, C - 1 are targeted at most (standard: 9), and the targeted APGD, whose loss
+    looks at four classes, has the target's cross-entropy instead where there are fewer. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
     schedule is scaled to them. batch: images attacked at a time; what an attack leaves is put together anew for the next one.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
@@ -285,6 +296,12 @@ def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, gener
     attack = AutoAttack(model, norm="Linf", eps=eps, seed=draw_seed(generator), device=x.device)
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
         part.n_iter = iterations
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    for part in (attack.apgd_targeted, attack.fab):
+        part.n_target_classes = min(part.n_target_classes, classes - 1)
+    if classes < 4:
+        attack.apgd_targeted.dlr_loss_targeted = attack.apgd_targeted.ce_loss_targeted
     attack.square.n_queries, attack.square.resc_schedule = queries, True
     with patched(x.device):
         return attack.run_standard_evaluation(x, labels, batch_size=batch)[0]

@@ -8,39 +8,37 @@ Source: attacks and metrics of the BEARD benchmark (arXiv 2411.09265) and the RO
 """
 import argparse
 import itertools
-import json
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import utils
-from attacks import ATTACKS, PGD_STEPS, THREAT_MODELS, attack_images, craft, get_threat_model
+from attacks import ATTACKS, PGD_STEPS, PUBLISHED_CLASSES, THREAT_MODELS, check_threat_model, craft, get_threat_model
 from augment import PACKS, parse_dsa_strategy
 from engine import parallel
 from engine.clock import duration
-from engine.command_line import add_switch, at_least, fraction, method_name, run_script
-from engine.datasets import DATASETS, load_dataset
+from engine.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
+from engine.datasets import load_dataset
 from engine.device import device_name, get_device, synchronise
 from engine.fast import PRECISIONS, choose_precision, no_bf16, set_precision, stop_compiling
-from engine.formats import SyntheticSet, load_into, pack_of
+from engine.inputs import choose_dataset, choose_normalisation, read_inputs, understand
 from engine.jobs import Job, PassCounter, Results, do_jobs, warm_up
 from engine.pictures import draw_results
-from engine.plan import FORWARD, compile_planned, image_gradients_per_second, set_batches
+from engine.plan import FORWARD, compile_planned, image_gradients_per_second
 from engine.results import CONTROLS, HEADLINE_EPS
-from engine.safe_files import InputError, sha256, write_json, write_tensors, write_text
+from engine.safe_files import InputError, write_text
 from engine.saved_state import Interrupted
-from engine.sources import check_set, choose_dataset, fit_normalisation, read_sources
-from engine.streams import stream, stream_seed
+from engine.streams import stream
+from engine.synset_files import SPACES
 from engine.tables import results_markdown
-from networks import NETWORKS, network_for
+from networks import NETWORKS
 from sanity import run_sanity
-from sets import LR_SCHEDULES, PROTOCOL, protocol, protocol_of, training_set
+from sets import LR_SCHEDULES, PROTOCOL
 from utils import QUERY, WHITE_BOX
+from victims import victim_of_network, victims_of_set
 
 SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
 REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
@@ -55,20 +53,26 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_argument_group("what is attacked")
     add = what.add_argument
-    add("--synset", nargs="+", default=[], metavar="FILE", help="synthetic sets: fresh networks are trained on each")
+    add("--synset", nargs="+", default=[], metavar="FILE", help="synthetic sets, files or folders: fresh networks are trained on "
+        "each (docs/foreign_files.md)")
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
-    add("--dataset", choices=DATASETS, help="default: what the files say, else CIFAR10")
+    add_dataset_flag(what, None, "; default: what the files say, else CIFAR10")
     add("--model", choices=NETWORKS, metavar="MODEL", help="default: what the files say, else ConvNet")
     add("--method", nargs="+", default=[], metavar="NAME", type=method_name, help="a name for each file; default: what "
         "the file says")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--limit", type=at_least(0), default=0, metavar="N", help="the first N test images; 0: all")
+    add_switch(what, "zca", False, "what does not say so itself is of ZCA-whitened images")
+    add("--network_mean", nargs="+", type=float, metavar="M", help="networks that were trained on images normalised otherwise: "
+        "the mean, one number or one a channel (0 with --network_std 1: on pixels in [0, 1])")
+    add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S", help="and the standard deviation")
 
     training = parser.add_argument_group("training on a set")
     add = training.add_argument
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
     add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K", help="sets that do not say so "
         "themselves hold K x K sub-images in each image; without a number 2")
+    add("--images", choices=SPACES, help="what the images of the sets are; default: bytes are pixels, floats normalised")
     add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"], help="of a set with soft labels: train on "
         "those, or on the classes alone")
     said = "what the set's recipe says, else"
@@ -83,7 +87,8 @@ def parse_args(argv=None):
 
     attack = parser.add_argument_group("attacks")
     add = attack.add_argument
-    add("--threat_model", nargs="+", choices=THREAT_MODELS, default=list(THREAT_MODELS))
+    add("--threat_model", nargs="+", choices=THREAT_MODELS, help=f"default: all that the number of classes allows ("
+        f"published: at least {PUBLISHED_CLASSES})")
     add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)}")
     add("--query", action="store_true", help=f"the query attacks as well: {', '.join(QUERY)}")
@@ -126,94 +131,11 @@ def parse_args(argv=None):
         parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
     if args.eps and not any(ATTACKS[name].eps for name in args.attacks):
         parser.error(f"{', '.join(args.attacks)}: no attack that --eps bounds")
+    if (args.network_mean is None) != (args.network_std is None):
+        parser.error("--network_mean and --network_std go together")
     for name in ("attacks", "threat_model", "eps", "labels"):  # named twice is named once
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
     return args
-
-
-# ---------------------------------------------------------------------------------------------------- what is attacked
-@dataclass
-class Victim:
-    """A network under attack. name: its file name. threat: the threat model that it was adversarially trained under."""
-
-    name: str
-    method: str
-    ipc: int
-    model: str
-    net: torch.nn.Module = None
-    threat: str = None
-    about: dict = field(default_factory=dict)  # where it comes from, for results.json
-
-
-def victim_of_network(source, data):
-    net = load_into(network_for(data, source.model, 0), source.path)
-    return Victim(source.path.name, source.method, source.ipc, source.model, net.eval(),
-                  about={"file": str(source.path), "sha256": sha256(source.path)})
-
-
-def victims_of_set(args, source, data, folder):
-    """Train --num_eval networks on each set of a file, with its own labels and, if they are soft, with the classes alone (with
-    --adv_train for each threat model), but for those that are there; of several processes each trains the next one when it is
-    free. Then read them all: a list of Victims."""
-    folder.mkdir(exist_ok=True)
-    victims, untrained = [], []
-    options, pack = protocol_of(source.meta, protocol(args)), pack_of(source.meta, args.packed)
-    training = {"seed": args.seed, **options, "pack": pack, "precision": args.precision, "set_sha256": sha256(source.path)}
-    for exp, one in enumerate(source.sets):
-        ipc, one = len(one.labels) // data.num_classes, SyntheticSet(*(x if x is None else x.to(data.device) for x in one))
-        variants = {source.method: one} if "own" in args.labels or one.soft_labels is None else {}
-        if "hard" in args.labels and one.soft_labels is not None:
-            variants[f"{source.method}-hard"] = one._replace(soft_labels=None)
-        for (method, variant), threat_name, i in itertools.product(
-                variants.items(), args.threat_model if args.adv_train else [None], range(args.num_eval)):
-            trained = f"PGD-{threat_name}" if threat_name else "None"
-            name = f"{method}_{source.model}_{data.name}_{ipc}_{trained}_{exp}-{i}.pth"
-            key = ("evaluate", source.method, ipc, exp, trained, i)  # the same start for both kinds of labels
-            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp,
-                     "labels": "hard" if variant.soft_labels is None else "soft", **training,
-                     "seed_init": stream_seed(args.seed, *key, "init"), "seed_train": stream_seed(args.seed, *key, "train")}
-            victims.append(Victim(name, method, ipc, source.model, None, threat_name, about))
-            if not (folder / f"{name}.json").exists():
-                untrained.append((victims[-1], variant, key))
-
-    parallel.meet()  # all have looked before one is trained
-    with tqdm(total=len(untrained), desc=f"training on {source.path.name}", unit="net", disable=parallel.silent()) as bar:
-        parallel.deal(len(untrained), lambda k: train_victim(args, *untrained[k], options, pack, data, len(victims)),
-                      lambda k, result: bar.update())
-    for victim in victims:
-        victim.net = load_into(network_for(data, source.model, 0), folder / victim.name).eval()
-        wanted, victim.about = victim.about, json.loads((folder / f"{victim.name}.json").read_text())
-        for key in (*training, "labels"):
-            if victim.about.get(key) != wanted[key]:
-                raise InputError(f"{folder / victim.name} was trained with another {key} ({victim.about.get(key)} instead of "
-                                 f"{wanted[key]}); choose another --out")
-    return victims
-
-
-def train_victim(args, victim, one, key, options, pack, data, runs):
-    """Train a fresh network, one of `runs`, on a SyntheticSet, and write it with its notes. key: of its random streams."""
-    set_precision(args.precision)
-    about, threat_name, train_on = victim.about, victim.threat, training_set(one, pack)
-    net = network_for(data, victim.model, about["seed_init"])
-    if args.compile and not threat_name:
-        epochs = (options["epochs"] + 1) * runs
-        compile_planned(net, data, {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)}, parallel.say)
-    start = time.perf_counter()
-    attack = None
-    if threat_name:
-        threat = get_threat_model(threat_name, data)
-        rng = stream(args.seed, *key, "attack", device=data.device)
-        attack = lambda x, y: attack_images(net, x, y, threat, rng, targeted=False)  # noqa: E731
-    utils.train_on_set(net, *train_on, attack=attack, generator=torch.Generator().manual_seed(about["seed_train"]),
-                       **options)
-    synchronise(data.device)
-    about["train_seconds"] = round(time.perf_counter() - start, 2)
-    utils.check_finite({f"a weight of {Path(about['file']).name} after training on {about['set']} (--lr_net "
-                        f"{options['lr_net']})": float(sum(p.detach().abs().sum() for p in net.parameters()))})
-    path = Path(about["file"])
-    write_tensors(path, {k: v.cpu() for k, v in net.state_dict().items()})
-    about["sha256"] = sha256(path)
-    write_json(path.with_name(f"{path.name}.json"), about)
 
 
 # ------------------------------------------------------------------------------------------------------------ the jobs
@@ -298,35 +220,55 @@ def main():
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
     choose_precision(args, device := get_device(parallel.start(args)))
-    sources = read_sources(args, NETWORKS)
-    data = load_dataset(choose_dataset(args, sources), args.data_path, device)
+    inputs = read_inputs(args, NETWORKS)
+    data = load_dataset(args.dataset or choose_dataset(None, inputs), args.data_path, device)
+    choose_dataset(data.name, inputs)
     data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random numbers on CUDA
     for flag in ("limit", "aa_limit"):
         if getattr(args, flag) > len(data.labels["test"]):
             raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
-    methods = list(dict.fromkeys(source.method for source in sources))
+    methods = list(dict.fromkeys(one.method for one in inputs))
     if not set(args.craft_on) <= set(methods):
         raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are {', '.join(methods)}")
-    fit_normalisation(sources, data)
-    for source in sources:
-        if source.sets:
-            check_set(source, data)
-    victims = [victim_of_network(source, data) for source in sources if not source.sets]
+    if not args.threat_model:
+        args.threat_model = [name for name in THREAT_MODELS if name != "published" or data.num_classes >= PUBLISHED_CLASSES]
+    for name in args.threat_model:
+        check_threat_model(name, data)
+    choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
+    victims = []
+    for one in inputs:
+        if not one.synset:
+            victims.append(victim_of_network(one, data))
+        understand(one, data, args.images)
+        for line in (f"{one.path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)):
+            parallel.say(line)
 
     flags = {**vars(args), "dataset": data.name}
     with closing(Results(args, flags, device, MAY_CHANGE, KNOWN)) as results:  # nothing is written before here
+        results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
+            str(one.path): {"taken_as": one.taken_as, "warnings": one.warnings} for one in inputs}}
         try:
-            run(args, sources, victims, data, results)
+            run(args, inputs, victims, data, results)
         except (KeyboardInterrupt, Interrupted):
             parallel.say(f"{results.folder} has what was done so far; --resume goes on with it")
             raise
 
 
-def run(args, sources, victims, data, results):
+def network_normalisation(args, channels):
+    """(mean, std) of --network_mean and --network_std, for each channel; None without them."""
+    if args.network_mean is None:
+        return None
+    given = [value * channels if len(value) == 1 else value for value in (args.network_mean, args.network_std)]
+    if any(len(value) != channels for value in given):
+        raise InputError(f"--network_mean, --network_std: one number, or one for each of {channels} channel(s)")
+    return given
+
+
+def run(args, inputs, victims, data, results):
     """Train what is to be trained, attack everything, write tables and pictures."""
-    for source in sources:
-        if source.sets:
-            victims += victims_of_set(args, source, data, results.folder / "networks")
+    for one in inputs:
+        if one.synset:
+            victims += victims_of_set(args, one, data, results.folder / "networks")
     if args.precision != args.attack_precision:
         stop_compiling()
     set_precision(args.attack_precision)  # the accuracies: see run_slice

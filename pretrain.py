@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 import utils
-from attacks import PGD_STEPS, THREAT_MODELS, attack_images, get_threat_model
+from attacks import PGD_STEPS, THREAT_MODELS, attack_images, check_threat_model, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
 from engine import parallel
 from engine.clock import duration
-from engine.command_line import add_fast_flags, add_switch, at_least, run_script
-from engine.datasets import DATASETS, load_dataset
+from engine.command_line import add_dataset_flag, add_fast_flags, add_switch, at_least, run_script
+from engine.datasets import load_dataset
 from engine.device import device_name, get_device, versions
 from engine.fast import choose_precision, mixes_its_batch, no_bf16, set_precision
 from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="CIFAR10")
+    add_dataset_flag(parser)
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--checkpoint_path", default="./checkpoints", help="folder for the networks")
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=f"one of {', '.join(NETWORKS)}")
@@ -196,6 +196,9 @@ def main():
     set_precision(choose_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device)
     data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random starts on CUDA
+    parallel.say(data.describe())
+    check_threat_model(args.threat_model, data)
+    utils.check_network(args.model, data)
     check_shares(args, data)
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
@@ -271,6 +274,7 @@ def measure(args, k, net, train_acc, data, threat):
     images, labels = data.take("test", slice(args.test_limit or None))
     rng = stream(args.seed, "pretrain", k, "test", device=data.device)
     about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes, "threat_model": args.threat_model,
+             "mean": list(data.mean), "std": list(data.std),
              "train_robust_acc": train_acc, "clean_acc": utils.accuracy(net, images, labels),
              **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels), "seed": args.seed,
              "flags": vars(args), "versions": versions(), "device": device_name(data.device)}

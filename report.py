@@ -18,16 +18,16 @@ import torch
 import utils
 from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
 from engine.command_line import at_least, fraction, run_script
-from engine.comparison import figures_of, place_of, read_comparisons, table_comparison, table_robust
-from engine.datasets import load_dataset
-from engine.formats import pack_of, read_synset
+from engine.comparison import (figures_of, place_of, read_comparisons, table_comparison, table_robust,
+                               usual_comparison)
+from engine.datasets import NUM_CLASSES, load_dataset
+from engine.inputs import choose_normalisation, read_input, take_flags, understand
 from engine.pictures import figure_3, figure_4, figure_run, figure_sets
-from engine.results import find, pools, read_rows, read_run
+from engine.results import chance, find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
-from engine.sources import Source, check_set, fit_normalisation
 from engine.streams import stream, stream_seed
 from engine.tables import Table, table_accuracy, table_runs, table_seeds
-from networks import network_for
+from networks import NETWORKS, network_for
 from sets import protocol_of, training_set
 from utils import metrics_of, transfer_of
 
@@ -46,8 +46,8 @@ def parse_args(argv=None):
         "under a valid attack; default: all, and more")
     add("--figure", nargs="+", choices=("3", "4", "curves"), default=[], help="of the paper, or the training curves of the "
         "runs; default: all")
-    add("--compare", metavar="FILE", help="tables of sets and of the differences between them, as this file asks for "
-        "(JSON; see engine/comparison.py)")
+    add("--compare", nargs="+", default=[], metavar="NAME", help="figures of these sets and their differences to the last one: "
+        "--compare ROME Random; or, for more, a JSON file that says which (docs/robustness.md)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in "
         "several places, each by the tables that it names: <!-- report: begin NAME ... -->")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
 def threats_of(dataset):
     """The threat models, for their eps; they need no images for that."""
     class Data:
-        num_classes = 100 if dataset == "CIFAR100" else 10
+        num_classes = NUM_CLASSES.get(dataset, 10)
 
         @staticmethod
         def normalize(x):
@@ -183,15 +183,17 @@ def figure_tsne(path, data_path, seed):
     """t-SNE (scikit-learn) of embeddings of real, PGD-attacked and synthetic images, by a network trained on the set."""
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
-    sets, meta = read_synset(path)
-    if not {"dataset", "packed", "threat_model"} <= set(meta) or "model" not in meta.get("flags", {}):
-        raise InputError(f"{path} does not say its data set, packing and network; --tsne takes a set of a ROME script")
-    data = load_dataset(meta["dataset"], data_path)
-    source = Source(Path(path), "", data.name, meta["flags"]["model"], None, sets=sets, meta=meta)
-    fit_normalisation([source], data)
-    check_set(source, data)
-    threat, model = get_threat_model(meta["threat_model"], data), meta["flags"]["model"]
-    images, labels = training_set(sets[0], pack_of(meta))
+    one = read_input(path, NETWORKS, is_set=True)
+    take_flags(one)
+    meta = one.synset.meta
+    if one.dataset is None or one.model is None or "threat_model" not in meta:
+        raise InputError(f"{path} does not say its data set, network and threat model; --tsne takes a set of a ROME script")
+    data, model = load_dataset(one.dataset, data_path), one.model
+    choose_normalisation([one], data)
+    understand(one, data)
+    print(f"{path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings), sep="\n")
+    threat, sets, pack = get_threat_model(meta["threat_model"], data), one.synset.sets, one.synset.pack
+    images, labels = training_set(sets[0], pack)
     net = network_for(data, model, stream_seed(seed, "tsne", "init"))
     utils.train_on_set(net, images, labels, generator=stream(seed, "tsne", "train"), **protocol_of(meta))
     real, real_labels = data.take("test", slice(600))
@@ -203,7 +205,7 @@ def figure_tsne(path, data_path, seed):
     ends = np.cumsum([0, *map(len, embeddings)])
     for ax, shown in zip(axes, ((0, "real test images"), (1, "the same, attacked"))):
         for part, name, marker, size in ((shown[0], shown[1], ".", 40), (2, "synthetic", "*", 90)):
-            colours = (sets[0].labels.repeat(pack_of(meta)**2) if part == 2 else real_labels) % 10
+            colours = (sets[0].labels.repeat(pack**2) if part == 2 else real_labels) % 10
             xy = points[ends[part]:ends[part + 1]]
             ax.scatter(xy[:, 0], xy[:, 1], s=size, c=colours, cmap="tab10", vmin=0, vmax=9, marker=marker, label=name,
                        edgecolors="k" if part == 2 else "none", linewidths=0.5)
@@ -217,13 +219,16 @@ def figure_of_sets(paths):
     """The stored images of the first set of each file."""
     shown, classes = {}, None
     for path in paths:
-        sets, meta = read_synset(path)
+        one = read_input(path, NETWORKS, is_set=True)
+        sets, meta = one.synset.sets, one.synset.meta
         if not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca") or classes not in (None, meta["classes"]):
             raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than "
                              "the others")
         mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        one.synset.normalise(lambda pixels: (pixels - mean) / std)  # noqa: B023
+        print(f"{path} taken as: {one.synset.describe(meta['dataset'], meta['mean'], meta['std'], False)}")
         name = f"{meta.get('flags', {}).get('method', Path(path).stem)}, {meta.get('threat_model', '')}"
-        classes, shown[name] = meta["classes"], sets[0].images * std + mean
+        classes, shown[name] = meta["classes"], one.synset.sets[0].images * std + mean
     return figure_sets(shown, classes)
 
 
@@ -233,7 +238,7 @@ def main():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    published = json.loads((HERE / "published.json").read_text())
+    published = json.loads((HERE / "published.json").read_text(encoding="utf-8"))
     out, refused, evaluations, runs = Path(args.out), [], {}, {}
     result_files, run_files = find(args.results)
     for files, read, kept in ((result_files, lambda path: read_rows(path, ATTACKS, THREAT_MODELS), evaluations),
@@ -271,16 +276,22 @@ def main():
             tables.append(table_accuracy(pool, pooled, ATTACKS, THREAT_MODELS))
         if all_of_it or "3" in args.figure:
             draw(figure_3(pool, transfer_of(pooled, threats_of(pool[0])), published))
-    robust, comparisons = all_of_it or "robust" in args.table, read_comparisons(Path(args.compare)) if args.compare else []
+    robust, by_file = all_of_it or "robust" in args.table, len(args.compare) == 1
+    comparisons = read_comparisons(Path(args.compare[0])) if by_file else []
     rows_of = {run.flags["dataset"]: [] for run in runs}
     for (dataset, _), rows in pooled_rows.items():
         rows_of.setdefault(dataset, []).extend(rows)
-    for dataset, rows in rows_of.items() if robust or comparisons else ():
+    for dataset, rows in rows_of.items() if robust or args.compare else ():
         of_sets, counts = figures_of(dataset, rows, runs)
         if robust:
-            tables.insert(0, table_robust(dataset, of_sets, counts))
-        if comparisons:
+            sizes = [row["num_classes"] for row in rows] + [run.num_classes for run in runs if run.flags["dataset"] == dataset]
+            least = chance(dataset, next((size for size in sizes if size), None))
+            tables.insert(0, table_robust(dataset, of_sets, counts, least))
+        if by_file:
             add_metrics(of_sets, rows, threats_of(dataset), args.crei_weight)
+        elif args.compare and (len(rows_of) == 1 or any(group[0].removesuffix("-pixel") == name.removesuffix("-pixel")
+                                                        for group in of_sets for name in args.compare)):
+            comparisons = usual_comparison(dataset, args.compare, of_sets)
         tables += [table_comparison(asked, of_sets) for asked in comparisons if asked.get("dataset", dataset) == dataset]
     if all_of_it or "4" in args.figure:
         draw(figure_4(runs, published))
@@ -319,7 +330,7 @@ def add_metrics(figures, rows, threats, crei_weight):
 def replace_sections(path, tables):
     """Put tables between the pairs of markers of a file: all of them, or those that a first marker names. Raises InputError if
     there are no markers, or a table is not there."""
-    text, named = path.read_text(), {table.name: table for table in tables}
+    text, named = path.read_text(encoding="utf-8"), {table.name: table for table in tables}
 
     def body(match):
         wanted = match[1].split() or list(named)

@@ -4,16 +4,20 @@ Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.5 (what a file says of them).
 """
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from augment import pack, parse_dsa_strategy, unpack
+from engine.datasets import DATASETS
 from engine.device import CHUNK
-from engine.formats import SyntheticSet, pack_of, read_synset
+from engine.inputs import read_input, same_normalisation, take_flags, understand
 from engine.safe_files import InputError, sha256
 from engine.streams import stream
+from engine.synset_files import SyntheticSet
+from networks import NETWORKS
 
 
 # ---------------------------------------------------------------------------------------------- the first set, the controls
@@ -28,18 +32,30 @@ def initial_set(args, data, generator, init, pack_by, exp=0):
     """
     label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(args.ipc)
     if init not in INITS:
-        sets, meta = read_synset(init)
-        one, shape = sets[exp % len(sets)], (len(label_syn), data.channel, *data.size)
-        if (tuple(one.images.shape), pack_of(meta, pack_by), meta.get("dataset", data.name)) != (shape, pack_by, data.name) or (
-                not torch.equal(one.labels, label_syn.cpu())):
-            raise InputError(f"--init {init}: images {tuple(one.images.shape)}, packing {pack_of(meta)}, of "
-                             f"{meta.get('dataset', data.name)}; this run has {shape}, {pack_by}, {data.name}, class after "
-                             "class")
-        return one.images.to(data.device), label_syn
+        sets = start_from(init, data, args.ipc, pack_by).synset.sets
+        return sets[exp % len(sets)].images.to(data.device), label_syn
     if init == "noise":
         return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
     images = [data.sample_class(c, args.ipc * pack_by**2, generator) for c in range(data.num_classes)]
     return torch.cat([pack(img_c, pack_by) for img_c in images]), label_syn
+
+
+def start_from(path, data, ipc, pack):
+    """The sets of --init, as an Input (engine.inputs). Raises InputError if they are of another data set, normalisation,
+    size, packing or order than this run's."""
+    one = read_input(path, NETWORKS, is_set=True, packed=pack)
+    one.unknown.pop("network", None)  # the set is trained on --model
+    take_flags(one, dataset=data.name if one.unknown.get("data set", "").lower() == data.name.lower() else None)
+    same_normalisation(one, data)
+    size = (ipc * data.num_classes, data.channel, *data.size)
+    order = torch.arange(data.num_classes).repeat_interleave(ipc)
+    for found in one.synset.sets:
+        theirs = tuple(found.images.shape), one.synset.pack, one.dataset or data.name
+        if theirs != (size, pack, data.name) or not torch.equal(found.labels, order):
+            raise InputError(f"--init {path}: images {theirs[0]}, packing {theirs[1]}, of {theirs[2]}; this run has {size}, "
+                             f"{pack}, {data.name}, class after class")
+    understand(one, data)
+    return one
 
 
 def control_packs(args):
@@ -82,6 +98,31 @@ def training_set(one, pack):
     int64, or, if the set has soft ones, logits (M, num_classes)."""
     labels = one.labels.repeat(pack**2) if one.soft_labels is None else one.soft_labels
     return unpack(one.images, pack), labels
+
+
+def load_synset(path, index=0, *, packed=1, images=None):
+    """A synthetic set in any layout, ready to train on: (images, labels, recipe), for `utils.train_on_set`.
+
+    path: a file or a folder, see engine.layouts. index: which set of the file. packed: K, if it holds K x K sub-images in each
+    image and does not say so. images: "normalised" or "pixels", if its values leave that open.
+    Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or, if they are soft, logits (M, classes); and
+    the options of `utils.train_on_set`. Raises InputError for what cannot be understood.
+    """
+    one = read_input(path, NETWORKS, is_set=True, packed=packed)
+    meta = one.synset.meta
+    if index >= len(one.synset.sets):
+        raise InputError(f"{path} has {len(one.synset.sets)} set(s), from 0; there is no {index}")
+
+    def normalize(pixels):
+        said = meta if {"mean", "std"} <= set(meta) else DATASETS.get(one.dataset)
+        if said is None or one.synset.says_zca():
+            raise InputError(f"{path} does not say how its pixels are normalised")
+        mean, std = (torch.tensor(said[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        return (pixels - mean) / std
+    one.synset.normalise(normalize, images)
+    for warning in one.warnings + one.synset.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return *training_set(one.synset.sets[index], one.synset.pack), protocol_of(meta)
 
 
 def label_loss(logits, labels, temperature=1.0):

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attacks import ATTACKS, attack_images
+from attacks import ATTACKS, attack_images, check_threat_model
 from augment import dsa_apply, dsa_draw, unpack
 from engine import parallel
 from engine.device import CHUNK
 from engine.fast import forward, no_bf16, precision
-from engine.formats import load_into
 from engine.graphs import play
+from engine.network_files import load_into
 from engine.plan import TRAINING_STEP
 from engine.pool import FixedPool, NetPool
 from engine.results import groups_of, mean_of, of_all_images
 from engine.safe_files import InputError
 from engine.streams import stream, stream_seed
 from networks import NETWORKS, eval_pool, network_for
-from sets import INITS, LR_SCHEDULES, class_major, initial_set, label_loss, protocol, training_set
+from sets import INITS, LR_SCHEDULES, class_major, label_loss, protocol, start_from, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
@@ -33,9 +33,18 @@ QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 
 
 # --------------------------------------------------------------------------------------------- before the first iteration
+def check_network(model, data):
+    """`network_for`, with an InputError where the images are too small for it. Returns the network."""
+    try:
+        return network_for(data, model, 0)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--model {model} cannot take the images of {data.name}, {data.size[0]}x{data.size[1]} ({error})") from None
+
+
 def check_sizes(args, data):
     """Raise InputError for sizes that this data set or this network cannot serve."""
-    net = network_for(data, args.model, 0)
+    check_threat_model(args.threat_model, data)
+    net = check_network(args.model, data)
     if any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules()) and not args.robust_prior:
         others = ", ".join(name for name in NETWORKS if not name.endswith("BN"))
         raise InputError(f"--model {args.model} has BatchNorm, which the pool does not admit (an embedding would depend on the "
@@ -48,13 +57,11 @@ def check_sizes(args, data):
     needed = args.ipc * args.pack**2
     for c in range(data.num_classes):
         if data.class_size(c) == 0:
-            raise InputError(f"--dataset {args.dataset}: class {data.classes[c]} has no training image")
+            raise InputError(f"--dataset {data.name}: class {data.classes[c]} has no training image")
         if data.class_size(c) < needed and (args.init == "real" or args.baseline):
             raise InputError(f"--ipc {args.ipc}" + (f" with {args.pack}x{args.pack} packing" if args.pack > 1 else "")
                              + f" takes {needed} real images of each class; class {data.classes[c]} has {data.class_size(c)}: "
                              "choose a smaller --ipc, or --init noise --no_baseline")
-    if args.init not in INITS:
-        initial_set(args, data, None, args.init, args.pack)
     if args.labels == "prior" and not args.robust_prior and not (
             args.Iteration and args.fetch_net_num and args.model_train_steps):
         raise InputError("--labels prior: no network to give the labels; with --Iteration, --fetch_net_num or "
@@ -76,8 +83,19 @@ def evaluation_iterations(args):
     return {*regular, args.Iteration}
 
 
-def load_robust_prior(args, data):
+def describe_inputs(args, data):
+    """How the data and, with --init FILE, that set were understood, as lines. Raises InputError where it does not fit."""
+    lines = [data.describe()]
+    if args.init not in INITS:
+        one = start_from(args.init, data, args.ipc, args.pack)
+        lines += [f"{args.init} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)]
+    return lines
+
+
+def load_robust_prior(args, data, lines=None):
     """The networks of --robust_prior, if any: [(network, robust training accuracy), ...], frozen, in eval mode.
+
+    lines: a list that takes one on how each of them was understood.
 
     Each has a file of the same name and `.json` beside it, as pretrain.py writes them. Raises InputError that names a network
     of another architecture, data set, class count or threat model, or without such a file.
@@ -96,12 +114,16 @@ def load_robust_prior(args, data):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--robust_prior {path}: {about_path.name}, which says how it was trained, is missing or damaged "
                              f"({type(error).__name__}: {error}); pretrain.py writes it") from None
-        wanted = {"model": args.model, "dataset": args.dataset, "num_classes": data.num_classes,
-                  "threat_model": args.threat_model}
+        wanted = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
+                  "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std)}
         for key, value in wanted.items():
-            if said[key] != value:
-                raise InputError(f"--robust_prior {path}: its {key} is {said[key]}, this run's {value}")
-        net = load_into(network_for(data, args.model, 0), path).eval()
+            if said.get(key, about.get(key, value)) != value:
+                raise InputError(f"--robust_prior {path}: its {key} is {said.get(key, about.get(key))}, this run's {value}")
+        notes = []
+        net = load_into(network_for(data, args.model, 0), path, notes).eval()
+        if lines is not None:
+            lines.append(", ".join([f"{path} taken as: {data.name}", args.model, args.threat_model,
+                                    f"{100 * accuracy:.2f} % on its training batches", *notes]))
         networks.append((net.requires_grad_(False), accuracy))
     return networks
 
@@ -118,14 +140,14 @@ def new_pool(args, exp, data, prior):
 
 
 # ---------------------------------------------------------------------------------- training on a synthetic set, accuracy
-def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator, temperature=1.0,
-                 lr_schedule="step", attack=None):
+def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strategy, generator=None,
+                 temperature=1.0, lr_schedule="step", attack=None):
     """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
 
     images: (N, C, H, W) normalised, already unpacked; labels: (N,), or soft ones as logits (N, num_classes), with their
     temperature (see `label_loss`). epochs: `epochs` + 1 are run, as published. lr_net: of SGD with momentum 0.9 and weight
     decay 5e-4. lr_schedule: "step", a tenth after half of the epochs, as published; "cosine", half a cosine to 0, step by step.
-    generator: CPU, for the order and the augmentation. attack: (augmented images, labels (n,)) -> attacked ones, for
+    generator: CPU, for the order and the augmentation; None: one of seed 0. attack: (augmented images, labels (n,)) -> attacked ones, for
     adversarial training. Raises ValueError for an unknown schedule.
     """
     def new_optimizer(lr):
@@ -133,6 +155,7 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
 
     if lr_schedule not in LR_SCHEDULES:
         raise ValueError(f"unknown learning rate schedule {lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}")
+    generator = generator or torch.Generator().manual_seed(0)
     net.train()
     optimizer = new_optimizer(lr_net)
     cosine = None

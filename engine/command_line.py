@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine import fast, parallel
+from engine.datasets import DATASETS, dataset_name, known_dataset
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted
 
@@ -18,6 +19,19 @@ def add_switch(parser, name, default, text):
     group = parser.add_mutually_exclusive_group()
     group.add_argument(f"--{name}", action="store_true", default=default, help=f"{text}; --no_{name} turns it off")
     group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=argparse.SUPPRESS)
+
+
+def add_dataset_flag(parser, default="CIFAR10", text=""):
+    """--dataset: a name of engine.datasets, whatever its case, or the path of a file or folder. text: what it is where it is not
+    given."""
+    def dataset(given):
+        try:
+            dataset_name(given)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return known_dataset(given) or given
+    parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA", help=f"{', '.join(DATASETS)}, or a file or "
+                        f"folder of your own (docs/foreign_files.md){text}")
 
 
 def add_fast_flags(parser):
@@ -85,6 +99,9 @@ def method_name(text):
 
 def run_script(main):
     """Run `main()`; turn the errors that a user can mend into one line and a non-zero exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a path that the terminal's encoding lacks is shown escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     fast.reuse_freed_memory()
     whole = False
     if parallel.by_torchrun():  # which ends the other processes with SIGTERM once one has died

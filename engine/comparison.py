@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 
+from engine.inputs import NETWORK_NAME
 from engine.results import HEADLINE_EPS, label
 from engine.safe_files import InputError
-from engine.sources import NETWORK_NAME
-from engine.tables import Table, chance
+from engine.tables import Table
 
 OF_A_SET = re.compile(r"_(\d+)-\d+\.pth$")  # how a network's name ends that evaluate.py trained: on which set of its file
 RADII = (1 / 255, *HEADLINE_EPS)
@@ -54,8 +54,9 @@ def figures_of(dataset, rows, runs):
     return figures, counts
 
 
-def table_robust(dataset, figures, counts):
-    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier."""
+def table_robust(dataset, figures, counts, least):
+    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier, which
+    gets `least` percent right."""
     wanted = {measure_name("pixel", "Clean", None, None): "clean",
               **{measure_name("pixel", attack, False, eps): f"{name} {255 * eps:g}/255"
                  for attack, name in (("PGD20", "PGD-20"), ("AA", "AutoAttack")) for eps in RADII}}
@@ -66,7 +67,7 @@ def table_robust(dataset, figures, counts):
     table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean "
                   "+- standard deviation over sets of several seeds, of each the mean over its networks)",
                   ["set", "network", "ipc", *columns.values(), "sets"], [])
-    table.rows.append(["constant classifier", "", "", *(f"{chance(dataset):.1f}" for _ in columns), ""])
+    table.rows.append(["constant classifier", "", "", *(f"{least:.1f}" for _ in columns), ""])
     for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
         numbers = [len(cells[measure]) for measure in columns if measure in cells]
         table.rows.append([method, model, ipc, *(mean_and_spread(of_sets(cells.get(measure))) for measure in columns),
@@ -145,6 +146,37 @@ def read_comparisons(path):
         return tables
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged or no file of comparisons ({type(error).__name__}: {error})") from None
+
+
+def usual_comparison(dataset, names, figures):
+    """The tables that `--compare A B ...` stands for, as `read_comparisons` returns them: figures of these sets, and the
+    differences of each to the last one, for each network and number of images a class that they have in common.
+
+    A name may leave out the "-pixel" of its threat model. Clean accuracy and attacks under `pixel`, those that were measured.
+    Raises InputError for a name that no result has.
+    """
+    there = {method for method, _, _ in figures}
+    names = [name if name in there or f"{name}-pixel" not in there else f"{name}-pixel" for name in names]
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise InputError(f"--compare {' '.join(names)}: no result of {', '.join(unknown)} on {dataset}; there are "
+                         f"{', '.join(sorted(there))}")
+    settings = [{(model, ipc) for method, model, ipc in figures if method == name} for name in names]
+    common = sorted(set.intersection(*settings), key=str)
+    if not common:
+        raise InputError(f"--compare {' '.join(names)}: no network and number of images a class that all of them have")
+    measured = {measure for (method, model, ipc), cells in figures.items() if method in names and (model, ipc) in common
+                for measure in cells}
+    wanted = [measure_name("pixel", "Clean", None, None), *(measure_name("pixel", attack, False, eps)
+                                                            for attack in ("PGD20", "PGD", "AA") for eps in RADII)]
+    chosen = [measure for measure in wanted if measure in measured] or sorted(measured)
+    *compared, reference = names
+    stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
+    sets = [{"set": name, "network": model, "ipc": ipc} for model, ipc in common for name in names]
+    pairs = [{"of": name, "than": reference, "network": model, "ipc": [ipc]} for model, ipc in common for name in compared]
+    return [{"name": stem, "title": f"{', '.join(names)} on {dataset}", "measures": chosen, "sets": sets},
+            {"name": f"{stem}_differences", "title": f"Differences to {reference} on {dataset}", "measures": chosen,
+             "pairs": pairs}]
 
 
 def table_comparison(asked, figures):

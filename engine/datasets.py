@@ -1,14 +1,16 @@
-"""The real data: CIFAR-10 and CIFAR-100 from `data/` or a download, and the digits of scikit-learn.
+"""The real data: CIFAR-10 and CIFAR-100 from `data/` or a download, the digits of scikit-learn, or a file of the user's.
 
-To add a data set: its normalisation in DATASETS, and in LOADERS a function that returns its arrays.
+A data set of one's own needs no code: `--dataset FILE.npz`, or a folder of pictures (docs/foreign_files.md).
 """
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.arrays import read_arrays, standard_arrays
 from engine.device import attack_chunk
 from engine.fast import exact_products
 from engine.safe_files import InputError, read_npz, write_atomically
@@ -20,6 +22,7 @@ DATASETS = {
     "CIFAR100": {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
     "Digits": {"mean": (0.3054,) * 3, "std": (0.3237,) * 3},
 }
+NUM_CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "Digits": 10}
 ZCA_EPS = 0.1
 CLASS_GROUP_IMAGES = 16384  # real images held at a time, some copies of 12 KiB each
 
@@ -29,20 +32,19 @@ class Dataset:
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, ...}; both on one device.
     mean, std: per-channel floats, pixels in [0, 1]. After `fit_zca` the images are ZCA-whitened instead.
+    notes: sentences on how its file was understood.
     chunk: how many images go through a network at a time where they are attacked; 0: see `attack_chunk`.
     """
 
-    def __init__(self, name, images, labels, classes, mean, std, device="cpu", chunk=0):
+    def __init__(self, name, images, labels, classes, mean, std, device="cpu", chunk=0, notes=()):
         self.name, self.classes, self.num_classes = name, list(classes), len(classes)
+        self.notes = list(notes)
         self.device = torch.device(device)
         self.chunk = attack_chunk(self.device, chunk)
         self.images = {split: x.to(self.device) for split, x in images.items()}
         self.labels = {split: y.to(self.device) for split, y in labels.items()}
         self.channel, self.size = self.images["train"].shape[1], tuple(self.images["train"].shape[2:])
-        self.mean, self.std = tuple(mean), tuple(std)
-        self._mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
-        self._std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
-        self._zca = None
+        self.set_normalisation(mean, std)
         train_labels = self.labels["train"].cpu()
         self._class_index = [(train_labels == c).nonzero().flatten() for c in range(self.num_classes)]  # CPU
 
@@ -53,11 +55,28 @@ class Dataset:
             digest.update(part.cpu().contiguous().numpy())
         return digest.hexdigest()
 
+    def set_normalisation(self, mean, std):
+        """Normalise by these per-channel floats from now on."""
+        self.mean, self.std, self._zca = tuple(mean), tuple(std), None
+        self._mean = torch.tensor(self.mean, device=self.device).view(1, -1, 1, 1)
+        self._std = torch.tensor(self.std, device=self.device).view(1, -1, 1, 1)
+
+    @property
+    def zca(self):
+        """Whether the images are ZCA-whitened."""
+        return self._zca is not None
+
+    def describe(self):
+        """What the data set is, for a reader."""
+        normalised = "ZCA-whitened" if self.zca else f"normalised with mean {list(self.mean)}, std {list(self.std)}"
+        sizes = f"{len(self.labels['train'])} training and {len(self.labels['test'])} test images"
+        return ", ".join([f"{self.name}: {sizes}", "x".join(map(str, (self.channel, *self.size))),
+                          f"{self.num_classes} classes", normalised, *self.notes])
+
     def fit_zca(self):
         """Let ZCA whitening, fitted on the pixels of the training images, take the place of the normalisation (SPEC 1.2)."""
         import kornia
-        self.mean, self.std = (0.0,) * self.channel, (1.0,) * self.channel
-        self._mean, self._std = torch.zeros_like(self._mean), torch.ones_like(self._std)
+        self.set_normalisation((0.0,) * self.channel, (1.0,) * self.channel)
         zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
         with exact_products():
             self._zca = zca.fit(self.images["train"].float() / 255)
@@ -142,7 +161,7 @@ def _digits(name, folder):
     x_train, x_test, y_train, y_test = train_test_split(x, digits.target, test_size=0.2, random_state=0,
                                                         stratify=digits.target)
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
-            "classes": digits.target_names.astype(str)}
+            "classes": digits.target_names.astype(str)}, "Digits"
 
 
 def _cifar(name, folder):
@@ -153,14 +172,7 @@ def _cifar(name, folder):
         arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test", "classes"))
     except InputError as error:
         raise InputError(f"{error}; delete it to have it made again") from None
-    for split in ("train", "test"):
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (32, 32, 3) or y.shape != (len(x),) or len(x) == 0:
-            raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape} with labels {y.shape}; "
-                             "expected uint8 (N, 32, 32, 3) and (N,)")
-        if not np.issubdtype(y.dtype, np.integer) or set(np.unique(y)) - set(range(len(arrays["classes"]))):
-            raise InputError(f"{path}: y_{split} has labels outside 0..{len(arrays['classes']) - 1}")
-    return arrays
+    return arrays, path
 
 
 def _download_cifar(name, folder, path):
@@ -182,18 +194,60 @@ def _download_cifar(name, folder, path):
     write_atomically(path, lambda partial: np.savez(partial, **arrays))
 
 
-LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}  # (name, folder) -> arrays as in the npz files
+# Each: (name, folder) -> arrays as in the npz files, and where they come from.
+LOADERS = {"CIFAR10": _cifar, "CIFAR100": _cifar, "Digits": _digits}
+
+
+def known_dataset(name):
+    """The name in DATASETS that is meant by `name`, whatever its case and hyphens; None for none."""
+    plain = {known.lower(): known for known in DATASETS}
+    return plain.get(str(name).lower().replace("-", ""))
+
+
+def dataset_name(name):
+    """The name of a data set, given one of DATASETS or the path of a file or folder of the user's: letters and digits only,
+    since it stands between underscores in the names of files. Raises InputError for what is neither."""
+    known, path = known_dataset(name), Path(name)
+    if known:
+        return known
+    if not (path.is_dir() or path.is_file() and path.suffix == ".npz"):
+        raise InputError(f"unknown --dataset {str(name)!r}; choose one of {', '.join(DATASETS)}, or give the path of a .npz file "
+                         "or of a folder of pictures")
+    own = re.sub(r"[^A-Za-z0-9]", "", path.resolve().stem)
+    if known_dataset(own) or not own:
+        raise InputError(f"--dataset {path}: a data set of your own cannot be called {own!r}; rename it"
+                         + (f", or read that one with --dataset {known_dataset(own)} --data_path {path.parent}" if own else ""))
+    return own
 
 
 def load_dataset(name, data_path, device="cpu", chunk=0):
-    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it) or Digits (embedded in scikit-learn).
+    """Load CIFAR10, CIFAR100 (from `data_path`, or downloaded into it), Digits (embedded in scikit-learn), or a file.
 
+    name: one of DATASETS; or the path of a .npz file, or of a folder of pictures, see engine.arrays. The mean and the standard
+    deviation of the training pixels normalise those, rounded to four digits.
     Returns a Dataset on `device`; chunk: see there. Raises InputError for an unknown name, a damaged file, or data that is not
     to be had.
     """
-    if name not in DATASETS:
-        raise InputError(f"unknown --dataset {name!r}; choose one of {', '.join(DATASETS)}")
-    arrays = LOADERS[name](name, Path(data_path))
+    own = dataset_name(name)
+    if own in DATASETS:
+        arrays, where = LOADERS[own](own, Path(data_path))
+    else:
+        arrays, where = read_arrays(name), name
+    arrays, notes = standard_arrays(where, arrays)
+    if own in DATASETS and arrays["x_train"].shape[1:] != (32, 32, 3):
+        raise InputError(f"{where}: images are {arrays['x_train'].shape[1:]}; {own} has (32, 32, 3)")
+    normalisation = DATASETS[own] if own in DATASETS else _normalisation_of(where, arrays["x_train"])
     images = {s: torch.from_numpy(arrays[f"x_{s}"]).permute(0, 3, 1, 2).contiguous() for s in ("train", "test")}
-    labels = {s: torch.from_numpy(arrays[f"y_{s}"].astype(np.int64)) for s in ("train", "test")}
-    return Dataset(name, images, labels, arrays["classes"].tolist(), device=device, chunk=chunk, **DATASETS[name])
+    labels = {s: torch.from_numpy(arrays[f"y_{s}"]) for s in ("train", "test")}
+    return Dataset(own, images, labels, arrays["classes"], device=device, chunk=chunk, notes=notes, **normalisation)
+
+
+def _normalisation_of(where, pixels):
+    """Mean and standard deviation of each channel. pixels: (N, H, W, C) uint8."""
+    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, 3, 0)])  # (C, 256)
+    shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = shares @ levels
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
+    if std.min() < 1e-3:
+        raise InputError(f"{where}: a channel of the training images is constant")
+    return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}

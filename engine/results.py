@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.datasets import DATASETS
+from engine.datasets import NUM_CLASSES
 from engine.safe_files import InputError
 
 # The accuracies in a row of an Evaluator, fractions, and their names in tables. `robust_acc` is at the eps of the threat model
@@ -19,6 +19,11 @@ ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row ha
 CONTROLS = ("Clean", "Clamp-only")
 HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
 LOSSES = ("loss_robustness", "loss_performance", "loss_pool", "w_f")
+
+
+def chance(dataset, num_classes=None):
+    """Percent that a constant classifier gets right. num_classes: of a data set that is none of engine.datasets."""
+    return 100 / NUM_CLASSES.get(dataset, num_classes or 10)
 
 
 def by_model(rows):
@@ -52,7 +57,7 @@ def check_rows(rows, attacks, threat_models):
         return isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most and np.isfinite(value)
 
     checks = {
-        "dataset": lambda v: v in DATASETS, "ipc": lambda v: v is None or number(v, 1, kinds=int),
+        "dataset": lambda v: isinstance(v, str) and v.isalnum(), "ipc": lambda v: v is None or number(v, 1, kinds=int),
         **dict.fromkeys(("method", "crafted_on", "evaluated_on"), lambda v: isinstance(v, str)),
         "threat_model": lambda v: v in threat_models, "attack": lambda v: v in (*CONTROLS, *attacks),
         "targeted": lambda v: v is None or isinstance(v, bool), "eps": lambda v: v is None or number(v),
@@ -95,6 +100,7 @@ class RunRecord:
     flags: dict
     events: list  # dicts, one a line of metrics.jsonl
     device: str = ""
+    num_classes: int = None
 
     def of(self, name):
         return [event for event in self.events if event["event"] == name]
@@ -129,11 +135,16 @@ def find(paths):
 
 
 def read_rows(path, attacks, threat_models):
-    """The rows of a results.json, as `check_rows` admits them. Raises InputError if it is damaged or foreign."""
+    """The rows of a results.json, as `check_rows` admits them, each with its `num_classes` where the file says it. Raises
+    InputError if it is damaged or foreign."""
     try:
-        rows = json.loads(path.read_text())["rows"]
+        content = json.loads(path.read_text())
+        rows = content["rows"]
         check_rows(rows, attacks, threat_models)
-        return rows
+        classes = content.get("num_classes")
+        if classes is not None and not (isinstance(classes, int) and classes >= 2):
+            raise ValueError(f"num_classes is {str(classes)[:60]}")
+        return [{**row, "num_classes": classes} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or no result of evaluate.py ({type(error).__name__}: {error})") from None
 
@@ -144,14 +155,14 @@ def read_run(path):
         lines = path.read_text().split("\n")
         events = [json.loads(line) for line in lines[:-1]]
         about = json.loads(path.with_name("flags.json").read_text())
-        flags = about["flags"]
+        flags = {**about["flags"], "dataset": about.get("dataset", about["flags"]["dataset"])}
         for key, kind in {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int, "Iteration": int,
                           "align_weight": (int, float)}.items():
             if not isinstance(flags[key], kind):
                 raise TypeError(f"the flag {key} is {flags[key]}")
         for event in events:
             check_event(event)
-        return RunRecord(path.parent, flags, events, str(about.get("device", "")))
+        return RunRecord(path.parent, flags, events, str(about.get("device", "")), about.get("num_classes"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or not of a ROME run ({type(error).__name__}: {error})") from None
 

@@ -13,25 +13,27 @@ from tqdm import tqdm
 from engine import parallel
 from engine.clock import duration
 from engine.device import device_name, versions
-from engine.formats import SyntheticSet, save_synset
 from engine.results import COLUMNS, by_model, percent
-from engine.safe_files import InputError, write_atomically, write_json
+from engine.safe_files import InputError, read_tensors, sha256, write_atomically, write_json
 from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
+from engine.synset_files import SyntheticSet, save_synset
 
 NO_EFFECT = ("fresh", "save_interval", "parallel")  # on the result
 # Flags that a run that goes on may change.
 MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
 STATE = ("flags", "versions", "device", "data", "chunk", "progress", "experiment", "seconds", "metrics_bytes",
-         "finished")  # what a saved state holds
+         "finished")  # what a saved state holds; and, of a finished run, `written`
 
 
 class Run:
     """What one run writes, and what it goes on from.
 
     <save_path>/<run>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, grids as PNG
-    <save_path>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: the distilled sets, at the end
+    <save_path>/<run>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: the distilled sets, at the end
+    <save_path>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: a copy; one of another run is moved aside
     <checkpoint_path>/<run>/best_exp<k>.pt: the best set of experiment k so far
     <checkpoint_path>/<run>/state.pt, state.previous.pt: the last two saved states
+    <checkpoint_path>/<run>/finished/: copies of the results, from which a finished run restores what is missing
 
     A context manager: SIGINT and SIGTERM inside it save the state and raise `Interrupted`. With a saved state the run goes on
     from it; `progress` and `experiment` then hold what was saved. Without one, or with --fresh, a folder of that name is
@@ -44,13 +46,14 @@ class Run:
 
     def __init__(self, args, data, part=None):
         self.args, self.data, self.part = args, data, part
-        self.name = f"{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
+        self.name = f"{args.method}_{data.name}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
         self.folder = Path(args.save_path) / self.name
         self.checkpoint_folder = Path(args.checkpoint_path) / self.name
         if self.folder.resolve() == self.checkpoint_folder.resolve():
             raise InputError(f"--save_path and --checkpoint_path are both {args.save_path}; choose two folders: the one of an "
                              "earlier run is moved aside, and its saved state must not be")
-        self.result_file = Path(args.save_path) / f"ROME_res_{args.method}_{args.dataset}_{args.model}_{args.ipc}ipc.pt"
+        result_name = f"ROME_res_{args.method}_{data.name}_{args.model}_{args.ipc}ipc.pt"
+        self.result_file, self.published_file = self.folder / result_name, Path(args.save_path) / result_name
         states, self._kind = self.checkpoint_folder, ""
         if part is not None:
             states, self._kind = self._part_folder(part), f".exp{part}"
@@ -72,7 +75,9 @@ class Run:
         else:
             self._state_file.remove()
             self._remove_parts()
+            shutil.rmtree(self.checkpoint_folder / "finished", ignore_errors=True)
         saved = saved or {"progress": {}, "experiment": None, "seconds": 0.0, "metrics_bytes": 0, "finished": False}
+        self._written = saved.get("written", {})  # {name: SHA-256} of a finished run
         self.progress, self.experiment, self.finished = saved["progress"], saved["experiment"], saved["finished"]
         self._describe = None
         self._open(saved)
@@ -104,11 +109,14 @@ class Run:
     def _open(self, saved):
         """Begin, or go on with, the files of the run folder."""
         going_on = bool(saved.get("flags"))
-        earlier = self._set_aside() if self.folder.exists() and not going_on and self.part is None else None
+        earlier = _set_aside(self.folder) if self.folder.exists() and not going_on and self.part is None else None
         self.folder.mkdir(exist_ok=True)
-        self._log = open(self.folder / f"log{self._kind}.txt", "a")
-        self._metrics = open(self.folder / f"metrics{self._kind}.jsonl", "a")
-        self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later lines come again
+        self._log = open(self.folder / f"log{self._kind}.txt", "a", encoding="utf-8")
+        if self.finished:
+            self._restore_results()
+        self._metrics = open(self.folder / f"metrics{self._kind}.jsonl", "a", encoding="utf-8")
+        if not self.finished:
+            self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later come again
         self._metrics.seek(0, os.SEEK_END)  # truncation leaves the position, which the next state records, where it was
         self.start = time.perf_counter() - saved["seconds"]
         if self.finished:
@@ -116,7 +124,8 @@ class Run:
             self.say(f"{self.name} is finished: {self.result_file}, {self.folder}; "
                      + (f"--Iteration {self.args.Iteration} does not prolong it; " if other else "") + "--fresh starts over")
             return
-        about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")}}
+        about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")},
+                 "dataset": self.data.name, "num_classes": self.data.num_classes}
         if self.part is None:
             write_json(self.folder / "flags.json", about)
         if going_on:
@@ -128,15 +137,9 @@ class Run:
                          f"on {self._same['device']}: the result may differ in the last bits from that of an undisturbed run")
         if earlier:
             self.say(f"{self.folder} held an earlier run, now in {earlier}")
-        if self.result_file.exists() and self.part is None:
-            self.say(f"{self.result_file} exists and will be replaced at the end")
-
-    def _set_aside(self):
-        number = 1
-        while (target := self.folder.with_name(f"{self.name}.{number}")).exists():
-            number += 1
-        os.replace(self.folder, target)
-        return target
+        owner = self._owner_of_published() if self.part is None else None
+        if owner not in (None, self.name):
+            self.say(f"{self.published_file} is {owner}'s and will be moved aside at the end")
 
     def __enter__(self):
         self._to_device()
@@ -181,11 +184,64 @@ class Run:
         self._state_file.save({**self._same, "chunk": self.data.chunk, "progress": self.progress,
                                "experiment": self._describe and self._describe(),
                                "seconds": time.perf_counter() - self.start, "metrics_bytes": self._metrics.tell(),
-                               "finished": finished})
+                               "finished": finished, "written": self._written})
+
+    # ------------------------------------------------------------------------------------------------- the finished run
+    def _result_files(self):
+        """What report.py and others read of a finished run."""
+        return self.result_file, self.folder / "metrics.jsonl", self.folder / "flags.json"
+
+    def _owner_of_published(self):
+        """The run that the file of the published name is of; None if there is no such file."""
+        if not self.published_file.exists():
+            return None
+        try:
+            return read_tensors(self.published_file)["meta"].get("run") or "an earlier version"
+        except (InputError, KeyError, TypeError, AttributeError):
+            return "another program"
+
+    def _publish(self):
+        """Copy the result to its published name, which has no seed; one of another run is moved aside. Says so."""
+        with lock(self.published_file.parent, ".ROME_res.lock", wait=True):
+            owner = self._owner_of_published()
+            if owner not in (None, self.name):
+                self.say(f"{self.published_file} was {owner}'s and is now {_set_aside(self.published_file)}")
+            write_atomically(self.published_file, lambda partial: shutil.copyfile(self.result_file, partial))
+
+    def _restore_results(self):
+        """Bring back from the checkpoints what a finished run has written and what is missing or another file now. Raises
+        InputError where that cannot be done."""
+        if not self._written:
+            raise InputError(f"{self.name} was finished by an earlier version, as {self.published_file} unless that was replaced; "
+                             "--fresh starts over")
+        for path in self._result_files():
+            wanted = self._written.get(path.name)
+            if wanted is None or path.exists() and sha256(path) == wanted:
+                continue
+            kept = self.checkpoint_folder / "finished" / path.name
+            if not kept.exists() or sha256(kept) != wanted:
+                raise InputError(f"{self.name} is finished, but {path} is missing or another file, and so is {kept}; --fresh "
+                                 "starts over")
+            if path.exists():
+                self.say(f"{path} is not what this run has written; it is now {_set_aside(path)}")
+            write_atomically(path, lambda partial: shutil.copyfile(kept, partial))  # noqa: B023
+            self.say(f"{path} restored from {kept}")
+        owner = self._owner_of_published()
+        if owner in (None, self.name) and not _same_file(self.published_file, self.result_file):
+            self._publish()
+            self.say(f"{self.published_file} restored from {self.result_file}")
+        elif owner != self.name:
+            self.say(f"{self.published_file} is {owner}'s; the result of {self.name} is {self.result_file}")
 
     def finish(self):
-        """The results are written: only the fact stays in the saved state."""
+        """The results are written: only the fact, and what they are, stays in the saved state."""
         self.progress, self._describe, self.finished = {}, None, True
+        self._metrics.flush()
+        kept = self.checkpoint_folder / "finished"
+        kept.mkdir(exist_ok=True)
+        for path in self._result_files():
+            write_atomically(kept / path.name, lambda partial: shutil.copyfile(path, partial))  # noqa: B023
+            self._written[path.name] = sha256(path)
         self._state_file.remove()
         self.save_state(finished=True)
         self._remove_parts()
@@ -222,7 +278,7 @@ class Run:
             for key in ("sets", "teachers"):
                 self.progress[key] += saved["progress"][key]
             for stem, ending, file in (("log", "txt", self._log), ("metrics", "jsonl", self._metrics)):
-                file.write((self.folder / f"{stem}.exp{exp}.{ending}").read_text())
+                file.write((self.folder / f"{stem}.exp{exp}.{ending}").read_text(encoding="utf-8"))
 
     def _part_folder(self, exp):
         return self.checkpoint_folder / f"exp{exp}"
@@ -271,7 +327,7 @@ class Run:
 
     def _meta(self, **more):
         args, data = self.args, self.data
-        return {"dataset": args.dataset, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
+        return {"run": self.name, "dataset": data.name, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
                 "packed": args.aug, "pack": args.pack, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
                 "flags": {name: value for name, value in vars(args).items() if name not in NO_EFFECT},
                 "versions": versions(), "device": device_name(data.device), **more}
@@ -286,16 +342,17 @@ class Run:
         constant: the row of a constant classifier."""
         table, sets = self.progress["table"], [SyntheticSet(*one) for one in self.progress["sets"]]
         save_synset(self.result_file, sets, table[self.args.method], self._meta(recipe=recipe))
+        self._publish()
         args = self.args
         measured, wide = [key for key in COLUMNS if key in table[args.method][0]], max(24, *map(len, table))
-        self.say(f"\n{args.dataset}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
+        self.say(f"\n{self.data.name}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
                  f"{args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
                  f"{'set':<{wide}} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
         for name, rows in {"constant classifier": constant, **table}.items():
             for model, columns in by_model(rows).items():
                 self.metric("final", set=name, model=model, **columns)
                 self.say(f"{name:<{wide}} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
-        self.say(f"\nset: {self.result_file}\nrun: {self.folder}")
+        self.say(f"\nset: {self.result_file}, also as {self.published_file}\nrun: {self.folder}")
 
 
 def open_run(args, data):
@@ -329,6 +386,21 @@ class Follower(Run):
     def finish(self):
         self.finished = True
         self.save_state()
+
+
+def _set_aside(path):
+    """Rename a file or folder to the first free of NAME.1, NAME.2, ...: before the ending of a file. Returns the new path."""
+    stem, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    number = 1
+    while (target := path.with_name(f"{stem}.{number}{ending}")).exists():
+        number += 1
+    os.replace(path, target)
+    return target
+
+
+def _same_file(one, other):
+    """Whether two files are there, with the same content."""
+    return one.exists() and other.exists() and one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
 
 
 def save_grid(path, images, data, per_row):

@@ -79,11 +79,39 @@ def _read_pickle(path):
         return _Unpickler(file).load()
 
 
+class _Array:
+    """A numpy array in a torch file, while it is read: takes the state that numpy pickles, and no memory before that."""
+
+    def __init__(self, *ignored):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("a numpy array of objects")
+        self.array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
 def _admitted_in_torch_files():
-    """numpy numbers, which the published files keep their accuracies in."""
-    scalar = np.float64(0).__reduce__()[0]
-    return [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
-            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+    """numpy numbers, which the published files keep their accuracies in, and numpy arrays."""
+    scalar, kinds = np.float64(0).__reduce__()[0], {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    return [np.dtype, *kinds, (_Array, "numpy.ndarray"),
+            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+            *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+
+
+def _with_arrays(content, done):
+    """`content` with numpy arrays in place of each _Array. done: {id: the result}, each object once."""
+    if id(content) not in done:
+        if isinstance(content, _Array):
+            done[id(content)] = content.array
+        elif type(content) in (list, tuple):
+            done[id(content)] = type(content)(_with_arrays(part, done) for part in content)
+        elif type(content) is dict:
+            done[id(content)] = {key: _with_arrays(value, done) for key, value in content.items()}
+        else:
+            done[id(content)] = content
+    return done[id(content)]
 
 
 def _bytes_of_tensors(content, seen):
@@ -133,7 +161,7 @@ def read_tensors(path, max_bytes=None):
             content = _read_pickle(path)
         else:
             with torch.serialization.safe_globals(_admitted_in_torch_files()):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = _with_arrays(torch.load(path, map_location="cpu", weights_only=True), {})
         claimed = _bytes_of_tensors(content, set())
         if claimed > (max_bytes or MAX_BYTES):  # strides of 0 make much of little
             raise InputError(f"{path} is refused: its tensors would take {claimed / 2**30:.1f} GiB")
@@ -149,15 +177,16 @@ def read_tensors(path, max_bytes=None):
                          "another kind of file") from None
 
 
-def read_npz(path, names, max_bytes=None):
-    """The arrays called `names` of a .npz file, {name: array}. Raises InputError if it is damaged, has not all of them, holds
-    objects, or declares another size than it has."""
+def read_npz(path, names, optional=(), max_bytes=None):
+    """The arrays called `names` of a .npz file, and those of `optional` that are there, {name: array}. Raises InputError if it
+    is damaged, has not all of them, holds objects, or declares another size than it has."""
     path = Path(path)
     try:
         _check_archive(path, max_bytes or MAX_BYTES, checksums=False)
         arrays = {}
         with zipfile.ZipFile(path) as archive:
-            for name in names:
+            there = archive.namelist()
+            for name in (*names, *(name for name in optional if f"{name}.npy" in there)):
                 with archive.open(f"{name}.npy") as member:
                     version = np.lib.format.read_magic(member)
                     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -174,9 +203,15 @@ def read_npz(path, names, max_bytes=None):
         raise InputError(f"{path} is damaged or no data file of ours ({reason(error)})") from None
 
 
+def keys_of(content):
+    """The first keys of a dict, for a message."""
+    return ", ".join(map(repr, list(content)[:5])) + (" ..." if len(content) > 5 else "")
+
+
 def reason(error):
     """The telling line of an error message; torch's run over a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if "GLOBAL" in line or "asks for" in line or "Unsupported" in line]
     return (telling or lines or ["no reason given"])[0][:300]
 
@@ -201,13 +236,26 @@ def write_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
+def reason_of_failed_write(error):
+    """Why the system could not write. torch hides it: its RuntimeError has the system's error among its causes."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror[0].lower() + cause.strerror[1:]
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
+
+
 def write_tensors(path, content):
     """torch.save, atomically, with the same bytes for the same content: torch puts the name of a file into it, and pickle
-    which equal strings are one object."""
+    which equal strings are one object. Raises OSError, with the system's reason, if it cannot be written."""
     def write(partial):
         with open(partial, "wb") as file:
             torch.save(_canonical(content), file)
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path} ({reason_of_failed_write(error)})") from None
 
 
 def _canonical(content):
@@ -221,7 +269,7 @@ def _canonical(content):
 
 def write_text(path, text):
     """Write a text file, atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, content):

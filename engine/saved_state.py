@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine import parallel
-from engine.safe_files import InputError, read_tensors, write_atomically
+from engine.safe_files import InputError, read_tensors, reason_of_failed_write, write_atomically
 
 MAX_STATE_BYTES = 64 << 30
 SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0
@@ -92,21 +92,26 @@ class Interrupts:
         return bool(due)
 
 
-def lock(folder, name=".lock"):
+def lock(folder, name=".lock", wait=False):
     """Make sure that no other run writes to `folder`. Returns an open file; closing it, or dying, gives the lock back.
 
-    name: of the file that stands for the lock, in `folder`. Raises InputError that names the process that holds it.
+    name: of the file that stands for the lock, in `folder`. wait: until the other one has finished. Raises InputError that
+    names the process that holds it, or says why there can be no lock.
     """
     import fcntl
     file = open(Path(folder) / name, "a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
         raise InputError(f"another run (process {holder}) is writing to {folder}; wait for it, or choose another "
                          "folder") from None
+    except OSError as error:
+        file.close()
+        raise InputError(f"cannot lock {folder} ({error.strerror or error}); a run needs a folder whose file system has locks "
+                         "(some network file systems have none)") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -153,8 +158,9 @@ class StateFile:
         try:
             write_atomically(self.newest, write)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-            raise InputError(f"cannot save the state as {self.newest} ({reason}); the state before it is intact") from None
+            before = [path for path in (self.newest, self.previous) if path.exists()]
+            left = f"the state before it, {before[0].name}, is intact" if before else "there is no state before it"
+            raise InputError(f"cannot save the state as {self.newest} ({reason_of_failed_write(error)}); {left}") from None
         self._last = time.perf_counter()
         self.seconds = self._last - start
 

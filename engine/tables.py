@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import binomtest
 
-from engine.results import COLUMNS, CONTROLS, HEADLINE_EPS, groups_of, label, mean_of, percent
+from engine.results import COLUMNS, CONTROLS, HEADLINE_EPS, chance, groups_of, label, mean_of, percent
 
 
 @dataclass
@@ -104,11 +104,6 @@ def table_accuracy(pool, rows, attacks, threat_models):
                  "deviation over networks; in brackets the binomial 95 % interval)", grid[0], grid[1:])
 
 
-def chance(dataset):
-    """Percent that a constant classifier gets right."""
-    return 1.0 if dataset == "CIFAR100" else 10.0
-
-
 def table_runs(runs):
     """The last figures of each run: distilled set and baselines."""
     table = Table("runs", "Distilled sets (accuracy in percent, mean +- standard deviation over networks)",
@@ -182,7 +177,9 @@ def results_markdown(content, threats):
               "binomial 95 % interval for that many images. Passes: forward + backward per image."
               + (" Attacks computed in bf16, and images that were wrong in bf16 alone attacked again; judged in fp32."
                  if content["flags"].get("attack_precision") == "bf16" else ""), ""]
-    lines += headline(rows)
+    inputs = content.get("inputs", {})
+    lines += [*(f"- {path} taken as: {said['taken_as']}" for path, said in inputs.items()), ""] if inputs else []
+    lines += headline(rows, content.get("num_classes"))
     for name in threats:
         groups = groups_of([row for row in rows if row["threat_model"] == name])
         if not groups:
@@ -228,7 +225,7 @@ def results_markdown(content, threats):
     return "\n".join(lines)
 
 
-def headline(rows):
+def headline(rows, num_classes=None):
     """Clean accuracy and AutoAttack at 2, 4 and 8 of 255 under `pixel`, as lines; how to get them where they are missing."""
     groups = groups_of([row for row in rows if row["threat_model"] == "pixel"])
     keys = {("Clean", None, None): "clean", **{("AA", False, eps): f"AutoAttack {255 * eps:g}/255" for eps in HEADLINE_EPS}}
@@ -240,17 +237,34 @@ def headline(rows):
     for (method, ipc), cells in groups.items():
         found = (cell_text(cells[key]) if key in cells else "" for key in keys)
         lines.append(f"| {method} | {ipc or ''} | {' | '.join(found)} |")
-    least = chance(rows[0]["dataset"])
+    least = chance(rows[0]["dataset"], num_classes)
     return [*lines, f"| *a constant classifier* | | {' | '.join([f'{least:g}'] * len(keys))} |", ""]
 
 
 def warnings_of(content):
-    """Failed sanity checks, and attacks that raised the accuracy, as lines."""
-    lines = [f"{network}, {threat}: check '{check}' failed: {result['text']}"
+    """What was odd about the files, accuracies that are no better than chance, failed sanity checks, and attacks that raised
+    the accuracy, as lines."""
+    lines = [warning for said in content.get("inputs", {}).values() for warning in said["warnings"]]
+    lines += below_chance(content.get("rows", []), content.get("num_classes"))
+    lines += [f"{network}, {threat}: check '{check}' failed: {result['text']}"
              for network, threats in content["sanity"].items() for threat, checks in threats.items()
              for check, result in checks.items() if not result["passed"]]
     return lines + [f"{e['method']}, {e['threat_model']}, {'targeted' if e['targeted'] else 'untargeted'}: attacked accuracy "
                     f"is above clean accuracy ({', '.join(e['raised'])})" for e in content["metrics"] if e["raised"]]
+
+
+def below_chance(rows, num_classes=None):
+    """A line for each method whose clean accuracy cannot be told from that of a constant classifier, or is below it."""
+    lines = []
+    for (method, ipc), cells in groups_of([row for row in rows if row["attack"] == "Clean"]).items():
+        clean = cells["Clean", None, None]
+        n, least = clean[0]["n"], chance(clean[0]["dataset"], num_classes)
+        accuracy = 100 * mean_of(clean)
+        low = 100 * binomtest(round(accuracy / 100 * n), n).proportion_ci(method="wilson").low
+        if low <= least:
+            lines.append(f"{method}, ipc {ipc}: clean accuracy {accuracy:.1f} % of {n} images is no better than that of a constant "
+                         f"classifier ({least:g} %): are the labels, the normalisation and the packing right?")
+    return lines
 
 
 def transfer_matrices(entries):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.datasets import DATASETS, Dataset, load_dataset  # noqa: E402
 from engine.fast import reuse_freed_memory  # noqa: E402
+from engine.synset_files import read_synset  # noqa: E402
 
 reuse_freed_memory()  # as the scripts do; a third of the time
 SEED = 1729  # of no generator in the tests: what one of those draws does not go with what is drawn without one
@@ -37,6 +38,12 @@ def random_dataset(num_classes=10, per_class=8, seed=0):
     images = {s: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)) for s in ("train", "test")}
     return Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
                    **DATASETS["CIFAR10"])
+
+
+def sets_and_meta(path, packed=1):
+    """What a file of sets holds, before its images are looked at."""
+    file = read_synset(path, packed)
+    return file.sets, file.meta
 
 
 def sigterm_at(monkeypatch, owner, name, call):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_dataset
 
-from engine.datasets import DATASETS, Dataset, different, load_dataset
+from engine.datasets import DATASETS, Dataset, dataset_name, different, load_dataset
 from engine.safe_files import InputError
 
 
@@ -82,8 +82,14 @@ def write_npz(path, **changes):
 
 @pytest.mark.parametrize("changes, says", [
     ({"x_test": None}, "x_test"),
-    ({"x_train": np.zeros((20, 32, 32, 3), np.float32)}, "float32"),
-    ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"\(20, 3, 32, 32\)"),
+    ({"x_train": np.full((20, 32, 32, 3), 1.5, np.float32)}, "float32 with values from 1.5 to 1.5"),
+    ({"x_train": np.full((20, 32, 32, 3), -1, np.int64)}, "int64 with values from -1 to -1"),
+    ({"x_train": np.zeros((20, 5, 32, 32), np.uint8)}, r"\(20, 5, 32, 32\)"),
+    ({"x_train": np.zeros((20, 28, 28, 3), np.uint8)}, r"training images are \(28, 28, 3\), test images \(32, 32, 3\)"),
+    ({"x_train": np.zeros((20, 28, 28), np.uint8), "x_test": np.zeros((20, 28, 28), np.uint8)}, r"CIFAR10 has \(32, 32, 3\)"),
+    ({"y_train": np.eye(20, 10)}, r"\(20, 10\) for 20 images"),
+    ({"y_train": np.arange(20) / 2}, "expected whole numbers"),
+    ({"y_train": np.zeros(20, np.uint8)}, "class b has no training image"),
     ({"y_train": np.zeros(19, np.uint8)}, r"\(19,\)"),
     ({"y_test": np.full(20, 10)}, "labels outside 0..9"),
     ({"y_test": np.array([{}] * 20)}, "damaged"),  # a pickled object is not read
@@ -149,5 +155,81 @@ def test_fingerprint_tells_data_apart():
 
 
 def test_unknown_dataset():
-    with pytest.raises(InputError, match="'MNIST'.*CIFAR10, CIFAR100, Digits"):
+    with pytest.raises(InputError, match="'MNIST'.*CIFAR10, CIFAR100, Digits, or give the path of a .npz file"):
         load_dataset("MNIST", ".")
+
+
+# ------------------------------------------------------------------------------------------------------ data of the user's
+OWN = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+
+
+def write_own(path, images=OWN, **changes):
+    labels = np.arange(12) % 3
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:6], "y_test": labels[:6], **changes}
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("images, note", [
+    (OWN, None), (OWN.transpose(0, 3, 1, 2), "images given as (N, C, H, W)"), (OWN / 255, "pixels given in [0, 1]"),
+    ((OWN / 255).astype(np.float32), "pixels given in [0, 1]"), (OWN.astype(np.float32), None), (OWN.astype(np.int64), None),
+    ((OWN / 255).transpose(0, 3, 1, 2), "pixels given in [0, 1]"),
+])
+def test_own_images_in_any_form(tmp_path, images, note):
+    """The same bytes come out, once divided by 255."""
+    write_own(tmp_path / "my-set.npz", images)
+    data = load_dataset(str(tmp_path / "my-set.npz"), "nowhere")
+    assert torch.equal(data.images["train"], torch.from_numpy(OWN).permute(0, 3, 1, 2))
+    pixels = OWN.reshape(-1, 3) / 255
+    assert np.allclose(data.mean, pixels.mean(0), atol=1e-4) and np.allclose(data.std, pixels.std(0), atol=1e-4)
+    x, _ = data.take("train", slice(None))
+    assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
+    assert (data.name, data.classes, data.num_classes) == ("myset", ["0", "1", "2"], 3)
+    assert note in data.notes if note else not data.notes
+    assert data.describe().startswith("myset: 12 training and 6 test images, 3x8x8, 3 classes, normalised with mean [0.")
+
+
+def test_own_grey_images_and_labels_in_a_column(tmp_path):
+    for images in (OWN[..., 0], OWN[..., :1], OWN[:, None, :, :, 0]):
+        write_own(tmp_path / "grey.npz", images, y_train=(np.arange(12) % 3)[:, None], classes=np.array([b"a", b"b", b"c"]))
+        data = load_dataset(tmp_path / "grey.npz", "")
+        assert torch.equal(data.images["train"][:, 0], torch.from_numpy(OWN[..., 0])) and data.classes == ["a", "b", "c"]
+        assert data.labels["train"].tolist() == [0, 1, 2] * 4 and len(data.mean) == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"y_train": np.arange(1, 13) % 3 + 1, "classes": np.array(list("abc"))}, "labels outside 0..2: 1 to 3"),
+    ({"images": (OWN / 255 - 0.5) / 0.25}, "float64 with values from -2 to 2; .*without a normalisation"),
+    ({"images": np.zeros_like(OWN)}, "a channel of the training images is constant"),
+    ({"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)}, "1 class.es., at least 2"),
+    ({"images": np.full(OWN.shape, np.nan)}, "not finite"),
+    ({"y_train": np.full(12, 1 + 1j)}, "complex128; expected whole numbers"),
+])
+def test_own_data_that_cannot_be(tmp_path, changes, message):
+    write_own(tmp_path / "own.npz", **changes)
+    with pytest.raises(InputError, match=f"own.npz.*{message}"):
+        load_dataset(tmp_path / "own.npz", "")
+
+
+def test_own_folders_of_pictures(tmp_path):
+    from PIL import Image
+    for split, count in (("train", 4), ("val", 2)):
+        for c, name in enumerate(("cat", "dog", "eel")):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(OWN[3 * k + c]).save(tmp_path / "pets" / split / name / f"{k}.png")
+    data = load_dataset(tmp_path / "pets", "")
+    assert (data.name, data.classes) == ("pets", ["cat", "dog", "eel"]) and len(data.labels["test"]) == 6
+    index = [3 * k + c for c in range(3) for k in range(4)]
+    assert torch.equal(data.images["train"], torch.from_numpy(OWN[index]).permute(0, 3, 1, 2))
+    with pytest.raises(InputError, match="has train/<class>/ and test/<class>/"):
+        load_dataset(tmp_path / "pets" / "train", "")
+
+
+def test_names_of_data_sets(tmp_path):
+    assert [dataset_name(name) for name in ("cifar10", "CIFAR-100", "digits")] == ["CIFAR10", "CIFAR100", "Digits"]
+    write_own(tmp_path / "cifar10.npz")
+    with pytest.raises(InputError, match="cannot be called 'cifar10'; .*--dataset CIFAR10 --data_path"):
+        dataset_name(tmp_path / "cifar10.npz")
+    (tmp_path / "___.npz").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be called ''"):
+        dataset_name(tmp_path / "___.npz")

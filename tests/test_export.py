@@ -8,11 +8,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import sets_and_meta
 from PIL import Image
 
 import export
 from augment import pack, unpack
-from engine.formats import SyntheticSet, read_synset, save_synset
+from engine.synset_files import SyntheticSet, save_synset
 from engine.safe_files import InputError
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
@@ -52,7 +53,7 @@ def test_dc(synset, tmp_path, monkeypatch):
     run(monkeypatch, path, "--to", "dc", tmp_path / "out", "--index", 1)
     (file,) = (tmp_path / "out").glob("*.pt")
     assert file.name == "res_ROME_CIFAR10_ConvNetW32_4ipc.pt" and file.name in (tmp_path / "out" / "README.md").read_text()
-    (read,), meta = read_synset(file)
+    (read,), meta = sets_and_meta(file)
     same(read, one)
     assert (meta["pack"], meta["packed"], meta["recipe"]["pack"], meta["recipe"]["lr_schedule"]) == (1, False, 1, "cosine")
     images, labels = torch.load(file, weights_only=True)["data"][0]  # as DC and BEARD read it
@@ -62,7 +63,7 @@ def test_dc(synset, tmp_path, monkeypatch):
 def test_dc_as_it_is_stored(synset, tmp_path, monkeypatch):
     path, one = synset
     run(monkeypatch, path, "--to", "dc", tmp_path / "out", "--index", 1, "--keep_packed")
-    (read,), meta = read_synset(tmp_path / "out" / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt")
+    (read,), meta = sets_and_meta(tmp_path / "out" / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt")
     assert all(torch.equal(a, b) for a, b in zip(read, one)) and (meta["pack"], meta["packed"]) == (2, True)
     assert len(meta["recipe"]["teachers"]) == 1 and meta["recipe"]["pack"] == 2
     assert "each of 2x2 sub-images" in (tmp_path / "out" / "README.md").read_text()
@@ -72,10 +73,10 @@ def test_dc_as_it_is_stored(synset, tmp_path, monkeypatch):
 def test_pairs(synset, tmp_path, monkeypatch, layout, name):
     path, one = synset
     run(monkeypatch, path, "--to", layout, tmp_path / "out", "--index", 1)
-    (read,), meta = read_synset(tmp_path / "out" / name)
+    (read,), meta = sets_and_meta(tmp_path / "out" / name)
     same(SyntheticSet(read.images, one.labels.repeat(4), read.soft_labels), one)
     run(monkeypatch, path, "--to", layout, tmp_path / "hard", "--index", 1, "--hard")
-    (read,), _ = read_synset(tmp_path / "hard" / name)
+    (read,), _ = sets_and_meta(tmp_path / "hard" / name)
     assert read.soft_labels is None and torch.equal(read.labels, one.labels.repeat(4))
 
 
@@ -130,7 +131,7 @@ def test_safetensors_with_its_card(synset, tmp_path, monkeypatch):
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense") and "stored as 10 images of 2x2 sub-images" in card
     for phrase in ("51 epochs, batch 64, learning rate 0.05 (cosine)", "times 9", "| ConvNetW32 | `abababababababab` | 57.0 |",
-                   "load_file"):
+                   'load_synset("set.safetensors")'):
         assert phrase in card, phrase
     assert card.count("abababab") == 2  # once, 16 digits of it
 
@@ -151,5 +152,7 @@ def test_wrong_on_purpose(synset, tmp_path, monkeypatch, arguments, message):
 
 def test_no_pixels_without_a_normalisation(tmp_path, monkeypatch):
     torch.save({"data": [[torch.rand(10, 3, 32, 32), torch.arange(10)]]}, tmp_path / "res.pt")
-    with pytest.raises(InputError, match="does not say its normalisation"):
-        run(monkeypatch, tmp_path / "res.pt", "--to", "folder", tmp_path / "out")
+    for flags, message in (([], "nothing says of which data set .*--dataset"), (["--dataset", "CIFAR10", "--zca"], "no pixels")):
+        with pytest.raises(InputError, match=message):
+            run(monkeypatch, tmp_path / "res.pt", "--to", "folder", tmp_path / "out", *flags)
+        assert [path.name for path in tmp_path.iterdir()] == ["res.pt"]  # nothing that would block the next try

@@ -14,7 +14,7 @@ import ROME_cifar10 as rome
 import utils
 from attacks import craft, get_threat_model
 from engine import fast
-from engine.formats import SyntheticSet
+from engine.synset_files import SyntheticSet
 from engine.results import percent
 from engine.saved_state import Interrupted
 from networks import get_network

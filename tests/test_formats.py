@@ -5,8 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import sets_and_meta
 
-from engine.formats import SyntheticSet, load_into, pack_of, read_state_dict, read_synset, save_synset
+from engine.network_files import load_into, read_state_dict
+from engine.synset_files import SyntheticSet, pack_of, save_synset
 from engine.safe_files import InputError, read_tensors
 from networks import get_network
 
@@ -22,14 +24,14 @@ def dc_layout(meta=None):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_dc_layout_with_numpy_numbers(tmp_path, zipped):
     torch.save(dc_layout(), tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
-    sets, meta = read_synset(tmp_path / "res.pt")
+    sets, meta = sets_and_meta(tmp_path / "res.pt")
     assert meta == {} and len(sets) == 2
     assert torch.equal(sets[1][0], IMAGES + 1) and torch.equal(sets[1][1], LABELS)
 
 
 def test_meta_is_read(tmp_path):
     torch.save(dc_layout({"packed": True, "mean": [0.1]}), tmp_path / "res.pt")
-    assert read_synset(tmp_path / "res.pt")[1] == {"packed": True, "mean": [0.1]}
+    assert sets_and_meta(tmp_path / "res.pt")[1] == {"packed": True, "mean": [0.1]}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -42,14 +44,14 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
         content = pickle.dumps((torch.nn.Parameter(IMAGES).detach(), LABELS), protocol)
     assert not cuda or b"cuda:0" in content
     (tmp_path / "set.pkl").write_bytes(content)
-    ((images, labels, soft),), meta = read_synset(tmp_path / "set.pkl")
+    ((images, labels, soft),), meta = sets_and_meta(tmp_path / "set.pkl")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS) and images.device.type == "cpu" and meta == {}
     assert soft is None
 
 
 def test_pickled_arrays(tmp_path):
     (tmp_path / "set.pkl").write_bytes(pickle.dumps((IMAGES.numpy(), LABELS.numpy())))
-    ((images, labels, _),), _ = read_synset(tmp_path / "set.pkl")
+    ((images, labels, _),), _ = sets_and_meta(tmp_path / "set.pkl")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     (tmp_path / "other.pkl").write_bytes(pickle.dumps(collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])))
     assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
@@ -58,9 +60,9 @@ def test_pickled_arrays(tmp_path):
 def test_two_bare_tensors(tmp_path):
     torch.save(IMAGES, tmp_path / "images_best.pt")
     with pytest.raises(InputError, match="labels_best.pt does not exist"):
-        read_synset(tmp_path / "images_best.pt")
+        sets_and_meta(tmp_path / "images_best.pt")
     torch.save(LABELS, tmp_path / "labels_best.pt")
-    ((images, labels, _),), _ = read_synset(tmp_path / "images_best.pt")
+    ((images, labels, _),), _ = sets_and_meta(tmp_path / "images_best.pt")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
 
 
@@ -102,7 +104,7 @@ def test_network_trained_on_several_gpus(tmp_path):
 def test_wrong_sets(tmp_path, content, message):
     torch.save(content, tmp_path / "set.pt")
     with pytest.raises(InputError, match=f"set.pt.*{message}"):
-        read_synset(tmp_path / "set.pt")
+        sets_and_meta(tmp_path / "set.pt")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -143,12 +145,12 @@ def test_soft_labels_are_written_and_read(tmp_path):
     save_synset(tmp_path / "res.pt", [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
     file = torch.load(tmp_path / "res.pt", weights_only=True)
     assert torch.equal(file["data"][0][1], LABELS[:10])  # what other tools read
-    ((images, labels, read),), meta = read_synset(tmp_path / "res.pt")
+    ((images, labels, read),), meta = sets_and_meta(tmp_path / "res.pt")
     assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
     with pytest.raises(InputError, match=r"soft labels are .* \(40, 10\); expected floats \(10, classes\)"):
         torch.save({key: file[key] for key in ("data", "soft_labels")}, tmp_path / "res.pt")
-        read_synset(tmp_path / "res.pt")
-    assert torch.equal(read_synset(tmp_path / "res.pt", pack=2)[0][0].soft_labels, soft)  # --packed 2
+        sets_and_meta(tmp_path / "res.pt")
+    assert torch.equal(sets_and_meta(tmp_path / "res.pt", packed=2)[0][0].soft_labels, soft)  # --packed 2
 
 
 def test_soft_labels_of_others(tmp_path):
@@ -160,8 +162,8 @@ def test_soft_labels_of_others(tmp_path):
         torch.save(IMAGES, tmp_path / folder / "images.pt")
         torch.save(labels, tmp_path / folder / "labels.pt")
         torch.save(torch.tensor(0.01), tmp_path / folder / "lr.pt")
-        ((images, hard, soft),), _ = read_synset(tmp_path / folder / "images.pt")
+        ((images, hard, soft),), _ = sets_and_meta(tmp_path / folder / "images.pt")
         assert torch.equal(images, IMAGES) and torch.equal(hard, logits.argmax(1))
         assert torch.allclose(soft.softmax(1), logits.softmax(1), atol=1e-6)
     torch.save({"data": [[IMAGES, logits]]}, tmp_path / "res.pt")
-    assert torch.equal(read_synset(tmp_path / "res.pt")[0][0].soft_labels, logits)
+    assert torch.equal(sets_and_meta(tmp_path / "res.pt")[0][0].soft_labels, logits)

@@ -11,7 +11,7 @@ import pretrain
 import ROME_cifar10 as rome
 import utils
 from attacks import craft, get_threat_model
-from engine.formats import load_into
+from engine.network_files import load_into
 from engine.pool import NetPool
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted

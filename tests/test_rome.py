@@ -27,7 +27,7 @@ from augment import dsa_apply, dsa_draw, unpack
 from engine import datasets
 from engine.command_line import run_script
 from engine.datasets import DATASETS
-from engine.formats import SyntheticSet, save_synset
+from engine.synset_files import SyntheticSet, save_synset
 from engine.pool import NetPool, PoolMember
 from engine.results import percent
 from engine.safe_files import InputError
@@ -455,7 +455,8 @@ def test_digits_run_leaves_what_is_promised(tmp_path):
     assert done.returncode == 0, done.stderr
     name = "ROME_Digits_ConvNetW32_1ipc_pixel_seed0"
     folder = tmp_path / "result" / name
-    assert {p.name for p in folder.iterdir()} == {"flags.json", "metrics.jsonl", "log.txt"} | {
+    assert {p.name for p in folder.iterdir()} == {"flags.json", "metrics.jsonl", "log.txt",
+                                                  "ROME_res_ROME_Digits_ConvNetW32_1ipc.pt"} | {
         f"{stem}{kind}.png" for stem in ("best_exp0", "best_exp1", *(f"syn_exp{e}_it0000{i}" for e in (0, 1) for i in (2, 3)))
         for kind in ("", "_unpacked")}
     about = json.loads((folder / "flags.json").read_text())
@@ -529,10 +530,10 @@ def test_cifar_like_run_and_a_second_one(tmp_path, cifar_like):
     assert again.returncode == 0 and "is finished" in again.stdout and len(again.stdout.splitlines()) == 1
     again = run(tmp_path, *flags, "--Iteration", "0", "--fresh")
     assert again.returncode == 0, again.stderr
-    assert "held an earlier run, now in" in again.stdout and "will be replaced" in again.stdout
+    assert "held an earlier run, now in" in again.stdout
     name = "ROME_CIFAR10_ConvNetW32_1ipc_published_seed0"
     assert {p.name for p in (tmp_path / "result").iterdir()} == {
-        name, f"{name}.1", f".{name}.lock", "ROME_res_ROME_CIFAR10_ConvNetW32_1ipc.pt"}
+        name, f"{name}.1", f".{name}.lock", ".ROME_res.lock", "ROME_res_ROME_CIFAR10_ConvNetW32_1ipc.pt"}
 
 
 def test_missing_data_as_a_user_sees_it(tmp_path):

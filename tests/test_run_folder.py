@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,75 @@ def test_a_finished_run_is_finished(undisturbed, monkeypatch, capsys):
     assert "is finished" in capsys.readouterr().out and final_files(undisturbed) == before
     state = torch.load(undisturbed / "checkpoints" / NAME / "state.pt", weights_only=True)
     assert state["finished"] and state["experiment"] is None and state["progress"] == {}
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A copy of a finished run."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_seeds_in_one_folder_lose_nothing(tmp_path, monkeypatch, capsys):
+    """Seeds 0 and 1 with the default folder, and seed 0 again: each has its own result, and the published name says whose."""
+    few = ["--num_exp", "1", "--Iteration", "0", "--labels", "hard", "--no_baseline", "--num_eval", "1"]
+    for seed in ("0", "1"):
+        main(monkeypatch, tmp_path, *few, "--seed", seed)
+    names = [f"ROME_Digits_MLP_1ipc_pixel_seed{seed}" for seed in (0, 1)]
+    own = [tmp_path / "result" / name / RESULT for name in names]
+    published, aside = tmp_path / "result" / RESULT, tmp_path / "result" / RESULT.replace(".pt", ".1.pt")
+    assert published.read_bytes() == own[1].read_bytes() and aside.read_bytes() == own[0].read_bytes() != own[1].read_bytes()
+    assert [torch.load(path, weights_only=True)["meta"]["run"] for path in own] == names
+    assert f"{RESULT} was {names[0]}'s and is now result/{aside.name}" in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *few, "--seed", "0")
+    out = capsys.readouterr().out
+    assert f"{names[0]} is finished: result/{names[0]}/{RESULT}" in out
+    assert f"result/{RESULT} is {names[1]}'s; the result of {names[0]} is result/{names[0]}/{RESULT}" in out
+    assert published.read_bytes() == own[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", [RESULT, f"{NAME}/{RESULT}", f"{NAME}/metrics.jsonl", f"{NAME}/flags.json"])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_finished_run_restores_what_it_wrote(finished, monkeypatch, capsys, name, how):
+    path = finished / "result" / name
+    before = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif path.suffix == ".pt":
+        content = torch.load(path, weights_only=True)
+        content["data"][0][0] += 1
+        torch.save(content, path)
+    else:
+        path.write_text("something else")
+    main(monkeypatch, finished)
+    out = capsys.readouterr().out
+    assert path.read_bytes() == before and "restored from" in out and "is finished" in out
+    if how == "replaced" and name != RESULT:
+        assert "is not what this run has written; it is now" in out and path.with_stem(f"{path.stem}.1").exists()
+
+
+def test_a_finished_run_in_another_save_path(finished, monkeypatch, capsys):
+    before = final_files(finished)[RESULT]
+    main(monkeypatch, finished, "--save_path", "elsewhere")
+    assert (finished / "elsewhere" / RESULT).read_bytes() == (finished / "elsewhere" / NAME / RESULT).read_bytes() == before
+    assert (finished / "elsewhere" / NAME / "metrics.jsonl").read_bytes() == (
+        finished / "result" / NAME / "metrics.jsonl").read_bytes()
+    assert "restored from" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_cannot_be_restored(finished, monkeypatch):
+    (finished / "result" / NAME / RESULT).unlink()
+    (finished / "checkpoints" / NAME / "finished" / RESULT).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=f"is finished, but .*{RESULT} is missing or another file, and so is .*--fresh"):
+        main(monkeypatch, finished)
+
+
+def test_the_file_of_another_program_is_moved_aside(tmp_path, monkeypatch, capsys):
+    (tmp_path / "result").mkdir()
+    torch.save({"data": []}, tmp_path / "result" / RESULT)
+    main(monkeypatch, tmp_path, "--num_exp", "1", "--Iteration", "0", "--labels", "hard", "--no_baseline", "--num_eval", "1")
+    assert "is another program's and will be moved aside" in capsys.readouterr().out
+    assert torch.load(tmp_path / "result" / RESULT.replace(".pt", ".1.pt"), weights_only=True) == {"data": []}
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import sets_and_meta
 from test_formats import IMAGES, LABELS, dc_layout
 
 from engine import safe_files
 from engine.datasets import load_dataset
-from engine.formats import load_into, read_synset
+from engine.network_files import load_into
 from engine.safe_files import InputError, read_tensors, write_atomically
 from networks import get_network
 
@@ -99,7 +100,7 @@ def test_lists_of_lists_of_the_same_list(tmp_path, suffix):
     else:
         torch.save(content, tmp_path / "set.pt")
     with pytest.raises(InputError, match=f"set.{suffix}"):
-        read_synset(tmp_path / f"set.{suffix}")
+        sets_and_meta(tmp_path / f"set.{suffix}")
 
 
 def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
@@ -135,7 +136,7 @@ def test_truncated_and_flipped(tmp_path):
             bad[at] ^= 1 << rng.integers(8)
         (tmp_path / "bad.pt").write_bytes(bad)
         try:
-            sets, _ = read_synset(tmp_path / "bad.pt")
+            sets, _ = sets_and_meta(tmp_path / "bad.pt")
             assert sets[0][0].isfinite().all()
         except InputError as error:
             assert "bad.pt" in str(error)
@@ -204,7 +205,7 @@ def test_two_thousand_damaged_files(tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     loaders = {
-        "set.pt": read_synset, "old.pt": read_synset, "set.pkl": read_synset, "arrays.pkl": read_synset,
+        **dict.fromkeys(("set.pt", "old.pt", "set.pkl", "arrays.pkl"), sets_and_meta),
         "net.pth": lambda path: load_into(net, path), "old.pth": lambda path: load_into(net, path),
         "state.pt": lambda path: StateFile(path.parent).load(),
         "cifar10.npz": lambda path: load_dataset("CIFAR10", path.parent),

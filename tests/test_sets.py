@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dataset
+from conftest import ROOT, random_dataset, sets_and_meta
 
 import ROME_cifar10 as rome
 import sets
 from augment import unpack
-from engine.formats import SyntheticSet, load_into, pack_of, read_synset
+from engine.network_files import load_into
+from engine.synset_files import SyntheticSet, pack_of
 from engine.pool import NetPool
 from engine.safe_files import InputError, sha256, write_tensors
 from networks import get_network
@@ -105,7 +106,7 @@ RECORDED = ROOT / "result" / "recorded" / "robust_labels"
 def test_the_sets_that_are_here(path):
     """Small, readable by others and by us, with a recipe, and with labels of the networks that lie beside them."""
     assert path.stat().st_size < 2e6 and (path.parent / "README.md").is_file()
-    ((images, labels, soft),), meta = read_synset(path)
+    ((images, labels, soft),), meta = sets_and_meta(path)
     assert torch.equal(labels, torch.arange(10).repeat_interleave(10)) and meta["recipe"]["labels"] == "prior"
     (teachers,) = meta["recipe"]["teachers"]
     found = [RECORDED / "teachers" / teacher["file"] for teacher in teachers]

@@ -15,7 +15,7 @@ import attacks
 import utils
 from attacks import get_threat_model
 from engine.datasets import load_dataset
-from engine.formats import SyntheticSet
+from engine.synset_files import SyntheticSet
 from engine.streams import stream, stream_seed
 from networks import get_network
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from augment import pack, unpack
 from engine.datasets import load_dataset
-from engine.formats import SyntheticSet, load_into, save_synset
+from engine.network_files import load_into
+from engine.synset_files import SyntheticSet, save_synset
 from networks import network_for
 from sets import soft_labels
 
