@@ -287,9 +287,10 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=CHUNK):
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
-    L-inf, untargeted. Deviation: of C classes, C - 1 are targeted at most (standard: 9), and the targeted APGD, whose loss
-    looks at four classes, has the target's cross-entropy instead where there are fewer. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
+    L-inf, untargeted. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
     schedule is scaled to them. batch: images attacked at a time; what an attack leaves is put together anew for the next one.
+    Deviation: at most C - 1 of C classes are targeted (standard: 9). The loss of the targeted APGD looks at four classes;
+    where there are fewer, it is the target's cross-entropy.
     Source: Croce and Hein 2020; SPEC 3.2. Raises ValueError if the package is missing.
     """
     AutoAttack, _ = pyautoattack()

@@ -53,8 +53,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_argument_group("what is attacked")
     add = what.add_argument
-    add("--synset", nargs="+", default=[], metavar="FILE", help="synthetic sets, files or folders: fresh networks are trained on "
-        "each (docs/foreign_files.md)")
+    add("--synset", nargs="+", default=[], metavar="FILE", help="synthetic sets, files or folders: fresh networks are trained "
+        "on each (docs/foreign_files.md)")
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
     add_dataset_flag(what, None, "; default: what the files say, else CIFAR10")
     add("--model", choices=NETWORKS, metavar="MODEL", help="default: what the files say, else ConvNet")

@@ -136,6 +136,8 @@ def read_comparisons(path):
         for key, kind in kinds.items():
             if not isinstance(where.get(key, "" if key == "claim" else None), kind):
                 raise TypeError(f"{key} of {where} is no {kind.__name__}")
+    if not path.is_file():
+        raise InputError(f"--compare {path}: there is no such file; give one, or the names of at least two sets")
     try:
         tables = json.loads(path.read_text())
         for table in tables:
@@ -156,6 +158,7 @@ def usual_comparison(dataset, names, figures):
     Raises InputError for a name that no result has.
     """
     there = {method for method, _, _ in figures}
+    stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
     names = [name if name in there or f"{name}-pixel" not in there else f"{name}-pixel" for name in names]
     unknown = [name for name in names if name not in there]
     if unknown:
@@ -171,7 +174,6 @@ def usual_comparison(dataset, names, figures):
                                                             for attack in ("PGD20", "PGD", "AA") for eps in RADII)]
     chosen = [measure for measure in wanted if measure in measured] or sorted(measured)
     *compared, reference = names
-    stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
     sets = [{"set": name, "network": model, "ipc": ipc} for model, ipc in common for name in names]
     pairs = [{"of": name, "than": reference, "network": model, "ipc": [ipc]} for model, ipc in common for name in compared]
     return [{"name": stem, "title": f"{', '.join(names)} on {dataset}", "measures": chosen, "sets": sets},

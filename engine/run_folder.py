@@ -111,7 +111,7 @@ class Run:
         going_on = bool(saved.get("flags"))
         earlier = _set_aside(self.folder) if self.folder.exists() and not going_on and self.part is None else None
         self.folder.mkdir(exist_ok=True)
-        self._log = open(self.folder / f"log{self._kind}.txt", "a", encoding="utf-8")
+        self._log = open(self.folder / f"log{self._kind}.txt", "a", encoding="utf-8", errors="backslashreplace")
         if self.finished:
             self._restore_results()
         self._metrics = open(self.folder / f"metrics{self._kind}.jsonl", "a", encoding="utf-8")

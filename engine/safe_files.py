@@ -269,7 +269,7 @@ def _canonical(content):
 
 def write_text(path, text):
     """Write a text file, atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path, content):

@@ -454,6 +454,34 @@ def test_projection_of_fab_is_the_nearest_point():
         assert w @ (x + d) == pytest.approx(b, abs=1e-9) and (x + d).min() >= 0 and (x + d).max() <= 1
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 5])
+def test_autoattack_with_few_classes(num_classes):
+    """A linear network is robust on an image just where each margin is more than eps times the L1 norm of the two classes'
+    difference: AutoAttack finds all others, and nothing more."""
+    g = torch.Generator().manual_seed(num_classes)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, num_classes))
+    net[1].weight.data = torch.randn(num_classes, 48, generator=g)
+    x = 0.3 + 0.4 * torch.rand(60, 3, 4, 4, generator=g)  # so far inside the box that its border does not help
+    with torch.no_grad():
+        logits = net(x)
+    labels, w = logits.argmax(1), net[1].weight.data
+    margins = logits.gather(1, labels[:, None]) - logits
+    reach = (w[labels][:, None] - w[None]).abs().sum(2)  # (N, classes)
+    least = torch.where(F.one_hot(labels, num_classes) == 1, torch.inf, margins / reach).amin(1)  # the eps that it takes
+    eps = float(least.median()) + 1e-4
+    x_adv = autoattack(net, x, labels, eps=eps, iterations=20, queries=50, generator=torch.Generator().manual_seed(0))
+    robust = net(x_adv).argmax(1) == labels
+    clear = (least - eps).abs() > 2e-3
+    assert torch.equal(robust[clear], (least > eps)[clear]) and clear.sum() > 40 and 15 < robust.sum() < 45
+
+
+def test_published_needs_ten_classes():
+    """Its targets are (y + 1) mod 10."""
+    attacks.check_threat_model("published", random_dataset(10)), attacks.check_threat_model("pixel", random_dataset(3))
+    with pytest.raises(ValueError, match="mod 10, random has 3 classes; choose --threat_model pixel"):
+        attacks.check_threat_model("published", random_dataset(3))
+
+
 def test_projection_of_fab_equals_pyautoattack():
     """Near planes, far ones, such as no image of the box reaches, one that the point lies on; pixels at the border, and, as
     under `published`, outside."""

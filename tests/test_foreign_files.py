@@ -1,6 +1,8 @@
 """Files of others: each is understood rightly, or a warning or an error says what it may be. docs/foreign_files.md."""
 import json
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -487,3 +489,14 @@ def test_lines_of_python_with_pixels_warn(tmp_path, digit_images, digits):
         sets.load_synset(tmp_path / "res_DM_Digits_MLP_10ipc.pt")
     images, labels, recipe = sets.load_synset(tmp_path / "res_DM_Digits_MLP_10ipc.pt", images="pixels")
     assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS) and recipe == sets.PROTOCOL
+
+
+def test_a_terminal_without_the_letters_of_a_path(tmp_path):
+    """A folder that latin-1 cannot show: the run ends, its log is whole, the name is shown escaped."""
+    folder = tmp_path / "\u6570\u636e"
+    folder.mkdir()
+    code = "import sys; sys.argv[0] = 'x.py'\nfrom engine.command_line import run_script\n" \
+           "run_script(lambda: print(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and "\\u6570\\u636e" in done.stdout, done.stderr

@@ -4,15 +4,18 @@ import os
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import evaluate
 import pretrain
 import ROME_cifar10 as rome
 import utils
-from attacks import craft, get_threat_model
+from attacks import ATTACKS, craft, get_threat_model
 from engine.network_files import load_into
 from engine.pool import NetPool
+from engine.results import CONTROLS
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted
 from networks import get_network
@@ -196,3 +199,45 @@ def test_distances():
     emb, mean = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0.0, 1.0])
     assert rome.robustness_aligned_loss(emb, mean) == (0.5 * (2 + 3)) ** 2
     assert rome.robustness_aligned_loss(emb, mean, "l2") == 2**2 + 3**2
+
+
+# ------------------------------------------------------------------------------------------------- data of the user's own
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes):
+    """Grey images of 28x28, labels in a column: pretrain.py, ROME with its network, evaluate.py with every attack."""
+    rng = np.random.default_rng(0)
+    y = np.arange(20 * num_classes) % num_classes
+    base = rng.integers(0, 256, (num_classes, 7, 7)).repeat(4, 1).repeat(4, 2)
+    x = (0.7 * base[y] + rng.integers(0, 70, (len(y), 28, 28))).astype(np.uint8)
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y[:, None], x_test=x[:40], y_test=y[:40])
+    common = ["--dataset", "own.npz", "--model", "ConvNetW32", "--threat_model", "pixel", "--no_compile"]
+    main(monkeypatch, tmp_path, *common, "--epochs", "2", "--attack_steps", "1", "--batch_train", "16", "--aa_limit", "0")
+    network = "checkpoints/full_ConvNetW32_own_20_PGD-pixel_seed0-0.pth"
+    about = json.loads((tmp_path / f"{network}.json").read_text())
+    assert about["dataset"] == "own" and about["num_classes"] == num_classes
+    assert np.allclose([about["mean"], about["std"]], [[x.mean() / 255], [x.std() / 255]], atol=1e-4)
+
+    flags = [*common, "--ipc", "1", "--robust_prior", network, "--Iteration", "1", "--num_exp", "1", "--num_eval", "1",
+             "--epoch_eval_train", "20", "--batch_real", "8", "--embed_last", "1000", "--labels", "prior", "--no_baseline"]
+    main(monkeypatch, tmp_path, *flags, script=rome)
+    out = capsys.readouterr().out
+    assert f"own: {len(y)} training and 40 test images, 1x28x28, {num_classes} classes" in out
+    assert f"{network} taken as: own, ConvNetW32, pixel" in out
+    synset = "result/ROME_res_ROME_own_ConvNetW32_1ipc.pt"
+    meta = torch.load(tmp_path / synset, weights_only=True)["meta"]
+    assert (meta["dataset"], meta["mean"]) == ("own", about["mean"])
+
+    main(monkeypatch, tmp_path, "--dataset", "own.npz", "--synset", synset, "--limit", "10", "--num_eval", "1", "--query", "--queries",
+         "5", "--aa_iterations", "2", "--no_sanity", "--no_compile", "--labels", "own", "--out", "out", script=evaluate)
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["threat_model"] for row in content["rows"]} == {"pixel"} and content["num_classes"] == num_classes
+    assert {row["attack"] for row in content["rows"]} == {*CONTROLS, *ATTACKS} - {"PGD20"}
+    assert f"a constant classifier* | | {100 / num_classes:g} |" in (tmp_path / "out" / "results.md").read_text()
+    for script, arguments in ((rome, [*flags, "--threat_model", "published"]), (evaluate, [
+            "--dataset", "own.npz", "--synset", synset, "--threat_model", "published", "--out", "other"])):
+        with pytest.raises(InputError, match=f"mod 10, own has {num_classes} classes"):
+            main(monkeypatch, tmp_path, *arguments, script=script)
+    with pytest.raises(InputError, match="data set 'own', which is none of those here; .*--dataset"):
+        main(monkeypatch, tmp_path, "--synset", synset, "--out", "other", script=evaluate)
+    with pytest.raises(InputError, match="VGG11 cannot take the images of own, 28x28"):
+        main(monkeypatch, tmp_path, *flags, "--model", "VGG11", script=rome)

@@ -288,6 +288,34 @@ def test_differences_between_sets(tmp_path, monkeypatch, capsys):
             main(monkeypatch, capsys, *arguments)
 
 
+def test_two_names_are_compared_without_a_file(tmp_path, monkeypatch, capsys):
+    """`--compare A B`: the usual measures, of all networks and numbers of images that both have, B being the reference."""
+    def judged(method, accuracies, ipc=10, dataset="CIFAR10"):
+        for k, accuracy in enumerate(accuracies):
+            name = f"{method}_ConvNet_{dataset}_{ipc}_None_{k}-0.pth"
+            for attack, targeted, share, eps in (("Clean", None, 1, None), ("AA", False, 0.5, 2 / 255)):
+                yield {**row(method, ipc, attack, targeted, share * accuracy, threat="pixel", dataset=dataset),
+                       "crafted_on": name, "evaluated_on": name, "eps": eps}
+    write(tmp_path / "in", [*judged("A-pixel", [0.5, 0.52]), *judged("B", [0.4, 0.42]), *judged("B", [0.9], ipc=50)])
+    main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--compare", "A", "B")
+    lines = {line[""]: line for line in csv.DictReader((tmp_path / "out" / "compare_A_B_CIFAR10.csv").open())}
+    assert lines["pixel: Clean"]["A-pixel"] == "51.0 +- 1.4" and lines["pixel: AA untargeted 2/255"]["B"] == "20.5 +- 0.7"
+    (line,) = csv.DictReader((tmp_path / "out" / "compare_A_B_CIFAR10_differences.csv").open())
+    half = 4.302652729749 * 2**0.5  # Student's t, two degrees of freedom; both means have a standard error of 1
+    assert line["pixel: Clean"] == f"+10.0 [{10 - half:.1f}, {10 + half:.1f}]"
+    for names, message in ((["A", "C"], "no result of C on CIFAR10; there are A-pixel, B"),
+                           (["A"], "--compare A: there is no such file; give one, or the names of at least two sets")):
+        with pytest.raises(InputError, match=message):
+            main(monkeypatch, capsys, tmp_path / "in", "--out", tmp_path / "out", "--compare", *names)
+
+
+def test_a_data_set_of_three_classes_has_another_constant(tmp_path, monkeypatch, capsys):
+    rows = [row("A", 1, attack, targeted, 0.5, threat="pixel", dataset="pets") for attack, targeted in (("Clean", None), ("AA", False))]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows, "num_classes": 3}))
+    out = main(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--table", "robust")
+    assert "| constant classifier |  |  | 33.3 | 33.3 |" in out
+
+
 def test_runs_under_published_in_comparisons(tmp_path, monkeypatch, capsys):
     """The last figures of a run stand beside those of evaluate.py; not among them, where other networks were attacked."""
     write_run(tmp_path / "in" / "a", 0.2, True, {"num_exp": 2})
