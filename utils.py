@@ -38,7 +38,8 @@ def check_network(model, data):
     try:
         return network_for(data, model, 0)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"--model {model} cannot take the images of {data.name}, {data.size[0]}x{data.size[1]} ({error})") from None
+        raise InputError(f"--model {model} cannot take the images of {data.name}, {data.size[0]}x{data.size[1]} "
+                         f"({error})") from None
 
 
 def check_sizes(args, data):
@@ -147,8 +148,8 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
     images: (N, C, H, W) normalised, already unpacked; labels: (N,), or soft ones as logits (N, num_classes), with their
     temperature (see `label_loss`). epochs: `epochs` + 1 are run, as published. lr_net: of SGD with momentum 0.9 and weight
     decay 5e-4. lr_schedule: "step", a tenth after half of the epochs, as published; "cosine", half a cosine to 0, step by step.
-    generator: CPU, for the order and the augmentation; None: one of seed 0. attack: (augmented images, labels (n,)) -> attacked ones, for
-    adversarial training. Raises ValueError for an unknown schedule.
+    generator: CPU, for the order and the augmentation; None: one of seed 0. attack: (augmented images, labels (n,)) ->
+    attacked ones, for adversarial training. Raises ValueError for an unknown schedule.
     """
     def new_optimizer(lr):
         return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)

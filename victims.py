@@ -1,4 +1,5 @@
 """The networks that evaluate.py attacks: those of files, and those that it trains on sets."""
+
 import itertools
 import json
 import time
@@ -24,7 +25,9 @@ from sets import protocol, protocol_of, training_set
 
 @dataclass
 class Victim:
-    """A network under attack. name: its file name. threat: the threat model that it was adversarially trained under."""
+    """A network under attack. name: its file name. threat: the threat model that it was
+    adversarially trained under.
+    """
 
     name: str
     method: str
@@ -38,73 +41,136 @@ class Victim:
 def victim_of_network(one, data):
     """The network of an Input (engine.inputs), as it is."""
     net = load_into(network_for(data, one.model, 0), one.path, one.notes)
-    return Victim(one.path.name, one.method, one.ipc, one.model, net.eval(),
-                  about={"file": str(one.path), "sha256": sha256(one.path)})
+    return Victim(
+        one.path.name,
+        one.method,
+        one.ipc,
+        one.model,
+        net.eval(),
+        about={"file": str(one.path), "sha256": sha256(one.path)},
+    )
 
 
 def victims_of_set(args, source, data, folder):
-    """Train --num_eval networks on each set of a file, with its own labels and, if they are soft, with the classes alone (with
-    --adv_train for each threat model), but for those that are there; of several processes each trains the next one when it is
-    free. Then read them all: a list of Victims."""
+    """Train --num_eval networks on each set of a file, with its own labels and, if they are soft,
+    with the classes alone (with --adv_train for each threat model), but for those that are there;
+    of several processes each trains the next one when it is free. Then read them all: a list of
+    Victims.
+    """
     folder.mkdir(exist_ok=True)
     victims, untrained, file = [], [], source.synset
     options, pack = protocol_of(file.meta, protocol(args)), file.pack
-    training = {"seed": args.seed, **options, "pack": pack, "precision": args.precision, "set_sha256": file.sha256()}
+    training = {
+        "seed": args.seed,
+        **options,
+        "pack": pack,
+        "precision": args.precision,
+        "set_sha256": file.sha256(),
+    }
     if args.images:
         training["images"] = args.images
     if file.derived and "own" not in args.labels:
-        raise InputError(f"{source.path} has soft labels alone, no classes of its own; leave out --labels hard")
+        raise InputError(
+            f"{source.path} has soft labels alone, no classes of its own; leave out --labels hard"
+        )
     for exp, one in enumerate(file.sets):
-        ipc, one = len(one.labels) // data.num_classes, SyntheticSet(*(x if x is None else x.to(data.device) for x in one))
+        ipc, one = (
+            len(one.labels) // data.num_classes,
+            SyntheticSet(*(x if x is None else x.to(data.device) for x in one)),
+        )
         variants = {source.method: one} if "own" in args.labels or one.soft_labels is None else {}
         if "hard" in args.labels and one.soft_labels is not None and not file.derived:
             variants[f"{source.method}-hard"] = one._replace(soft_labels=None)
         for (method, variant), threat_name, i in itertools.product(
-                variants.items(), args.threat_model if args.adv_train else [None], range(args.num_eval)):
+            variants.items(), args.threat_model if args.adv_train else [None], range(args.num_eval)
+        ):
             trained = f"PGD-{threat_name}" if threat_name else "None"
             name = f"{method}_{source.model}_{data.name}_{ipc}_{trained}_{exp}-{i}.pth"
-            key = ("evaluate", source.method, ipc, exp, trained, i)  # the same start for both kinds of labels
-            about = {"file": str(folder / name), "set": str(source.path), "set_index": exp,
-                     "labels": "hard" if variant.soft_labels is None else "soft", **training,
-                     "seed_init": stream_seed(args.seed, *key, "init"), "seed_train": stream_seed(args.seed, *key, "train")}
+            key = (
+                "evaluate",
+                source.method,
+                ipc,
+                exp,
+                trained,
+                i,
+            )  # the same start for both kinds of labels
+            about = {
+                "file": str(folder / name),
+                "set": str(source.path),
+                "set_index": exp,
+                "labels": "hard" if variant.soft_labels is None else "soft",
+                **training,
+                "seed_init": stream_seed(args.seed, *key, "init"),
+                "seed_train": stream_seed(args.seed, *key, "train"),
+            }
             victims.append(Victim(name, method, ipc, source.model, None, threat_name, about))
             if not (folder / f"{name}.json").exists():
                 untrained.append((victims[-1], variant, key))
 
     parallel.meet()  # all have looked before one is trained
-    with tqdm(total=len(untrained), desc=f"training on {source.path.name}", unit="net", disable=parallel.silent()) as bar:
-        parallel.deal(len(untrained), lambda k: train_victim(args, *untrained[k], options, pack, data, len(victims)),
-                      lambda k, result: bar.update())
+    with tqdm(
+        total=len(untrained),
+        desc=f"training on {source.path.name}",
+        unit="net",
+        disable=parallel.silent(),
+    ) as bar:
+        parallel.deal(
+            len(untrained),
+            lambda k: train_victim(args, *untrained[k], options, pack, data, len(victims)),
+            lambda k, result: bar.update(),
+        )
     for victim in victims:
         victim.net = load_into(network_for(data, source.model, 0), folder / victim.name).eval()
-        wanted, victim.about = victim.about, json.loads((folder / f"{victim.name}.json").read_text())
+        wanted, victim.about = (
+            victim.about,
+            json.loads((folder / f"{victim.name}.json").read_text()),
+        )
         for key in (*training, "labels"):
             if victim.about.get(key) != wanted[key]:
-                raise InputError(f"{folder / victim.name} was trained with another {key} ({victim.about.get(key)} instead of "
-                                 f"{wanted[key]}); choose another --out")
+                raise InputError(
+                    f"{folder / victim.name} was trained with another {key} "
+                    f"({victim.about.get(key)} instead of "
+                    f"{wanted[key]}); choose another --out"
+                )
     return victims
 
 
 def train_victim(args, victim, one, key, options, pack, data, runs):
-    """Train a fresh network, one of `runs`, on a SyntheticSet, and write it with its notes. key: of its random streams."""
+    """Train a fresh network, one of `runs`, on a SyntheticSet, and write it with its notes. key: of
+    its random streams.
+    """
     set_precision(args.precision)
     about, threat_name, train_on = victim.about, victim.threat, training_set(one, pack)
     net = network_for(data, victim.model, about["seed_init"])
     if args.compile and not threat_name:
         epochs = (options["epochs"] + 1) * runs
-        compile_planned(net, data, {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)}, parallel.say)
+        compile_planned(
+            net,
+            data,
+            {"trained": set_batches(len(train_on[1]), options["batch_train"], epochs)},
+            parallel.say,
+        )
     start = time.perf_counter()
     attack = None
     if threat_name:
         threat = get_threat_model(threat_name, data)
         rng = stream(args.seed, *key, "attack", device=data.device)
         attack = lambda x, y: attack_images(net, x, y, threat, rng, targeted=False)  # noqa: E731
-    utils.train_on_set(net, *train_on, attack=attack, generator=torch.Generator().manual_seed(about["seed_train"]),
-                       **options)
+    utils.train_on_set(
+        net,
+        *train_on,
+        attack=attack,
+        generator=torch.Generator().manual_seed(about["seed_train"]),
+        **options,
+    )
     synchronise(data.device)
     about["train_seconds"] = round(time.perf_counter() - start, 2)
-    utils.check_finite({f"a weight of {Path(about['file']).name} after training on {about['set']} (--lr_net "
-                        f"{options['lr_net']})": float(sum(p.detach().abs().sum() for p in net.parameters()))})
+    utils.check_finite(
+        {
+            f"a weight of {Path(about['file']).name} after training on {about['set']} (--lr_net "
+            f"{options['lr_net']})": float(sum(p.detach().abs().sum() for p in net.parameters()))
+        }
+    )
     path = Path(about["file"])
     write_tensors(path, {k: v.cpu() for k, v in net.state_dict().items()})
     about["sha256"] = sha256(path)

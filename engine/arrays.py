@@ -1,7 +1,10 @@
-"""Images and labels of anybody's data set, in one form: bytes, height x width x channels, labels from 0.
+"""Images and labels of anybody's data set, in one form: bytes, height x width x channels, labels
+from 0.
 
-`standard_arrays` is passed by every loader of engine.datasets; it says what it changed and refuses what is not clear.
+`standard_arrays` is passed by every loader of engine.datasets; it says what it changed and refuses
+what is not clear.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +20,45 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 def standard_arrays(where, arrays):
     """Images and labels as all loaders return them.
 
-    where: the name of the file, for messages. arrays: x_train, y_train, x_test, y_test and, if there are names, classes.
-        Images are (N, H, W, C), (N, C, H, W) or, grey, (N, H, W), with 1 or 3 channels: bytes, or floats in [0, 1] or whole
-        ones up to 255. Labels are whole numbers from 0, (N,) or (N, 1).
-    Returns (arrays, notes): x_* uint8 (N, H, W, C), y_* int64 (N,), classes a list of str; a sentence for each change.
-    Raises InputError that names the array and what is expected.
+    where: the name of the file, for messages. arrays: x_train, y_train, x_test, y_test and, if
+    there are names, classes.
+        Images are (N, H, W, C), (N, C, H, W) or, grey, (N, H, W), with 1 or 3 channels: bytes, or
+        floats in [0, 1] or whole ones up to 255. Labels are whole numbers from 0, (N,) or (N, 1).
+    Returns (arrays, notes): x_* uint8 (N, H, W, C), y_* int64 (N,), classes a list of str; a
+    sentence for each change. Raises InputError that names the array and what is expected.
     """
     found, notes = {}, []
     for split in SPLITS:
         images, its_notes = _images(f"{where}: x_{split}", np.asarray(arrays[f"x_{split}"]))
         found[f"x_{split}"] = images
-        found[f"y_{split}"] = _labels(f"{where}: y_{split}", np.asarray(arrays[f"y_{split}"]), len(images))
+        found[f"y_{split}"] = _labels(
+            f"{where}: y_{split}", np.asarray(arrays[f"y_{split}"]), len(images)
+        )
         notes += [note for note in its_notes if note not in notes]
     if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
-        raise InputError(f"{where}: training images are {found['x_train'].shape[1:]}, test images "
-                         f"{found['x_test'].shape[1:]}")
+        raise InputError(
+            f"{where}: training images are {found['x_train'].shape[1:]}, test images "
+            f"{found['x_test'].shape[1:]}"
+        )
     largest = max(int(found[f"y_{split}"].max()) for split in SPLITS)
     classes = np.asarray(arrays.get("classes", range(largest + 1))).astype(str).ravel().tolist()
     for split in SPLITS:
         labels = found[f"y_{split}"]
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise InputError(f"{where}: y_{split} has labels outside 0..{len(classes) - 1}: {labels.min()} to "
-                             f"{labels.max()}")
+            raise InputError(
+                f"{where}: y_{split} has labels outside 0..{len(classes) - 1}: {labels.min()} to "
+                f"{labels.max()}"
+            )
     missing = sorted(set(range(len(classes))) - set(found["y_train"].tolist()))
     if missing or len(classes) < 2:
-        raise InputError(f"{where}: {len(classes)} class(es), " + (
-            f"class {classes[missing[0]]} has no training image" if missing else "at least 2 are needed"))
+        raise InputError(
+            f"{where}: {len(classes)} class(es), "
+            + (
+                f"class {classes[missing[0]]} has no training image"
+                if missing
+                else "at least 2 are needed"
+            )
+        )
     return {**found, "classes": classes}, notes
 
 
@@ -60,12 +76,18 @@ def _images(name, x):
         notes.append("images given as (N, C, H, W)")
     if x.dtype != np.uint8:
         if not (np.issubdtype(x.dtype, np.number) and np.isrealobj(x) and np.isfinite(x).all()):
-            raise InputError(f"{name} is {x.dtype}, or has values that are not finite; expected bytes, or floats in [0, 1]")
+            raise InputError(
+                f"{name} is {x.dtype}, or has values that are not finite; expected bytes, or "
+                "floats in [0, 1]"
+            )
         low, high = float(x.min()), float(x.max())
         whole = bool((x == np.round(x)).all())
         if low < 0 or high > 255 or high > 1 and not whole:
-            raise InputError(f"{name} is {x.dtype} with values from {low:.4g} to {high:.4g}; expected bytes, floats in "
-                             "[0, 1], or whole numbers up to 255, without a normalisation")
+            raise InputError(
+                f"{name} is {x.dtype} with values from {low:.4g} to {high:.4g}; expected bytes, "
+                "floats in "
+                "[0, 1], or whole numbers up to 255, without a normalisation"
+            )
         if high <= 1:
             x = np.asarray(x, np.float64) * 255
             notes.append("pixels given in [0, 1]")
@@ -87,7 +109,8 @@ def _labels(name, y, count):
 def read_arrays(path):
     """The arrays of a `.npz` file, or of a folder of pictures, as `standard_arrays` takes them.
 
-    path: a file with x_train, y_train, x_test, y_test and perhaps classes; or a folder train/<class>/*.png beside
+    path: a file with x_train, y_train, x_test, y_test and perhaps classes; or a folder
+    train/<class>/*.png beside
         test/<class>/*.png (or val/).
     """
     path = Path(path)
@@ -95,25 +118,44 @@ def read_arrays(path):
         return read_npz(path, ("x_train", "y_train", "x_test", "y_test"), optional=("classes",))
     tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]
     if not (path / "train").is_dir() or not tests:
-        raise InputError(f"--dataset {path}: a folder of pictures has train/<class>/ and test/<class>/")
+        raise InputError(
+            f"--dataset {path}: a folder of pictures has train/<class>/ and test/<class>/"
+        )
     x_train, y_train, classes = read_class_folders(path / "train")
     x_test, y_test, test_classes = read_class_folders(tests[0])
     if classes != test_classes:
         raise InputError(f"--dataset {path}: the classes of {tests[0].name} are not those of train")
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "classes": classes}
+    return {
+        "x_train": x_train,
+        "y_train": y_train,
+        "x_test": x_test,
+        "y_test": y_test,
+        "classes": classes,
+    }
 
 
 def read_class_folders(folder):
-    """Pictures in a folder for each class: ((N, H, W, C) uint8, (N,) int64, names of the classes, sorted).
+    """Pictures in a folder for each class: ((N, H, W, C) uint8, (N,) int64, names of the classes,
+    sorted).
 
-    Pictures are grey if all of them are, else RGB. Raises InputError for a folder without any, one that is no picture, or
-    pictures of different sizes.
+    Pictures are grey if all of them are, else RGB. Raises InputError for a folder without any, one
+    that is no picture, or pictures of different sizes.
     """
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [(path, c) for c, name in enumerate(classes) for path in sorted((folder / name).iterdir())
-             if path.suffix.lower() in PICTURES]
+    classes = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    files = [
+        (path, c)
+        for c, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in PICTURES
+    ]
     if not files:
-        raise InputError(f"{folder} has no folders of pictures ({', '.join(PICTURES)}), one for each class")
+        raise InputError(
+            f"{folder} has no folders of pictures ({', '.join(PICTURES)}), one for each class"
+        )
     images = read_pictures([path for path, _ in files])
     return images, np.array([c for _, c in files]), classes
 
@@ -121,6 +163,7 @@ def read_class_folders(folder):
 def read_pictures(paths):
     """Pictures of one size as an array, (N, H, W, C) uint8; C is 1 if all of them are grey."""
     from PIL import Image
+
     opened = []
     for path in paths:
         try:
@@ -129,8 +172,10 @@ def read_pictures(paths):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} is no picture ({error})") from None
         if opened[-1].size != opened[0].size:
-            raise InputError(f"{path} is {opened[-1].size[0]}x{opened[-1].size[1]} pixels, {paths[0]} "
-                             f"{opened[0].size[0]}x{opened[0].size[1]}; all must be of one size")
+            raise InputError(
+                f"{path} is {opened[-1].size[0]}x{opened[-1].size[1]} pixels, {paths[0]} "
+                f"{opened[0].size[0]}x{opened[0].size[1]}; all must be of one size"
+            )
     mode = "L" if all(picture.mode == "L" for picture in opened) else "RGB"
     images = np.stack([np.asarray(picture.convert(mode)) for picture in opened])
     return images if images.ndim == 4 else images[..., None]

@@ -22,8 +22,10 @@ def add_switch(parser, name, default, text):
 
 
 def add_dataset_flag(parser, default="CIFAR10", text=""):
-    """--dataset: a name of engine.datasets, whatever its case, or the path of a file or folder. text: what it is where it is not
-    given."""
+    """--dataset: a name of engine.datasets, whatever its case, or the path of a file or folder.
+
+    text: what its help says beside that.
+    """
     def dataset(given):
         try:
             dataset_name(given)

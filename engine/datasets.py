@@ -211,8 +211,8 @@ def dataset_name(name):
     if known:
         return known
     if not (path.is_dir() or path.is_file() and path.suffix == ".npz"):
-        raise InputError(f"unknown --dataset {str(name)!r}; choose one of {', '.join(DATASETS)}, or give the path of a .npz file "
-                         "or of a folder of pictures")
+        raise InputError(f"unknown --dataset {str(name)!r}; choose one of {', '.join(DATASETS)}, or give the path of a .npz "
+                         "file or of a folder of pictures")
     own = re.sub(r"[^A-Za-z0-9]", "", path.resolve().stem)
     if known_dataset(own) or not own:
         raise InputError(f"--dataset {path}: a data set of your own cannot be called {own!r}; rename it"

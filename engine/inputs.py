@@ -1,8 +1,11 @@
-"""Sets and networks that a user names: what their names and their meta say, and whether they fit the data set.
+"""Sets and networks that a user names: what their names and their meta say, and whether they fit
+the data set.
 
-What a file says of itself is believed; a flag says what it does not. What contradicts is a warning, what cannot be is refused.
-`Input.taken_as` is the line that says how a file was understood, docs/foreign_files.md the whole of it.
+What a file says of itself is believed; a flag says what it does not. What contradicts is a warning,
+what cannot be is refused. `Input.taken_as` is the line that says how a file was understood,
+docs/foreign_files.md the whole of it.
 """
+
 import itertools
 import re
 from dataclasses import dataclass, field
@@ -15,12 +18,31 @@ from engine.datasets import DATASETS, known_dataset
 from engine.safe_files import InputError
 from engine.synset_files import SynsetFile, read_synset
 
-NETWORK_NAME = re.compile(r"(?P<method>.+?)_(?P<model>[A-Za-z0-9]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<ipc>\d+)_(?P<trained>[^_]+)"
-                          r"(_.*)?\.(pth|pt)$")
-SET_NAME = re.compile(r"res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc")
+NETWORK_NAME = re.compile(
+    r"(?P<method>.+?)_(?P<model>[A-Za-z0-9]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<ipc>\d+)_"
+    r"(?P<trained>[^_]+)"
+    r"(_.*)?\.(pth|pt)$"
+)
+SET_NAME = re.compile(
+    r"res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc"
+)
 # Data sets of the field that a name may speak of and that are none of ours.
-OTHER_DATASETS = ("SVHN", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "STL10", "CINIC10", "CUB200", "TinyImageNet", "ImageNet",
-                  "ImageNette", "ImageWoof", "CelebA", "Places365")
+OTHER_DATASETS = (
+    "SVHN",
+    "MNIST",
+    "FashionMNIST",
+    "KMNIST",
+    "EMNIST",
+    "STL10",
+    "CINIC10",
+    "CUB200",
+    "TinyImageNet",
+    "ImageNet",
+    "ImageNette",
+    "ImageWoof",
+    "CelebA",
+    "Places365",
+)
 ASSUMED = {"dataset": "CIFAR10", "model": "ConvNet"}  # where nothing says so
 
 
@@ -28,8 +50,9 @@ ASSUMED = {"dataset": "CIFAR10", "model": "ConvNet"}  # where nothing says so
 class Input:
     """A file that a user gave, and what it is taken as.
 
-    dataset, model, ipc: None where nothing says so. trained: how a network was trained, as its name says. synset: of a set.
-    unknown: names that are none of ours, {"data set": ..., "network": ...}. taken_as, warnings: for the reader.
+    dataset, model, ipc: None where nothing says so. trained: how a network was trained, as its name
+    says. synset: of a set. unknown: names that are none of ours, {"data set": ..., "network": ...}.
+    taken_as, warnings: for the reader.
     """
 
     path: Path
@@ -45,11 +68,14 @@ class Input:
     warnings: list = field(default_factory=list)
 
     def describe(self):
-        return f"{self.path} ({self.method}, {self.dataset or 'data set unknown'}, {self.ipc or '?'} images per class)"
+        dataset = self.dataset or "data set unknown"
+        return f"{self.path} ({self.method}, {dataset}, {self.ipc or '?'} images per class)"
 
 
 def read_input(path, models, is_set, packed=1):
-    """One set or network, with what its name and its meta say. models: the names of the networks that there are."""
+    """One set or network, with what its name and its meta say. models: the names of the networks
+    that there are.
+    """
     path = Path(path)
     if not path.exists() or path.is_dir() and not is_set:
         raise InputError(f"{path} does not exist" + (" or is a folder" if not is_set else ""))
@@ -57,7 +83,12 @@ def read_input(path, models, is_set, packed=1):
     named = match.groupdict() if match else {}
     said = {"dataset": named.get("dataset") or _dataset_in(path.name), "model": named.get("model")}
     method = named.get("method", path.stem if path.suffix else path.name)
-    one = Input(path, method, ipc=int(named["ipc"]) if "ipc" in named else None, trained=named.get("trained"))
+    one = Input(
+        path,
+        method,
+        ipc=int(named["ipc"]) if "ipc" in named else None,
+        trained=named.get("trained"),
+    )
     if is_set:
         one.synset = read_synset(path, packed)
         meta = one.synset.meta
@@ -69,10 +100,15 @@ def read_input(path, models, is_set, packed=1):
         in_meta = {"dataset": meta.get("dataset"), "model": meta.get("flags", {}).get("model")}
         for key, value in in_meta.items():
             if value and said[key] and _plain(value) != _plain(said[key]):
-                one.warnings.append(f"{path}: its name says {said[key]}, its meta {value}; the meta is believed")
+                one.warnings.append(
+                    f"{path}: its name says {said[key]}, its meta {value}; the meta is believed"
+                )
             said[key] = value or said[key]
     plain_models = {_plain(model): model for model in models}
-    for what, key, known in (("data set", "dataset", known_dataset), ("network", "model", lambda x: plain_models.get(_plain(x)))):
+    for what, key, known in (
+        ("data set", "dataset", known_dataset),
+        ("network", "model", lambda x: plain_models.get(_plain(x))),
+    ):
         if said[key] is not None:
             setattr(one, key, known(said[key]))
             if getattr(one, key) is None:
@@ -92,7 +128,9 @@ def _dataset_in(name):
 
 
 def read_inputs(args, models):
-    """The files of --synset and --networks. Two of one name, or sets that could not be told apart in a table, are refused."""
+    """The files of --synset and --networks. Two of one name, or sets that could not be told apart
+    in a table, are refused.
+    """
     inputs = []
     for i, path in enumerate(args.synset + args.networks):
         one = read_input(path, models, is_set=i < len(args.synset), packed=args.packed)
@@ -102,14 +140,25 @@ def read_inputs(args, models):
         inputs.append(one)
     for one, other in itertools.combinations(inputs, 2):
         if one.path.name == other.path.name and not (one.synset and other.synset):
-            raise InputError(f"{one.path} and {other.path} have the same name; results are kept by file name: rename one")
+            raise InputError(
+                f"{one.path} and {other.path} have the same name; results are kept by file name: "
+                "rename one"
+            )
         if one.synset and other.synset:
-            pooled = one.method == other.method and len(one.synset.sets[0][1]) == len(other.synset.sets[0][1])
+            pooled = one.method == other.method and len(one.synset.sets[0][1]) == len(
+                other.synset.sets[0][1]
+            )
         else:
-            pooled = ((one.method, one.ipc) == (other.method, other.ipc)
-                      and (one.model, one.trained, bool(one.synset)) != (other.model, other.trained, bool(other.synset)))
+            pooled = (one.method, one.ipc) == (other.method, other.ipc) and (
+                one.model,
+                one.trained,
+                bool(one.synset),
+            ) != (other.model, other.trained, bool(other.synset))
         if pooled:
-            raise InputError(f"{one.describe()} and {other.describe()} would be pooled: tell them apart with --method")
+            raise InputError(
+                f"{one.describe()} and {other.describe()} would be pooled: tell them apart with "
+                "--method"
+            )
     return inputs
 
 
@@ -117,29 +166,44 @@ def take_flags(one, dataset=None, model=None):
     """What an unknown name is taken as: the flags say so, or the file is refused."""
     for what, flag, value in (("data set", "dataset", dataset), ("network", "model", model)):
         if what in one.unknown and not value:
-            choices = ", ".join(DATASETS) + ", or the file of its data" if flag == "dataset" else "one of --help"
-            raise InputError(f"{one.path} is of the {what} {one.unknown[what]!r}, which is none of those here; say what to take "
-                             f"it for with --{flag} ({choices})")
+            choices = (
+                ", ".join(DATASETS) + ", or the file of its data"
+                if flag == "dataset"
+                else "one of --help"
+            )
+            raise InputError(
+                f"{one.path} is of the {what} {one.unknown[what]!r}, which is none of those here; "
+                "say what to take "
+                f"it for with --{flag} ({choices})"
+            )
         if what in one.unknown and _plain(one.unknown[what]) != _plain(Path(str(value)).stem):
-            one.warnings.append(f"{one.path} says {one.unknown[what]}, taken as {Path(str(value)).stem} as --{flag} says")
+            one.warnings.append(
+                f"{one.path} says {one.unknown[what]}, taken as {Path(str(value)).stem} as "
+                f"--{flag} says"
+            )
     one.model = model or one.model
 
 
 def choose_dataset(given, inputs):
-    """The data set: --dataset, or what the files say, which must not contradict it; CIFAR10 where nothing says so."""
+    """The data set: --dataset, or what the files say, which must not contradict it; CIFAR10 where
+    nothing says so.
+    """
     name = given or next((one.dataset for one in inputs if one.dataset), ASSUMED["dataset"])
     for one in inputs:
         if one.dataset not in (None, name):
-            raise InputError(f"{one.describe()} is not of {name}: evaluate each data set in a run of its own")
+            raise InputError(
+                f"{one.describe()} is not of {name}: evaluate each data set in a run of its own"
+            )
     return name
 
 
-# ------------------------------------------------------------------------------------------------------- normalisation
+# ------------------------------------------------------------------------------------ normalisation
 def normalisation_of(one, default, zca=False, network=None):
     """What the images of an input went through: (mean, std, whether ZCA-whitened).
 
-    default: (mean, std) of the data set, for what says nothing. zca: whether --zca says so of what does not. network: (mean,
-    std) of --network_mean, --network_std. Raises InputError if a file contradicts --zca.
+    default: (mean, std) of the data set, for what says nothing. zca: whether --zca says so of what
+    does not. network: (mean, std) of --network_mean, --network_std. Raises InputError if a file
+    contradicts --zca.
     """
     if one.synset is None:
         mean, std = network or default
@@ -153,20 +217,27 @@ def normalisation_of(one, default, zca=False, network=None):
         return (0.0,) * len(default[0]), (1.0,) * len(default[0]), True
     mean, std = (tuple(meta.get(key, value)) for key, value in zip(("mean", "std"), default))
     if len(mean) != len(default[0]) or len(std) != len(default[0]):
-        raise InputError(f"{one.path} is normalised with mean {list(mean)}, std {list(std)}; images here have "
-                         f"{len(default[0])} channel(s)")
+        raise InputError(
+            f"{one.path} is normalised with mean {list(mean)}, std {list(std)}; images here have "
+            f"{len(default[0])} channel(s)"
+        )
     return mean, std, False
 
 
 def choose_normalisation(inputs, data, zca=False, network=None):
-    """Let `data` normalise as the inputs are normalised. Raises InputError where they differ: of a run of several, each network
-    must see what it was made for. zca, network: see `normalisation_of`."""
+    """Let `data` normalise as the inputs are normalised. Raises InputError where they differ: of a
+    run of several, each network must see what it was made for. zca, network: see
+    `normalisation_of`.
+    """
     chosen = [normalisation_of(one, (data.mean, data.std), zca, network) for one in inputs]
     for one, its in zip(inputs, chosen):
         first = chosen[0]
         if its[2] != first[2] or not np.allclose(its[:2], first[:2], atol=1e-4):
-            raise InputError(f"{inputs[0].path} is {_normalised(*first)}, {one.path} is {_normalised(*its)}: evaluate them in "
-                             "runs of their own" + (" (--zca says it of networks)" if its[2] != first[2] else ""))
+            raise InputError(
+                f"{inputs[0].path} is {_normalised(*first)}, {one.path} is {_normalised(*its)}: "
+                "evaluate them in "
+                "runs of their own" + (" (--zca says it of networks)" if its[2] != first[2] else "")
+            )
     mean, std, whitened = chosen[0]
     if whitened:
         data.fit_zca()
@@ -182,13 +253,16 @@ def same_normalisation(one, data):
     """Raise InputError if a set is not normalised as `data` is, for --init."""
     mean, std, zca = normalisation_of(one, (data.mean, data.std), data.zca)
     if zca != data.zca or not np.allclose((mean, std), (data.mean, data.std), atol=1e-4):
-        raise InputError(f"--init {one.path} is {_normalised(mean, std, zca)}, this run's images are "
-                         f"{_normalised(data.mean, data.std, data.zca)}")
+        raise InputError(
+            f"--init {one.path} is {_normalised(mean, std, zca)}, this run's images are "
+            f"{_normalised(data.mean, data.std, data.zca)}"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------ the checks
+# --------------------------------------------------------------------------------------- the checks
 def understand(one, data, images=None):
-    """Check an input against a data set, bring its images into normalised units, and write its line `taken_as`.
+    """Check an input against a data set, bring its images into normalised units, and write its line
+    `taken_as`.
 
     images: what the user says that the images of sets are, see SynsetFile.normalise.
     """
@@ -201,42 +275,67 @@ def understand(one, data, images=None):
         one.taken_as = ", ".join([name, model, takes, *one.notes, "ZCA" if data.zca else "no ZCA"])
         return
     check_set(one, data)
+    if data.zca and not one.synset.bytes:
+        images = images or "normalised"  # whitened floats may have any values
     one.synset.normalise(data.normalize, images)
     one.warnings += one.synset.warnings
     one.taken_as = one.synset.describe(name, data.mean, data.std, data.zca)
 
 
 def check_set(one, data):
-    """Whether the sets of a file are images and labels of this data set, with the same number of images a class (but where the
-    classes are only the largest of soft labels)."""
+    """Whether the sets of a file are images and labels of this data set, with the same number of
+    images a class (but where the classes are only the largest of soft labels).
+    """
     for images, labels, soft_labels in one.synset.sets:
         if images.shape[1:] != (data.channel, *data.size):
-            raise InputError(f"{one.path}: images are {tuple(images.shape[1:])}, {data.name} has {(data.channel, *data.size)}")
+            raise InputError(
+                f"{one.path}: images are {tuple(images.shape[1:])}, {data.name} has "
+                f"{(data.channel, *data.size)}"
+            )
         if int(labels.min()) < 0 or int(labels.max()) >= data.num_classes:
-            raise InputError(f"{one.path}: labels from {int(labels.min())} to {int(labels.max())}; {data.name} has "
-                             f"0 to {data.num_classes - 1}")
+            raise InputError(
+                f"{one.path}: labels from {int(labels.min())} to {int(labels.max())}; {data.name} "
+                "has "
+                f"0 to {data.num_classes - 1}"
+            )
         if soft_labels is not None and soft_labels.shape[1] != data.num_classes:
-            raise InputError(f"{one.path}: soft labels of {soft_labels.shape[1]} classes; {data.name} has {data.num_classes}")
+            raise InputError(
+                f"{one.path}: soft labels of {soft_labels.shape[1]} classes; {data.name} has "
+                f"{data.num_classes}"
+            )
         counts = labels.bincount(minlength=data.num_classes)
         if counts.min() != counts.max() and not one.synset.derived:
-            raise InputError(f"{one.path}: the classes have {int(counts.min())} to {int(counts.max())} images each; "
-                             "the same number is expected")
+            raise InputError(
+                f"{one.path}: the classes have {int(counts.min())} to {int(counts.max())} images "
+                "each; "
+                "the same number is expected"
+            )
     _match_classes(one, data)
 
 
 def _match_classes(one, data):
-    """Number the classes of a set as `data` does, where it names them; a warning where the names are others."""
+    """Number the classes of a set as `data` does, where it names them; a warning where the names
+    are others.
+    """
     theirs = [str(name).lower() for name in one.synset.meta.get("classes", data.classes)]
     ours = [str(name).lower() for name in data.classes]
     if theirs == ours:
         return
     if sorted(theirs) != sorted(ours):
-        one.warnings.append(f"{one.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} {', '.join(ours[:3])} "
-                            "...; taken in this order")
+        one.warnings.append(
+            f"{one.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} "
+            f"{', '.join(ours[:3])} "
+            "...; taken in this order"
+        )
         return
     number = torch.tensor([ours.index(name) for name in theirs])
     columns = number.argsort()
-    one.synset.sets = [type(part)(part.images, number[part.labels],
-                                  None if part.soft_labels is None else part.soft_labels[:, columns])
-                       for part in one.synset.sets]
+    one.synset.sets = [
+        type(part)(
+            part.images,
+            number[part.labels],
+            None if part.soft_labels is None else part.soft_labels[:, columns],
+        )
+        for part in one.synset.sets
+    ]
     one.synset.notes.append("classes numbered by their names")

@@ -128,8 +128,8 @@ class Results:
             if not args.resume and not parallel.restarted():
                 raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
             content = self._read(self.path, known)
-            refuse_other_flags({"attack_precision": "fp32", "zca": False, **content["flags"]}, flags, may_change, f"the run in {self.folder}",
-                               "another --out")
+            saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
+            refuse_other_flags(saved, flags, may_change, f"the run in {self.folder}", "another --out")
             if content["rows"] and content["device"] != device_name(device):
                 raise InputError(f"the seconds in {self.path} are those of {content['device']}, this is "
                                  f"{device_name(device)}: AE and CREI would mix them; go on there, or choose another "

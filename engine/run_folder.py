@@ -212,8 +212,8 @@ class Run:
         """Bring back from the checkpoints what a finished run has written and what is missing or another file now. Raises
         InputError where that cannot be done."""
         if not self._written:
-            raise InputError(f"{self.name} was finished by an earlier version, as {self.published_file} unless that was replaced; "
-                             "--fresh starts over")
+            raise InputError(f"{self.name} was finished by an earlier version, as {self.published_file} unless that was "
+                             "replaced; --fresh starts over")
         for path in self._result_files():
             wanted = self._written.get(path.name)
             if wanted is None or path.exists() and sha256(path) == wanted:
@@ -345,8 +345,8 @@ class Run:
         self._publish()
         args = self.args
         measured, wide = [key for key in COLUMNS if key in table[args.method][0]], max(24, *map(len, table))
-        self.say(f"\n{self.data.name}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) x "
-                 f"{args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
+        self.say(f"\n{self.data.name}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) "
+                 f"x {args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
                  f"{'set':<{wide}} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
         for name, rows in {"constant classifier": constant, **table}.items():
             for model, columns in by_model(rows).items():

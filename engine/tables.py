@@ -262,8 +262,8 @@ def below_chance(rows, num_classes=None):
         accuracy = 100 * mean_of(clean)
         low = 100 * binomtest(round(accuracy / 100 * n), n).proportion_ci(method="wilson").low
         if low <= least:
-            lines.append(f"{method}, ipc {ipc}: clean accuracy {accuracy:.1f} % of {n} images is no better than that of a constant "
-                         f"classifier ({least:g} %): are the labels, the normalisation and the packing right?")
+            lines.append(f"{method}, ipc {ipc}: clean accuracy {accuracy:.1f} % of {n} images is no better than that of a "
+                         f"constant classifier ({least:g} %): are the labels, the normalisation and the packing right?")
     return lines
 
 

@@ -152,7 +152,8 @@ def test_wrong_on_purpose(synset, tmp_path, monkeypatch, arguments, message):
 
 def test_no_pixels_without_a_normalisation(tmp_path, monkeypatch):
     torch.save({"data": [[torch.rand(10, 3, 32, 32), torch.arange(10)]]}, tmp_path / "res.pt")
-    for flags, message in (([], "nothing says of which data set .*--dataset"), (["--dataset", "CIFAR10", "--zca"], "no pixels")):
+    for flags, message in (([], "nothing says of which data set .*--dataset"),
+                           (["--dataset", "CIFAR10", "--zca"], "no pixels")):
         with pytest.raises(InputError, match=message):
             run(monkeypatch, tmp_path / "res.pt", "--to", "folder", tmp_path / "out", *flags)
         assert [path.name for path in tmp_path.iterdir()] == ["res.pt"]  # nothing that would block the next try

@@ -134,7 +134,7 @@ def test_experiments_are_dealt_out(undisturbed, tmp_path, data):
     assert "at experiment 0" in out and "at experiment 1" in out
     assert_same_run(tmp_path, undisturbed, bits=True)
     assert {p.name for p in (tmp_path / "result" / NAME).iterdir()} == {"flags.json", "log.txt", "metrics.jsonl", RESULT}
-    assert {p.name for p in (tmp_path / "checkpoints" / NAME).iterdir()} == {".lock", "state.pt", "best_exp0.pt",
+    assert {p.name for p in (tmp_path / "checkpoints" / NAME).iterdir()} == {".lock", "state.pt", "finished", "best_exp0.pt",
                                                                             "best_exp1.pt"}
 
 

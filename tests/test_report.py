@@ -310,7 +310,8 @@ def test_two_names_are_compared_without_a_file(tmp_path, monkeypatch, capsys):
 
 
 def test_a_data_set_of_three_classes_has_another_constant(tmp_path, monkeypatch, capsys):
-    rows = [row("A", 1, attack, targeted, 0.5, threat="pixel", dataset="pets") for attack, targeted in (("Clean", None), ("AA", False))]
+    rows = [row("A", 1, attack, targeted, 0.5, threat="pixel", dataset="pets")
+            for attack, targeted in (("Clean", None), ("AA", False))]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows, "num_classes": 3}))
     out = main(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--table", "robust")
     assert "| constant classifier |  |  | 33.3 | 33.3 |" in out
