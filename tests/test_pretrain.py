@@ -228,7 +228,8 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     assert (meta["dataset"], meta["mean"]) == ("own", about["mean"])
 
     main(monkeypatch, tmp_path, "--dataset", "own.npz", "--synset", synset, "--limit", "10", "--num_eval", "1", "--query",
-         "--queries", "5", "--aa_iterations", "2", "--no_sanity", "--no_compile", "--labels", "own", "--out", "out", script=evaluate)
+         "--queries", "5", "--aa_iterations", "2", "--no_sanity", "--no_compile", "--labels", "own", "--out", "out",
+         script=evaluate)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["threat_model"] for row in content["rows"]} == {"pixel"} and content["num_classes"] == num_classes
     assert {row["attack"] for row in content["rows"]} == {*CONTROLS, *ATTACKS} - {"PGD20"}
