@@ -353,7 +353,7 @@ def export(args, folder):
             raise InputError(f"{args.set} holds pixels, which --zca says are whitened")
         return (pixels - mean) / std
 
-    file.normalise(normalize, args.images)
+    file.normalise(normalize, args.images, meta["zca"])
     print(
         f"{args.set} taken as: "
         f"{file.describe(meta['dataset'], meta['mean'], meta['std'], meta['zca'])}",

@@ -119,7 +119,7 @@ def load_synset(path, index=0, *, packed=1, images=None):
             raise InputError(f"{path} does not say how its pixels are normalised")
         mean, std = (torch.tensor(said[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         return (pixels - mean) / std
-    one.synset.normalise(normalize, images)
+    one.synset.normalise(normalize, images, bool(one.synset.says_zca()))
     for warning in one.warnings + one.synset.warnings:
         warnings.warn(warning, stacklevel=2)
     return *training_set(one.synset.sets[index], one.synset.pack), protocol_of(meta)

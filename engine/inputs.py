@@ -275,9 +275,7 @@ def understand(one, data, images=None):
         one.taken_as = ", ".join([name, model, takes, *one.notes, "ZCA" if data.zca else "no ZCA"])
         return
     check_set(one, data)
-    if data.zca and not one.synset.bytes:
-        images = images or "normalised"  # whitened floats may have any values
-    one.synset.normalise(data.normalize, images)
+    one.synset.normalise(data.normalize, images, data.zca)
     one.warnings += one.synset.warnings
     one.taken_as = one.synset.describe(name, data.mean, data.std, data.zca)
 

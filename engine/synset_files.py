@@ -20,7 +20,8 @@ from engine.safe_files import InputError, reason, sha256, write_tensors
 PACKS = (1, 2, 4, 8)
 SPACES = ("normalised", "pixels")  # of images, --images
 TOLERANCE = 0.01  # of a sum of probabilities, which may be stored as bfloat16
-SEAM_RATIO, SEAM_DEVIATIONS, SEAM_IMAGES = 1.5, 4.0, 1000  # see `seams`
+WHITENED_DEVIATION, ORDINARY_DEVIATION = 0.38, 0.9  # see `likely_space`
+SEAM_RATIO, SEAM_DEVIATIONS, SEAM_IMAGES = 1.75, 4.0, 1000  # see `seams`
 
 
 class SyntheticSet(NamedTuple):
@@ -65,12 +66,12 @@ class SynsetFile:
         """True or False as its meta says; None if it does not."""
         return self.meta.get("zca", False if "mean" in self.meta else None)
 
-    def normalise(self, normalize, space=None):
+    def normalise(self, normalize, space=None, zca=False):
         """Images as normalised ones, warnings where they look like something else.
 
         normalize: (N, C, H, W) pixels in [0, 1] -> normalised units. space: one of SPACES, what the
-        user says the images are; None: bytes are pixels, floats normalised. Raises InputError if
-        they cannot be that.
+        user says the images are; None: bytes are pixels, floats normalised. zca: whether normalised
+        means whitened. Raises InputError if they cannot be that.
         """
         likely, spread = likely_space([one.images for one in self.sets])
         if space == "pixels" or space is None and self.bytes:
@@ -90,13 +91,31 @@ class SynsetFile:
             raise InputError(
                 f"{self.path}: its images are bytes, which are pixels; leave out --images {space}"
             )
-        elif space is None and likely != "normalised" and not self.says_zca():
-            self.warnings.append(
-                f"{self.path}: taken as normalised images, but its values {spread} look like "
-                f"{likely}" + ("; --images pixels converts them" if "pixels" in likely else "")
-            )
-        self._check_seams()
+        elif space is None:
+            self._check_values(likely, spread, zca)
+        if not zca:  # whitening hides seams, 1.2 to 1.5 as in `seams`, and shows others
+            self._check_seams()
         return self
+
+    def _check_values(self, likely, spread, zca):
+        """A warning where floats that are taken as normalised, or whitened, look like something
+        else.
+        """
+        taken, advice = ("ZCA-whitened" if zca else "normalised"), ""
+        if zca:
+            if self.says_zca() or float(self.sets[0].images.std()) < ORDINARY_DEVIATION:
+                return
+            likely = "ordinary ones"
+        elif likely == "normalised":
+            return
+        elif "pixels" in likely:
+            advice = "; --images pixels converts them"
+        elif "ZCA" in likely:
+            advice = "; --zca says so"
+        self.warnings.append(
+            f"{self.path}: taken as {taken} images, but its values {spread} look like "
+            f"{likely}{advice}"
+        )
 
     def _check_seams(self):
         found, ratio = seams(self.sets[0].images[:SEAM_IMAGES])
@@ -135,20 +154,26 @@ class SynsetFile:
 def likely_space(images):
     """What a list of images probably is by its values: ("normalised", "pixels in [0, 1]", ...,
     their range as text).
+
+    Standard deviations: about 1.2 for normalised CIFAR-10 images, 0.5 for images in [-1, 1], 0.25
+    for ZCA-whitened ones.
     """
-    low, high = min(float(part.min()) for part in images), max(float(part.max()) for part in images)
-    spread = f"from {low:.4g} to {high:.4g}"
+    low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
+    spread, deviation = f"from {low:.4g} to {high:.4g}", float(images[0].std())
     if low >= -1e-3:
-        kind = (
-            "pixels in [0, 1]"
-            if high <= 1 + 1e-3
-            else "pixels from 0 to 255"
-            if 5 < high <= 255.5
-            else ("something else: normalised images have negative values")
-        )
+        if high <= 1 + 1e-3:
+            kind = "pixels in [0, 1]"
+        elif 5 < high <= 255.5:
+            kind = "pixels from 0 to 255"
+        else:
+            kind = "something else: normalised images have negative values"
+    elif deviation < WHITENED_DEVIATION:
+        kind = "ZCA-whitened images"
+    elif -1.001 <= low and high <= 1.001:
+        kind = "images in [-1, 1]"
     else:
-        kind = "images in [-1, 1]" if -1.001 <= low and high <= 1.001 else "normalised"
-    return kind, spread
+        kind = "normalised"
+    return kind, f"{spread} (standard deviation {deviation:.2g})"
 
 
 def seams(images):
