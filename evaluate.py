@@ -38,7 +38,7 @@ from networks import NETWORKS
 from sanity import run_sanity
 from sets import LR_SCHEDULES, PROTOCOL
 from utils import QUERY, WHITE_BOX
-from victims import victim_of_network, victims_of_set
+from victims import check_normalisation, victim_of_network, victims_of_set
 
 SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
 REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
@@ -239,6 +239,7 @@ def main():
     for one in inputs:
         if not one.synset:
             victims.append(victim_of_network(one, data))
+            one.warnings += check_normalisation(victims[-1], data)
         understand(one, data, args.images)
         for line in (f"{one.path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)):
             parallel.say(line)

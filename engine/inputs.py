@@ -169,12 +169,11 @@ def take_flags(one, dataset=None, model=None):
             choices = (
                 ", ".join(DATASETS) + ", or the file of its data"
                 if flag == "dataset"
-                else "one of --help"
+                else "--help lists them"
             )
             raise InputError(
                 f"{one.path} is of the {what} {one.unknown[what]!r}, which is none of those here; "
-                "say what to take "
-                f"it for with --{flag} ({choices})"
+                f"say what to take it for with --{flag} ({choices})"
             )
         if what in one.unknown and _plain(one.unknown[what]) != _plain(Path(str(value)).stem):
             one.warnings.append(
