@@ -21,7 +21,7 @@ from augment import PACKS, parse_dsa_strategy
 from engine import parallel
 from engine.clock import duration
 from engine.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
-from engine.datasets import load_dataset
+from engine.datasets import dataset_name, load_dataset
 from engine.device import device_name, get_device, synchronise
 from engine.fast import PRECISIONS, choose_precision, no_bf16, set_precision, stop_compiling
 from engine.inputs import choose_dataset, choose_normalisation, read_inputs, understand
@@ -221,8 +221,8 @@ def main():
                          "with --no_sanity")
     choose_precision(args, device := get_device(parallel.start(args)))
     inputs = read_inputs(args, NETWORKS)
-    data = load_dataset(args.dataset or choose_dataset(None, inputs), args.data_path, device)
-    choose_dataset(data.name, inputs)
+    named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
+    data = load_dataset(args.dataset or named, args.data_path, device)
     data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random numbers on CUDA
     for flag in ("limit", "aa_limit"):
         if getattr(args, flag) > len(data.labels["test"]):

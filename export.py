@@ -241,8 +241,7 @@ def card(one, meta, name):
         f"{'classes, and soft labels: logits' if one.soft_labels is not None else 'classes'} |",
         f"| training | SGD, momentum 0.9, weight decay 5e-4, {options['epochs'] + 1} epochs, batch "
         f"{options['batch_train']}, learning rate {options['lr_net']} ({options['lr_schedule']}), "
-        "augmentation "
-        f"{options['dsa_strategy']} |",
+        f"augmentation {options['dsa_strategy']} |",
     ]
     if one.soft_labels is not None:
         t = options["temperature"]

@@ -85,8 +85,7 @@ def _images(name, x):
         if low < 0 or high > 255 or high > 1 and not whole:
             raise InputError(
                 f"{name} is {x.dtype} with values from {low:.4g} to {high:.4g}; expected bytes, "
-                "floats in "
-                "[0, 1], or whole numbers up to 255, without a normalisation"
+                "floats in [0, 1], or whole numbers up to 255, without a normalisation"
             )
         if high <= 1:
             x = np.asarray(x, np.float64) * 255

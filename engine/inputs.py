@@ -292,8 +292,7 @@ def check_set(one, data):
         if int(labels.min()) < 0 or int(labels.max()) >= data.num_classes:
             raise InputError(
                 f"{one.path}: labels from {int(labels.min())} to {int(labels.max())}; {data.name} "
-                "has "
-                f"0 to {data.num_classes - 1}"
+                f"has 0 to {data.num_classes - 1}"
             )
         if soft_labels is not None and soft_labels.shape[1] != data.num_classes:
             raise InputError(
@@ -304,8 +303,7 @@ def check_set(one, data):
         if counts.min() != counts.max() and not one.synset.derived:
             raise InputError(
                 f"{one.path}: the classes have {int(counts.min())} to {int(counts.max())} images "
-                "each; "
-                "the same number is expected"
+                "each; the same number is expected"
             )
     _match_classes(one, data)
 
@@ -321,8 +319,7 @@ def _match_classes(one, data):
     if sorted(theirs) != sorted(ours):
         one.warnings.append(
             f"{one.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} "
-            f"{', '.join(ours[:3])} "
-            "...; taken in this order"
+            f"{', '.join(ours[:3])} ...; taken in this order"
         )
         return
     number = torch.tensor([ours.index(name) for name in theirs])

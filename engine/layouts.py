@@ -29,8 +29,7 @@ from engine.safe_files import MAX_BYTES, InputError, keys_of, read_tensors
 
 LAYOUT_NAMES = (
     "the DC layout, a pair (images, labels), images*.pt beside labels*.pt, .safetensors, and a "
-    "folder of any of "
-    "these or of pictures"
+    "folder of any of these or of pictures"
 )
 
 
@@ -200,8 +199,7 @@ def _read_listed_pictures(folder):
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(
             f"{table} is damaged or no list of pictures ({type(error).__name__}: {error}); "
-            "expected the "
-            "columns file, label, and perhaps logit_0 ..."
+            "expected the columns file, label, and perhaps logit_0 ..."
         ) from None
     inside = folder.resolve()
     for path in paths:

@@ -242,8 +242,8 @@ class Run:
         for path in self._result_files():
             write_atomically(kept / path.name, lambda partial: shutil.copyfile(path, partial))  # noqa: B023
             self._written[path.name] = sha256(path)
-        self._state_file.remove()
         self.save_state(finished=True)
+        self._state_file.forget_previous()
         self._remove_parts()
 
     # ------------------------------------------------------------------------------------------------- several processes

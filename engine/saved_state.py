@@ -184,6 +184,9 @@ class StateFile:
             raise InputError(f"{'; '.join(damaged)}; start over with --fresh")
         return None, None
 
+    def forget_previous(self):
+        self.previous.unlink(missing_ok=True)
+
     def remove(self):
         for path in (self.newest, self.previous):
             path.unlink(missing_ok=True)

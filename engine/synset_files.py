@@ -314,8 +314,7 @@ def _check_meta(path, meta):
     if recipe.get("pack", pack_of(meta)) != pack_of(meta):
         raise InputError(
             f"{path}: its recipe trains on images packed {recipe['pack']}x{recipe['pack']}, its "
-            "meta says "
-            f"{pack_of(meta)}x{pack_of(meta)}"
+            f"meta says {pack_of(meta)}x{pack_of(meta)}"
         )
 
 
@@ -373,8 +372,7 @@ def _logits(name, soft, count, pack):
     if soft.dim() != 2 or not soft.is_floating_point() or len(soft) != count or soft.shape[1] < 2:
         raise InputError(
             f"{name}: soft labels are {soft.dtype} {tuple(soft.shape)}; expected floats ({count}, "
-            "classes), one "
-            f"row for each training image"
+            f"classes), one row for each training image"
             + (f" ({pack}x{pack} in each stored image)" if pack > 1 else "")
         )
     if not soft.isfinite().all():

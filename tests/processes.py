@@ -29,7 +29,7 @@ sys.argv = sys.argv[1:] + (os.environ.get("MORE", "").split() if rank == "1" els
 utils.SELECT_IMAGES, sanity.QUERIES, sanity.STEPS = 40, 50, 10
 engine.run_folder.save_grid = lambda *args: None  # two seconds of imports
 if os.environ.get("KEEP"):
-    StateFile.remove = lambda self: None
+    StateFile.remove = StateFile.forget_previous = lambda self: None
 
 who, where, call = os.environ.get("AT", "-1::0").split(":")
 if who == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
