@@ -237,6 +237,7 @@ def main():
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
     victims = []
     for one in inputs:
+        utils.check_network(one.model, data)
         if not one.synset:
             victims.append(victim_of_network(one, data))
             one.warnings += check_normalisation(victims[-1], data)

@@ -108,7 +108,9 @@ def load_robust_prior(args, data, lines=None):
             raise InputError(f"--robust_prior {path} does not exist or is a folder")
         try:
             about = json.loads(about_path.read_text())
-            said = {key: about[key] for key in ("model", "dataset", "num_classes", "threat_model")}
+            missing = {"model", "dataset", "num_classes", "threat_model"} - set(about)
+            if missing:
+                raise KeyError(", ".join(sorted(missing)))
             accuracy = float(about["train_robust_acc"])
             if not 0 <= accuracy <= 1:
                 raise ValueError(f"train_robust_acc is {accuracy}")
@@ -118,8 +120,8 @@ def load_robust_prior(args, data, lines=None):
         wanted = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
                   "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std)}
         for key, value in wanted.items():
-            if said.get(key, about.get(key, value)) != value:
-                raise InputError(f"--robust_prior {path}: its {key} is {said.get(key, about.get(key))}, this run's {value}")
+            if about.get(key, value) != value:  # networks of earlier versions do not say their mean and std
+                raise InputError(f"--robust_prior {path}: its {key} is {about[key]}, this run's {value}")
         notes = []
         net = load_into(network_for(data, args.model, 0), path, notes).eval()
         if lines is not None:

@@ -59,6 +59,8 @@ class Input:
     method: str
     dataset: str = None
     model: str = None
+    dataset_given: bool = False  # by a flag
+    model_assumed: bool = False
     ipc: int = None
     trained: str = None
     synset: SynsetFile = None
@@ -137,6 +139,8 @@ def read_inputs(args, models):
         if args.method:
             one.method = args.method[i]
         take_flags(one, args.dataset, args.model)
+        one.model_assumed = one.model is None
+        one.model = one.model or ASSUMED["model"]
         inputs.append(one)
     for one, other in itertools.combinations(inputs, 2):
         if one.path.name == other.path.name and not (one.synset and other.synset):
@@ -180,7 +184,7 @@ def take_flags(one, dataset=None, model=None):
                 f"{one.path} says {one.unknown[what]}, taken as {Path(str(value)).stem} as "
                 f"--{flag} says"
             )
-    one.model = model or one.model
+    one.model, one.dataset_given = model or one.model, bool(dataset)
 
 
 def choose_dataset(given, inputs):
@@ -265,11 +269,10 @@ def understand(one, data, images=None):
 
     images: what the user says that the images of sets are, see SynsetFile.normalise.
     """
-    said = one.dataset or one.unknown.get("data set")
+    said = one.dataset or one.dataset_given or "data set" in one.unknown
     name = data.name if said or data.name not in DATASETS else f"{data.name} (assumed)"
-    model = one.model or f"{ASSUMED['model']} (assumed)"
-    one.model = one.model or ASSUMED["model"]
     if one.synset is None:
+        model = f"{one.model} (assumed)" if one.model_assumed else one.model
         takes = f"for images {_normalised(data.mean, data.std, data.zca)}"
         one.taken_as = ", ".join([name, model, takes, *one.notes, "ZCA" if data.zca else "no ZCA"])
         return

@@ -477,6 +477,15 @@ def test_a_name_and_a_meta_that_disagree(tmp_path):
     )
 
 
+def test_a_network_of_which_nothing_is_said(tmp_path, monkeypatch, digits):
+    torch.save(get_network("ConvNet", 3, 10, (32, 32), 0).state_dict(), tmp_path / "best.pth")
+    flags = [flag for flag in QUICK if flag not in ("--model", "MLP")]
+    flags += ["--dataset", "Digits", "--limit", 20, "--networks", tmp_path / "best.pth"]
+    content, _ = run(monkeypatch, tmp_path / "out", *flags)
+    (said,) = content["inputs"].values()
+    assert said["taken_as"].startswith("Digits, ConvNet (assumed), for images normalised")
+
+
 def test_permuted_labels_are_warned_of(digit_images, tmp_path, monkeypatch):
     path = tmp_path / "res_DM_Digits_MLP_10ipc.pt"
     torch.save({"data": [[digit_images, (LABELS + 3) % 10]]}, path)
