@@ -180,7 +180,7 @@ def seams(images):
     """How images (N, C, H, W) seem to be packed: (K, ratio), K of PACKS; 1 if no seams are seen.
 
     ratio: the mean difference of neighbouring pixels across the seams that only K x K sub-images
-    have, relative to that where no packing has any. CIFAR-10: 1.9 to 3.6 where packed, 0.9 to 1.3
+    have, relative to that where no packing has any. CIFAR-10: 1.9 to 4.0 where packed, 0.9 to 1.3
     where not (sets of 10 to 500 images). It must also be larger than 1 by `SEAM_DEVIATIONS`
     standard deviations of its mean over images.
     """
