@@ -112,21 +112,29 @@ def run_script(main):
         main()
         whole = True
     except (InputError, OSError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        _leave(f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: the memory of the device is full ({str(error).split('.')[0]}); smaller "
-                 "numbers of images at a time need less: --chunk, --batch_real, --trained_bs, --batch_train")
+        _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); smaller numbers of images at a time "
+               "need less: --chunk, --batch_real, --trained_bs, --batch_train", 1)
     except Interrupted as stop:
         rest = "goes on from here" if stop.whole else "goes on from the last saved state"
         same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
-        if parallel.chief():
-            print(f"{Path(sys.argv[0]).name}: stopped by {stop}; {same} {rest}", file=sys.stderr)
-        sys.exit(stop.exit_status)
+        _leave(f"stopped by {stop}; {same} {rest}" if parallel.chief() else None, stop.exit_status)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave("interrupted", 130)
     finally:
         parallel.stop(whole)
+
+
+def _leave(text, status):
+    """End with a line on standard error, or without one. It is written whole and at once: other processes write to the same
+    terminal, and where one has died, torchrun's SIGTERM to this one comes in the next moment and must not take its place."""
+    if parallel.by_torchrun():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if text:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
+        sys.stderr.flush()
+    sys.exit(status)
 
 
 def _stopped(signum, frame):

@@ -19,6 +19,7 @@ import pretrain
 import ROME_cifar10 as rome
 import utils
 from engine import parallel
+from engine.command_line import run_script
 from engine.safe_files import InputError
 from engine.saved_state import Interrupted, Interrupts
 
@@ -119,6 +120,24 @@ def test_killed_then_stopped_and_started_again_by_torchrun(undisturbed, tmp_path
     assert sum(member["seen"] for member in ours["pool"]["members"])
     state = torch.load(tmp_path / "checkpoints" / NAME / "state.pt", weights_only=True)
     assert not re.search("world|process|rank", " ".join(map(str, [*state, *state["flags"], *state["versions"]])))
+
+
+def test_torchruns_signal_does_not_take_the_last_line(monkeypatch, capsys):
+    """Another process has died; while this one leaves, torchrun tells it to stop as well."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py"])
+    monkeypatch.setattr(parallel, "by_torchrun", lambda: True)
+    monkeypatch.setattr(parallel, "stop", lambda whole: os.kill(os.getpid(), signal.SIGTERM))
+
+    def broken():
+        raise ConnectionError("another process of the run is gone")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_script(broken)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "ROME_cifar10.py: error: another process of the run is gone\n"
 
 
 def test_experiments_are_dealt_out(undisturbed, tmp_path, data):

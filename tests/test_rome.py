@@ -386,10 +386,7 @@ def fails(capsys, monkeypatch, folder, *flags):
     monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *flags])
     with pytest.raises(SystemExit) as stop:
         run_script(rome.main)
-    err = capsys.readouterr().err.strip().splitlines()
-    if isinstance(stop.value.code, str):
-        return 1, stop.value.code
-    return stop.value.code, err[-1]
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, says", [
