@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
-from augment import PACKS, draws_on_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from augment import draws_on_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
 from engine import parallel
 from engine.audit import audits_at_the_end
 from engine.clock import Clock
@@ -29,7 +29,7 @@ from engine.graphs import play, played
 from engine.plan import matched_together, print_plan
 from engine.run_folder import open_run
 from engine.streams import stream
-from engine.synset_files import SyntheticSet
+from engine.synset_files import PACKS, SyntheticSet
 from engine.turns import at_their_turns, take_turns
 from networks import EVAL_MODES, NETWORKS, network_for
 from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe

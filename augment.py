@@ -177,9 +177,6 @@ def draws_on_device(chosen, draws, device):
 
 
 # --------------------------------------------------------------------------------------------------------------- packing
-PACKS = (2, 4, 8)  # sub-images along each side of a stored image; 1 is a set that is not packed
-
-
 def pack(x, k=2):
     """k*k images into each stored one: shrink them and set them side by side.
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import utils
 from attacks import ATTACKS, PGD_STEPS, PUBLISHED_CLASSES, THREAT_MODELS, check_threat_model, craft, get_threat_model
-from augment import PACKS, parse_dsa_strategy
+from augment import parse_dsa_strategy
 from engine import parallel
 from engine.clock import duration
 from engine.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
@@ -32,7 +32,7 @@ from engine.results import CONTROLS, HEADLINE_EPS
 from engine.safe_files import InputError, write_text
 from engine.saved_state import Interrupted
 from engine.streams import stream
-from engine.synset_files import SPACES
+from engine.synset_files import PACKS, SPACES
 from engine.tables import results_markdown
 from networks import NETWORKS
 from sanity import run_sanity

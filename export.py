@@ -19,19 +19,17 @@ from pathlib import Path
 
 import torch
 
-from augment import PACKS
 from engine.command_line import add_dataset_flag, add_switch, at_least, method_name, run_script
 from engine.datasets import DATASETS, dataset_name, load_dataset
 from engine.inputs import read_input, take_flags
 from engine.safe_files import (
     InputError,
-    sha256,
     write_atomically,
     write_json,
     write_tensors,
     write_text,
 )
-from engine.synset_files import SPACES, SyntheticSet, save_synset
+from engine.synset_files import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
 from networks import NETWORKS
 from sets import protocol_of, training_set
 
@@ -177,7 +175,7 @@ def _pixels(images, meta):
     """Normalised images -> pixels in [0, 1]."""
     if meta["zca"]:
         raise InputError("the set is ZCA-whitened: it has no pixels; choose another layout")
-    mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std = mean_and_std(meta)
     return (images * std + mean).clamp(0, 1)
 
 
@@ -345,7 +343,7 @@ def export(args, folder):
     meta, file = meta_of(one, args), one.synset
     if args.index >= len(file.sets):
         raise InputError(f"--index {args.index}: {args.set} has {len(file.sets)} set(s), from 0")
-    mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std = mean_and_std(meta)
 
     def normalize(pixels):
         if meta["zca"]:

@@ -26,6 +26,7 @@ from engine.pictures import figure_3, figure_4, figure_run, figure_sets
 from engine.results import chance, find, pools, read_rows, read_run
 from engine.safe_files import InputError, write_atomically, write_text
 from engine.streams import stream, stream_seed
+from engine.synset_files import mean_and_std
 from engine.tables import Table, table_accuracy, table_runs, table_seeds
 from networks import NETWORKS, network_for
 from sets import protocol_of, training_set
@@ -220,11 +221,11 @@ def figure_of_sets(paths):
     shown, classes = {}, None
     for path in paths:
         one = read_input(path, NETWORKS, is_set=True)
-        sets, meta = one.synset.sets, one.synset.meta
+        meta = one.synset.meta
         if not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca") or classes not in (None, meta["classes"]):
             raise InputError(f"{path} does not say its data set and normalisation, is whitened, or of another data set than "
                              "the others")
-        mean, std = (torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        mean, std = mean_and_std(meta)
         one.synset.normalise(lambda pixels: (pixels - mean) / std)  # noqa: B023
         print(f"{path} taken as: {one.synset.describe(meta['dataset'], meta['mean'], meta['std'], False)}")
         name = f"{meta.get('flags', {}).get('method', Path(path).stem)}, {meta.get('threat_model', '')}"

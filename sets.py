@@ -16,7 +16,7 @@ from engine.device import CHUNK
 from engine.inputs import read_input, same_normalisation, take_flags, understand
 from engine.safe_files import InputError, sha256
 from engine.streams import stream
-from engine.synset_files import SyntheticSet
+from engine.synset_files import SyntheticSet, mean_and_std
 from networks import NETWORKS
 
 
@@ -117,7 +117,7 @@ def load_synset(path, index=0, *, packed=1, images=None):
         said = meta if {"mean", "std"} <= set(meta) else DATASETS.get(one.dataset)
         if said is None or one.synset.says_zca():
             raise InputError(f"{path} does not say how its pixels are normalised")
-        mean, std = (torch.tensor(said[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        mean, std = mean_and_std(said)
         return (pixels - mean) / std
     one.synset.normalise(normalize, images, bool(one.synset.says_zca()))
     for warning in one.warnings + one.synset.warnings:

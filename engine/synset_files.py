@@ -17,7 +17,7 @@ from engine.layouts import read_layout
 from engine.results import by_model
 from engine.safe_files import InputError, reason, sha256, write_tensors
 
-PACKS = (1, 2, 4, 8)
+PACKS = (2, 4, 8)  # sub-images along each side of a stored image; 1 is a set that is not packed
 SPACES = ("normalised", "pixels")  # of images, --images
 TOLERANCE = 0.01  # of a sum of probabilities, which may be stored as bfloat16
 WHITENED_DEVIATION, ORDINARY_DEVIATION = 0.38, 0.9  # see `likely_space`
@@ -177,7 +177,7 @@ def likely_space(images):
 
 
 def seams(images):
-    """How images (N, C, H, W) seem to be packed: (K, ratio), K of PACKS; 1 if no seams are seen.
+    """How images (N, C, H, W) seem to be packed: (K, ratio), K of PACKS, or 1 if no seams are seen.
 
     ratio: the mean difference of neighbouring pixels across the seams that only K x K sub-images
     have, relative to that where no packing has any. CIFAR-10: 1.9 to 4.0 where packed, 0.9 to 1.3
@@ -191,7 +191,7 @@ def seams(images):
     differences = (rows + columns) / 2  # (N, side - 1)
     position = torch.arange(1, side)
     inside = differences[:, position % (side // PACKS[-1]) != 0].mean(1)
-    for pack in PACKS[1:]:
+    for pack in PACKS:
         step = side // pack
         new = (
             (position % step == 0) & (position % (2 * step) != 0) if pack > 2 else position == step
@@ -247,6 +247,11 @@ def pack_of(meta, default=1):
     return meta.get("pack", 2 if meta.get("packed") else default)
 
 
+def mean_and_std(meta):
+    """The normalisation that the meta of a file says: (mean, std), (1, C, 1, 1) each."""
+    return tuple(torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+
+
 # What `meta["recipe"]` may say of training on a set: the name of each setting, its kind, its least
 # value.
 RECIPE = {
@@ -290,7 +295,7 @@ def _check_meta(path, meta):
             or numbers
             and not all(isinstance(x, (int, float)) for x in value)
             or key == "pack"
-            and (isinstance(value, bool) or value not in PACKS)
+            and (isinstance(value, bool) or value not in (1, *PACKS))
         ):
             raise InputError(
                 f"{path}: {key} of its meta is {str(value)[:60]!r}, no {kind.__name__}"

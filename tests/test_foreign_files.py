@@ -29,6 +29,7 @@ from engine.synset_files import read_synset, save_synset, seams
 from networks import NETWORKS, get_network
 from victims import Victim, check_normalisation
 
+JUDGED = "--threat_model pixel --attacks FGSM --untargeted --no_sanity".split()
 QUICK = [
     "--model",
     "MLP",
@@ -42,12 +43,7 @@ QUICK = [
     "none",
     "--limit",
     "100",
-    "--threat_model",
-    "pixel",
-    "--attacks",
-    "FGSM",
-    "--untargeted",
-    "--no_sanity",
+    *JUDGED,
 ]
 LABELS = torch.arange(10).repeat_interleave(10)
 
@@ -572,18 +568,7 @@ def test_every_export_is_read_back_by_evaluate(packed_set, tmp_path, monkeypatch
     path, one, meta = packed_set
     out = tmp_path / "exported"
     run_export(monkeypatch, path, "--to", layout, out)
-    flags = [
-        "--num_eval",
-        "1",
-        "--limit",
-        "50",
-        "--threat_model",
-        "pixel",
-        "--attacks",
-        "FGSM",
-        "--untargeted",
-        "--no_sanity",
-    ]
+    flags = ["--num_eval", "1", "--limit", "50", *JUDGED]
     content, text = run(monkeypatch, tmp_path / "out", "--synset", out, *flags)
     methods = (
         {"DM-pixel"} if layout in ("mtt", "ddranking") else {"DM-pixel", "DM-pixel-hard"}
