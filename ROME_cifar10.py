@@ -16,23 +16,24 @@ from tqdm import tqdm
 
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
-from augment import draws_on_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
-from engine import parallel
-from engine.audit import audits_at_the_end
-from engine.clock import Clock
-from engine.command_line import (add_compatibility_flags, add_dataset_flag, add_run_flags, add_switch, at_least, fraction,
+from augment import draws_to_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from runtime import distributed
+from runtime.perturbation import deferred_checks
+from runtime.progress import ProgressTimer
+from runtime.command_line import (add_compatibility_flags, add_dataset_flag, add_run_flags, add_switch, at_least, fraction,
                                  method_name, run_script)
-from engine.datasets import load_dataset
-from engine.device import get_device, moved_together
-from engine.fast import choose_precision, embed, frozen, set_precision
-from engine.graphs import play, played
-from engine.plan import matched_together, print_plan
-from engine.run_folder import open_run
-from engine.streams import stream
-from engine.synset_files import PACKS, SyntheticSet
-from engine.turns import at_their_turns, take_turns
+from datasets import load_dataset
+from runtime.device import get_device, to_device_packed
+from runtime.compilation import resolve_precision, embed, freeze_parameters, set_precision
+from runtime.cuda_graphs import graphed_call, use_cuda_graphs
+from runtime.cost import matching_groups, print_summary
+from runtime.run_directory import open_run
+from runtime.training import require_finite, training_step
+from runtime.seeding import make_generator
+from formats.synset_file import PACKS, SyntheticSet
+from runtime.lookahead import lookahead_images, step_per_class
 from networks import EVAL_MODES, NETWORKS, network_for
-from sets import INITS, LR_SCHEDULES, control_packs, control_sets, initial_set, labelled, recipe
+from synsets import INITS, LR_SCHEDULES, baseline_packs, baseline_sets, initial_set, with_soft_labels, recipe
 
 # ---- dataset block: all that differs between ROME_cifar10.py and ROME_cifar100.py --------------------------------------
 DATASET_DEFAULTS = {"dataset": "CIFAR10", "num_eval": 1, "syn_ce": True, "ce_weight": 1.0}
@@ -65,21 +66,21 @@ def performance_aligned_loss(logits, c, only_while_wrong):
 
 
 # ----------------------------------------------------------------------------------------------------- the outer iteration
-def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
-    """Step 3 for one pool network: every class takes its turn, each one optimiser step on the whole set (see engine.turns).
+def matching_step(image_syn, optimizer_img, member, data, threat, args, rng):
+    """Step 3 for one pool network: every class takes its turn, each one optimiser step on the whole set (see runtime.lookahead).
 
     image_syn: (C*ipc, 3, H, W), changed in place. Returns (mean robustness-, mean performance-aligned loss), () tensors.
     """
     net, sub_images = member.net, args.ipc * args.pack**2
     only_while_wrong = CE_ONLY_WHILE_WRONG and sub_images == 1
     draws, emb_adv = robust_prior(net, data, threat, args, rng)  # it does not depend on the synthetic images
-    images = at_their_turns(image_syn, optimizer_img, data.num_classes)  # nor do these on the network: all classes in one pass
+    images = lookahead_images(image_syn, optimizer_img, data.num_classes)  # nor do these on the network: all classes in one pass
     gradients, total_rob, total_perf = [], *torch.zeros(2, device=data.device)
-    for classes in matched_together(data, sub_images):  # as many at a time as the memory allows
+    for classes in matching_groups(data, sub_images):  # as many at a time as the memory allows
         part = images[classes.start * args.ipc:classes.stop * args.ipc].requires_grad_()
         augmented = torch.cat([dsa_apply(unpack(x, args.pack), draws[c]) for c, x in zip(classes, part.split(args.ipc))])
-        with frozen(net):
-            embedded = [embed(net, x, args.embed_last) for x in augmented.split(data.chunk)]
+        with freeze_parameters(net):
+            embedded = [embed(net, x, args.embed_last) for x in augmented.split(data.micro_batch)]
         emb_syn, logits = (torch.cat(parts).split(sub_images) for parts in zip(*embedded))  # (ipc*pack*pack, ...) a class
         loss_rob = torch.stack([robustness_aligned_loss(e, emb_adv[c], args.align_distance) for c, e in zip(classes, emb_syn)])
         loss = args.align_weight * loss_rob.sum()
@@ -89,8 +90,8 @@ def update_images(image_syn, optimizer_img, member, data, threat, args, rng):
             loss = loss + (1 - args.align_weight) * args.ce_weight * member.running_accuracy() * loss_perf
             total_perf += loss_perf.detach()
         gradients += torch.autograd.grad(loss, part)  # no image has a part in the loss of another class
-    take_turns(image_syn, optimizer_img, torch.cat(gradients), data.num_classes)
-    parallel.same(image_syn.data)
+    step_per_class(image_syn, optimizer_img, torch.cat(gradients), data.num_classes)
+    distributed.broadcast_(image_syn.data)
     return total_rob / data.num_classes, total_perf / data.num_classes
 
 
@@ -102,25 +103,25 @@ def robust_prior(net, data, threat, args, rng):
     """
     draws, emb_adv = [], []
     for classes in data.class_groups(args.batch_real):  # as many at a time as the memory allows
-        chosen = [data.choose_class(c, args.batch_real, rng["data"]) for c in classes]
+        chosen = [data.sample_class_indices(c, args.batch_real, rng["data"]) for c in classes]
         drawn = [dsa_draw(args.dsa_strategy, data.size, rng["dsa"]) for c in classes]
-        chosen, drawn = draws_on_device(chosen, drawn, data.device)
+        chosen, drawn = draws_to_device(chosen, drawn, data.device)
         draws, batches = draws + drawn, []
         for c, index in zip(classes, chosen):
-            img_real = dsa_apply(data.take("train", index)[0], draws[c])  # (n, 3, H, W)
+            img_real = dsa_apply(data.get_batch("train", index)[0], draws[c])  # (n, 3, H, W)
             if args.ipc == 1 and args.pack == 1 and REAL_KEPT and len(img_real) > REAL_KEPT:
                 img_real = lowest_loss(net, img_real, c, REAL_KEPT)
             batches.append(img_real)
         sizes = [len(batch) for batch in batches]
-        img_real, own = torch.cat(batches), parallel.share(sum(sizes))  # (sum of sizes, 3, H, W)
+        img_real, own = torch.cat(batches), distributed.shard(sum(sizes))  # (sum of sizes, 3, H, W)
         img_adv = img_real[own]
         if args.attack_prior:
             label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
-            img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
+            img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], micro_batch=data.micro_batch, own=own)
         with torch.no_grad():
-            embeddings = torch.cat([play(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net,
-                                         x)[0] for x in img_adv.split(data.chunk)])
-        emb_adv.append(parallel.class_means(embeddings, sizes))  # (classes of this group, D)
+            embeddings = torch.cat([graphed_call(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net,
+                                         x)[0] for x in img_adv.split(data.micro_batch)])
+        emb_adv.append(distributed.class_means(embeddings, sizes))  # (classes of this group, D)
     return draws, torch.cat(emb_adv)
 
 
@@ -131,20 +132,20 @@ def lowest_loss(net, img_real, c, count):
     return img_real[(-F.log_softmax(logits, dim=1)[:, c]).topk(count, largest=False).indices]
 
 
-def train_pool(members, data, threat, args, rng):
+def pool_step(members, data, threat, args, rng):
     """Step 4: train these networks of the pool on attacked real images; of several processes each one has its share of every
     batch. Returns the mean loss, a () tensor; 0 for none."""
     losses = [torch.zeros((), device=data.device)]
-    chosen = [data.choose(args.trained_bs, rng["data"]) for _ in range(len(members) * args.model_train_steps)]
-    batches = iter(moved_together(chosen, data.device))
+    chosen = [data.sample_indices(args.trained_bs, rng["data"]) for _ in range(len(members) * args.model_train_steps)]
+    batches = iter(to_device_packed(chosen, data.device))
     for member in members:
         for _ in range(args.model_train_steps):
-            img_real, label_real = data.take("train", next(batches))
-            seen, own = len(label_real), parallel.share(len(label_real))
+            img_real, label_real = data.get_batch("train", next(batches))
+            seen, own = len(label_real), distributed.shard(len(label_real))
             img_adv = img_real[own]
             if args.attack_pool:
-                img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=data.chunk, own=own)
-            loss, right = utils.training_step(member.net, member.optimizer, img_adv, label_real[own], seen)
+                img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], micro_batch=data.micro_batch, own=own)
+            loss, right = training_step(member.net, member.optimizer, img_adv, label_real[own], seen)
             member.record(right, seen)
             losses.append(loss)
     return torch.stack(losses).sum() / max(len(losses) - 1, 1)
@@ -155,27 +156,27 @@ def outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
     # 2. Renew the pool.
     if it % args.net_generate_interval == 0:
         pool.push(args.net_push_num)
-    matched = pool.choose(args.train_net_num, rng["pool"], args.net_begin, args.net_end)
-    trained = [] if pool.fixed else pool.choose(args.fetch_net_num, rng["pool"])
-    with audits_at_the_end() as audits, played(args.cuda_graphs and data.device.type == "cuda"):
+    matched = pool.sample(args.train_net_num, rng["pool"], args.net_begin, args.net_end)
+    trained = [] if pool.fixed else pool.sample(args.fetch_net_num, rng["pool"])
+    with deferred_checks() as audits, use_cuda_graphs(args.cuda_graphs and data.device.type == "cuda"):
         for _ in range(args.outer_loop):
             # 3. Match the synthetic images to the robust prior of random pool networks.
             for member in matched:
-                loss_rob, loss_perf = update_images(image_syn, optimizer_img, member, data, threat, args, rng)
+                loss_rob, loss_perf = matching_step(image_syn, optimizer_img, member, data, threat, args, rng)
                 w_f = member.running_accuracy()
             # 4. Train random pool networks on attacked real images.
-            loss_net = train_pool(trained, data, threat, args, rng)
+            loss_net = pool_step(trained, data, threat, args, rng)
         losses = dict(zip(("loss_robustness", "loss_performance", "w_f", "loss_pool"),
                           audits.read([loss_rob, loss_perf, w_f, loss_net])))
-    utils.check_finite(losses)
+    require_finite(losses)
     return losses
 
 
-def distill(args, exp, data, threat, prior, evaluate, run, clock):
-    """One experiment: distil a set; returns the best one as a dict: what `labelled` returns, iteration, evaluation rows."""
-    rng = {name: stream(args.seed, exp, name) for name in ("data", "dsa", "pool")}
-    rng["attack"] = stream(args.seed, exp, "attack", device=data.device)
-    image_syn, label_syn = initial_set(args, data, stream(args.seed, exp, "init"), args.init, args.pack, exp)
+def distill(args, exp, data, threat, prior, evaluate, run, timer):
+    """One experiment: distil a set; returns the best one as a dict: what `with_soft_labels` returns, iteration, evaluation rows."""
+    rng = {name: make_generator(args.seed, exp, name) for name in ("data", "dsa", "pool")}
+    rng["attack"] = make_generator(args.seed, exp, "attack", device=data.device)
+    image_syn, label_syn = initial_set(args, data, make_generator(args.seed, exp, "init"), args.init, args.pack, exp)
     optimizer_img = image_optimizer(args, image_syn.requires_grad_())
     pool = utils.new_pool(args, exp, data, prior)
     evaluated_at = utils.evaluation_iterations(args)
@@ -195,17 +196,17 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
         pool.load_state_dict(saved["pool"])
         for name, generator in rng.items():
             generator.set_state(saved["rng"][name])
-        clock.skip("iteration", it)
-        clock.skip("evaluation", sum(i <= evaluated for i in evaluated_at))
-    run.watch(state)
+        timer.advance("iteration", it)
+        timer.advance("evaluation", sum(i <= evaluated for i in evaluated_at))
+    run.register_state(state)
 
     while True:
         run.checkpoint(it)
         # 1. Evaluate, keep the best set, start the running accuracies anew.
         if it in evaluated_at and it != evaluated:
-            candidate = labelled(image_syn.detach().clone(), label_syn, pool, args, exp, data)
+            candidate = with_soft_labels(image_syn.detach().clone(), label_syn, pool, args, exp, data)
             rows = evaluate(SyntheticSet(*candidate["set"]), args.pack, exp, it, select=True)
-            with run.uninterrupted():
+            with run.delay_signals():
                 select_acc = float(np.mean([row["select_acc"] for row in rows]))
                 better = select_acc > best_acc or args.select == "last"
                 run.report_evaluation(rows, exp=exp, iteration=it, set=args.method, best_so_far=better)
@@ -215,24 +216,24 @@ def distill(args, exp, data, threat, prior, evaluate, run, clock):
                     run.save_best(exp, best, recipe=recipe(args, [best["teachers"]]))
                 pool.reset_running_accuracy()
                 evaluated = it
-            clock.lap("evaluation")
+            timer.step("evaluation")
             run.checkpoint(it)
         if it == args.Iteration:
             break
-        with run.uninterrupted():
+        with run.delay_signals():
             try:
                 losses = outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
             except FloatingPointError as error:
                 raise utils.diverged(error, args, exp, it) from None
-            clock.lap("iteration")
+            timer.step("iteration")
             if it % LOG_INTERVAL == 0:
-                run.report_iteration(exp, it, losses, clock)
+                run.report_iteration(exp, it, losses, timer)
             it += 1
 
     utils.save_grids(run, f"best_exp{exp}", best["set"][0], args.pack)
     if args.select == "train":  # Deviation: fresh networks, so that the reported figure is not the maximum of several
         best["rows"] = evaluate(SyntheticSet(*best["set"]), args.pack, exp, "final")
-        clock.lap("report")
+        timer.step("report")
     return best
 
 
@@ -246,8 +247,8 @@ def image_optimizer(args, image_syn):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    device = get_device(parallel.start(args), args.deterministic)
-    set_precision(choose_precision(args, device))
+    device = get_device(distributed.init(args), args.deterministic)
+    set_precision(resolve_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device, args.chunk)
     utils.check_sizes(args, data)
     if args.zca:
@@ -258,31 +259,31 @@ def main():
     with open_run(args, data) as run:
         if not run.finished:
             for line in inputs:
-                run.say(line)
-            run_experiments(args, data, threat, prior, run, Clock())
+                run.log(line)
+            run_experiments(args, data, threat, prior, run, ProgressTimer())
 
 
-def run_experiments(args, data, threat, prior, run, clock):
+def run_experiments(args, data, threat, prior, run, timer):
     """--num_exp sets and their baselines, from where an interrupted run has stopped."""
-    evaluate = utils.Evaluator(args, data, threat, run.deal)
-    controls = len(control_packs(args))
-    print_plan(args, data, threat, network_for(data, args.model, 0), evaluate, run, clock,
+    evaluate = utils.Evaluator(args, data, threat, run.map_dynamic)
+    controls = len(baseline_packs(args))
+    print_summary(args, data, threat, network_for(data, args.model, 0), evaluate, run, timer,
                evaluations=len(utils.evaluation_iterations(args)),
                reports=controls + (args.select == "train") + (args.labels == "prior") * (controls + 1))
-    with tqdm(total=args.Iteration * args.num_exp, disable=None if parallel.chief() else True, unit="it") as clock.bar:
+    with tqdm(total=args.Iteration * args.num_exp, disable=None if distributed.is_main_process() else True, unit="it") as timer.bar:
         if args.parallel == "experiments":
-            run.deal_experiments(lambda exp, own: experiment(args, exp, data, threat, prior, evaluate, own, clock))
+            run.map_experiments(lambda exp, own: experiment(args, exp, data, threat, prior, evaluate, own, timer))
         else:
             done = len(run.progress.get("sets", []))
-            clock.skip("iteration", done * args.Iteration)
+            timer.advance("iteration", done * args.Iteration)
             for exp in range(done, args.num_exp):
-                experiment(args, exp, data, threat, prior, evaluate, run, clock)
-    with run.uninterrupted():
+                experiment(args, exp, data, threat, prior, evaluate, run, timer)
+    with run.delay_signals():
         run.save_result(evaluate.constant(), recipe(args, run.progress.get("teachers")))
         run.finish()
 
 
-def experiment(args, exp, data, threat, prior, evaluate, run, clock):
+def experiment(args, exp, data, threat, prior, evaluate, run, timer):
     """One set and its baselines; what is known of them goes into the progress of the run."""
     # Evaluation rows by name of the set; the distilled sets; their teachers. All are saved with the state of the run.
     table, sets, teachers = (run.progress.setdefault(key, kind()) for key, kind in
@@ -292,24 +293,24 @@ def experiment(args, exp, data, threat, prior, evaluate, run, clock):
         if len(table.get(name, [])) > len(sets) * evaluate.networks:
             return  # done before the interruption
         rows = evaluate(one, pack_by, exp, name)
-        with run.uninterrupted():
+        with run.delay_signals():
             run.report_evaluation(rows, exp=exp, set=name)
             table[name] = table.get(name, []) + rows
-        clock.lap("report")
+        timer.step("report")
 
-    for name, (control, pack_by) in control_sets(args, exp, data).items():
+    for name, (control, pack_by) in baseline_sets(args, exp, data).items():
         report(name, control, pack_by)
-    best = distill(args, exp, data, threat, prior, evaluate, run, clock)
+    best = distill(args, exp, data, threat, prior, evaluate, run, timer)
     if args.labels == "prior":
-        for name, (control, pack_by) in control_sets(args, exp, data).items():
+        for name, (control, pack_by) in baseline_sets(args, exp, data).items():
             report(f"{name}, prior labels", control._replace(soft_labels=best["controls"].get(name)), pack_by)
         report(f"{args.method}, hard labels", SyntheticSet(*best["set"])._replace(soft_labels=None), args.pack)
-    with run.uninterrupted():
+    with run.delay_signals():
         run.report_evaluation(best["rows"], exp=exp, iteration=best["iteration"], set=args.method, final=True)
         sets.append(best["set"])
         teachers.append(best["teachers"])
         table[args.method] = table.get(args.method, []) + best["rows"]
-        run.watch(None)
+        run.register_state(None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags

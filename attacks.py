@@ -15,12 +15,12 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from engine.audit import audit
-from engine.autoattack import draw_seed, patched, pyautoattack
-from engine.device import CHUNK
-from engine.fast import forward, frozen
-from engine.graphs import play
-from engine.safe_files import InputError
+from runtime.perturbation import check_perturbation
+from runtime.autoattack import draw_seed, patched, pyautoattack
+from runtime.device import MICRO_BATCH
+from runtime.compilation import forward, freeze_parameters
+from runtime.cuda_graphs import graphed_call
+from runtime.safe_io import InputError
 
 EPS = 8 / 255  # L-inf radius in attack space (both threat models)
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
@@ -39,8 +39,8 @@ class ThreatModel:
     encode: (N, C, H, W) normalised images -> attack space, not yet clamped; decode: its inverse.
     eps, step_size, steps: L-inf radius, size and number of PGD's steps, in attack space. target_classes: the modulus of
     `target_labels`.
-    judge: the options of the PGD attack, with a random start, that a "robust accuracy" is measured with. judge_eps: its
-    radii in attack space, by the name of the result (COLUMNS of engine.results).
+    judge: the options of the PGD attack, with a random start, that a "robust accuracy" is measured with. eval_eps: its
+    radii in attack space, by the name of the result (COLUMNS of reporting.records).
     """
 
     name: str
@@ -50,13 +50,13 @@ class ThreatModel:
     step_size: float
     target_classes: int
     judge: dict
-    judge_eps: dict
+    eval_eps: dict
     steps: int = PGD_STEPS
 
     @property
-    def judge_cost(self):
+    def eval_cost(self):
         """Image-gradients that judging an image takes."""
-        return self.judge["steps"] * len(self.judge_eps)
+        return self.judge["steps"] * len(self.eval_eps)
 
     def target_labels(self, labels):
         """The class that a targeted attack aims at: the next one. labels: (N,) int64. Returns (N,) int64."""
@@ -71,7 +71,7 @@ def _published(data):
     # QUIRK (published): normalised images are attacked as if they were pixels; 10 classes whatever the data set has.
     return ThreatModel("published", encode=lambda x: x, decode=lambda z: z, eps=EPS, step_size=2 / 225,
                        target_classes=PUBLISHED_CLASSES, judge={"targeted": True, "steps": PGD_STEPS},
-                       judge_eps={"robust_acc": EPS})
+                       eval_eps={"robust_acc": EPS})
 
 
 def _pixel(data):
@@ -79,7 +79,7 @@ def _pixel(data):
     # Judged untargeted: a targeted attack leaves 2 to 6 % on networks of which an untargeted one leaves nothing.
     return ThreatModel("pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=data.normalize, eps=EPS,
                        step_size=2 / 255, target_classes=data.num_classes, judge={"targeted": False, "steps": 2 * PGD_STEPS},
-                       judge_eps={"robust_2_acc": 2 / 255, "robust_4_acc": 4 / 255, "robust_acc": EPS})
+                       eval_eps={"robust_2_acc": 2 / 255, "robust_4_acc": 4 / 255, "robust_acc": EPS})
 
 
 THREAT_MODELS = {"published": _published, "pixel": _pixel}
@@ -133,9 +133,9 @@ def pgd(model, x, labels, *, eps=EPS, step_size, steps=PGD_STEPS, targeted=False
     return x_adv.detach()
 
 
-def start_noise(x, eps, generator, chunk=CHUNK):
-    """A uniform point of the L-inf ball of radius eps for each image of x, (N, C, H, W), drawn for `chunk` at a time."""
-    return torch.cat([torch.empty_like(part).uniform_(-eps, eps, generator=generator) for part in x.split(chunk)])
+def start_noise(x, eps, generator, micro_batch=MICRO_BATCH):
+    """A uniform point of the L-inf ball of radius eps for each image of x, (N, C, H, W), drawn for `micro_batch` at a time."""
+    return torch.cat([torch.empty_like(part).uniform_(-eps, eps, generator=generator) for part in x.split(micro_batch)])
 
 
 def pgd_l2(model, x, labels, *, eps=EPS_L2, step_size, steps=PGD_STEPS, targeted=False):
@@ -208,7 +208,7 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
     return x_best
 
 
-def deepfool(model, x, labels, *, steps=50, overshoot=0.02, candidates=None, batch=CHUNK):
+def deepfool(model, x, labels, *, steps=50, overshoot=0.02, candidates=None, batch=MICRO_BATCH):
     """DeepFool: step to the nearest linearised decision boundary until the class changes. Minimum-norm, L2, untargeted.
 
     candidates: how many other classes are considered, those of the largest logits (None: all; the authors take 9). After the
@@ -284,7 +284,7 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 
 
 # AutoAttack and Square are the authors' own implementation, as the package pyautoattack.
-def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=CHUNK):
+def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None, batch=MICRO_BATCH):
     """AutoAttack, standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, each on what the ones before left.
 
     L-inf, untargeted. iterations: of each of the first three (the published benchmark had 10). queries: of Square, whose
@@ -327,7 +327,7 @@ class Attack:
 
     run: with the common arguments above. norm: "Linf" or "L2". eps, step_size: threat model -> default in attack space; an
     attack without eps looks for the smallest change that does it. targetable: has a targeted form. query: sees logits only.
-    random: takes a generator. gives_up: returns an image that it cannot attack as it came. batches: takes all images and the
+    random: takes a generator. keeps_failed_input: returns an image that it cannot attack as it came. batches: takes all images and the
     size of its batches, which it keeps full. options: threat model -> what else it is told.
     """
 
@@ -338,7 +338,7 @@ class Attack:
     targetable: bool = True
     query: bool = False
     random: bool = False
-    gives_up: bool = False
+    keeps_failed_input: bool = False
     batches: bool = False
     options: Callable = lambda threat: {}
 
@@ -350,10 +350,10 @@ ATTACKS = {  # Source of the settings: SPEC 3.2
     "PGD20": Attack(pgd, "Linf", eps=lambda t: t.eps, step_size=lambda t: t.step_size, random=True,
                     options=lambda t: {"steps": 2 * t.steps}),  # with a random start: what the scripts judge by under `pixel`
     "PGD_L2": Attack(pgd_l2, "L2", eps=lambda t: EPS_L2, step_size=lambda t: STEP_SIZE_L2),
-    "CW": Attack(cw, "L2", gives_up=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
-    "Deepfool": Attack(deepfool, "L2", targetable=False, gives_up=True, batches=True),
-    "AA": Attack(autoattack, "Linf", eps=lambda t: t.eps, targetable=False, random=True, gives_up=True, batches=True),
-    "Square": Attack(square_attack, "Linf", eps=lambda t: t.eps, query=True, random=True, gives_up=True),
+    "CW": Attack(cw, "L2", keeps_failed_input=True, options=lambda t: {"logit_floor": 0.0} if t.name == "published" else {}),
+    "Deepfool": Attack(deepfool, "L2", targetable=False, keeps_failed_input=True, batches=True),
+    "AA": Attack(autoattack, "Linf", eps=lambda t: t.eps, targetable=False, random=True, keeps_failed_input=True, batches=True),
+    "Square": Attack(square_attack, "Linf", eps=lambda t: t.eps, query=True, random=True, keeps_failed_input=True),
     "SPSA": Attack(spsa, "Linf", eps=lambda t: t.eps, query=True, random=True),
 }
 
@@ -365,13 +365,13 @@ def get_attack(name):
     return ATTACKS[name]
 
 
-def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, chunk=CHUNK, **options):
+def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, generator=None, micro_batch=MICRO_BATCH, **options):
     """Attack normalised images under a threat model and audit the result.
 
     net: a network on normalised images; attacked in eval mode, afterwards in the mode it was in.
     x: (N, C, H, W) normalised. labels: (N,) true classes; a targeted attack aims at `threat.target_labels` of them.
     attack: a name of ATTACKS. eps: attack-space units; None: that of the threat model. The step size goes with eps.
-    generator: of x's device, for attacks that draw. chunk: images attacked at a time. options: passed to the attack.
+    generator: of x's device, for attacks that draw. micro_batch: images attacked at a time. options: passed to the attack.
     Returns (N, C, H, W) normalised adversarial images and the L-inf and L2 change of each in attack space, (N,) each.
     Raises ValueError for an unknown attack, a targeted one that has no such form, or an eps where there is none to set;
     RuntimeError if the audit fails, FloatingPointError if values are not finite.
@@ -389,30 +389,30 @@ def craft(net, x, labels, threat, attack="PGD", *, targeted=True, eps=None, gene
     options |= {"targeted": targeted} if spec.targetable else {}
     options |= {"generator": generator} if spec.random else {}
     if spec.batches:
-        options["batch"], chunk = chunk, max(len(x), 1)
+        options["batch"], micro_batch = micro_batch, max(len(x), 1)
     was_training = net.training
     net.eval()
     goal = threat.target_labels(labels) if targeted else labels
     noise, parts, key = options.pop("noise", None), [], None
     if spec.run is pgd:  # the same passes for any images: can be recorded, with its random start from outside
         if options.get("random_start", True) and noise is None:
-            noise = start_noise(x, eps, options.pop("generator"), chunk)
+            noise = start_noise(x, eps, options.pop("generator"), micro_batch)
         key = attack, id(threat), *sorted((name, value) for name, value in options.items() if name != "generator")
 
     def run(net, z, goal, *noise):
         return spec.run(lambda z: forward(net, threat.decode(z)), z, goal, **options, **dict(zip(["noise"], noise))),
-    with frozen(net):
-        for x_part, *given in zip(*(t.split(chunk) for t in (x, goal, noise) if t is not None)):
+    with freeze_parameters(net):
+        for x_part, *given in zip(*(t.split(micro_batch) for t in (x, goal, noise) if t is not None)):
             z = threat.encode(x_part)
-            (z_adv,) = play(run, key, net, z, *given)
-            parts.append((threat.decode(z_adv), *audit(z, z_adv, spec.norm, eps, spec.gives_up)))
+            (z_adv,) = graphed_call(run, key, net, z, *given)
+            parts.append((threat.decode(z_adv), *check_perturbation(z, z_adv, spec.norm, eps, spec.keeps_failed_input)))
     net.train(was_training)
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, chunk=CHUNK, own=None, **options):
+def attack_images(net, x, labels, threat, generator, attack="PGD", targeted=True, micro_batch=MICRO_BATCH, own=None, **options):
     """The adversarial images alone: see `craft`. own: a slice; of PGD on x, these images only, with their part of the noise."""
     if own is not None and len(x[own]) < len(x):
-        options["noise"] = start_noise(x, options.get("eps", threat.eps), generator, chunk)[own]
+        options["noise"] = start_noise(x, options.get("eps", threat.eps), generator, micro_batch)[own]
         x, labels = x[own], labels[own]
-    return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, chunk=chunk, **options)[0]
+    return craft(net, x, labels, threat, attack, targeted=targeted, generator=generator, micro_batch=micro_batch, **options)[0]

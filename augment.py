@@ -9,8 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from engine.device import moved_together
-from engine.fast import exact_products
+from runtime.device import to_device_packed
+from runtime.compilation import disable_tf32
 
 # Strengths, in the units of SPEC 1.4.
 BRIGHTNESS = 1.0  # width of the interval of the additive term, normalised units
@@ -99,7 +99,7 @@ def _sample_repeatably(x, grid):
     weight_x = (1 - (column[..., None] - columns).abs()).clamp(min=0)  # (n, H, W, W): bilinear, zeros outside
     weight_y = (1 - (row[..., None] - rows).abs()).clamp(min=0)  # (n, H, W, H)
     matrix = (weight_y[..., :, None] * weight_x[..., None, :]).flatten(3).flatten(1, 2)  # (n, H*W, H*W)
-    with exact_products():
+    with disable_tf32():
         return (x.flatten(2) @ matrix.transpose(1, 2)).view_as(x)
 
 
@@ -169,9 +169,9 @@ def dsa_apply(x, draw):
     return DSA_OPERATIONS[name][1](x, parameters.to(x.device))
 
 
-def draws_on_device(chosen, draws, device):
+def draws_to_device(chosen, draws, device):
     """Tensors of the CPU and draws of `dsa_draw`, one for each of them, on the device, in one copy: (tensors, draws)."""
-    parameters = moved_together([*chosen, *(draw[1] for draw in draws if draw)], device)
+    parameters = to_device_packed([*chosen, *(draw[1] for draw in draws if draw)], device)
     rest = iter(parameters[len(chosen):])
     return parameters[:len(chosen)], [draw and (draw[0], next(rest)) for draw in draws]
 

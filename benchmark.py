@@ -29,14 +29,14 @@ from torch.utils._pytree import tree_leaves
 import utils
 from attacks import attack_images, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from engine import fast, parallel
-from engine.command_line import add_switch, at_least, run_script
-from engine.datasets import DATASETS, Dataset
-from engine.device import device_name, get_device, has_bf16, synchronise, versions
-from engine.graphs import played
-from engine.plan import TRAINING_STEP, convolution_rate, forward_flops, set_batches
-from engine.safe_files import write_json
-from engine.streams import stream
+from runtime import compilation, distributed
+from runtime.command_line import add_switch, at_least, run_script
+from datasets import DATASETS, Dataset
+from runtime.device import device_name, get_device, has_bf16, synchronise, versions
+from runtime.cuda_graphs import use_cuda_graphs
+from runtime.cost import TRAINING_STEP, convolution_rate, forward_flops, set_batches
+from runtime.safe_io import write_json
+from runtime.seeding import make_generator
 from networks import NETWORKS, network_for
 
 SCRIPT = Path(__file__).with_name("ROME_cifar10.py")
@@ -77,7 +77,7 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
         img_real = data.sample_class(c, args.batch_real, rng["data"])
         draw = dsa_draw(args.dsa_strategy, data.size, rng["dsa"])
         label_real = torch.full((len(img_real),), c, device=data.device)
-        img_adv = attack_images(member.net, dsa_apply(img_real, draw), label_real, threat, rng["attack"], chunk=len(img_real))
+        img_adv = attack_images(member.net, dsa_apply(img_real, draw), label_real, threat, rng["attack"], micro_batch=len(img_real))
         img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
         emb_syn, logits = member.net.embed_and_classify(dsa_apply(unpack(img_syn, args.pack), draw))
         with torch.no_grad():
@@ -90,7 +90,7 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
     for member in trained:
         for _ in range(args.model_train_steps):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
-            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], chunk=len(img_real))
+            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], micro_batch=len(img_real))
             logits = member.net(img_adv)
             member.optimizer.zero_grad()
             F.cross_entropy(logits, label_real).backward()
@@ -103,14 +103,14 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.device = args, get_device(args.device)
-        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) and parallel.size() == 1 else [])]
+        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) and distributed.world_size() == 1 else [])]
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
                   for split in ("train", "test")}
         self.data = Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
                             **DATASETS["CIFAR10"])
-        self.pgd_batch = min(self.data.chunk, len(labels))
+        self.pgd_batch = min(self.data.micro_batch, len(labels))
         self.threat = get_threat_model(args.threat_model, self.data)
         # The published flags of CIFAR-10 at 10 images a class, but for the sizes asked for.
         self.flags = rome.parse_args([
@@ -128,19 +128,19 @@ class Bench:
 
     def start(self):
         """(images, their optimiser, a pool of two, random streams), the same at every call."""
-        image_syn, _ = rome.initial_set(self.flags, self.data, stream(0, "init"), "real", 2)
+        image_syn, _ = rome.initial_set(self.flags, self.data, make_generator(0, "init"), "real", 2)
         pool = utils.new_pool(self.flags, 0, self.data, None)
         del pool.members[2:]
-        rng = {name: stream(0, name, device=self.device if name == "attack" else "cpu")
+        rng = {name: make_generator(0, name, device=self.device if name == "attack" else "cpu")
                for name in ("data", "dsa", "pool", "attack")}
         return image_syn.requires_grad_(), rome.image_optimizer(self.flags, image_syn), pool, rng
 
     def iterate(self, parts, record=True):
         """One outer iteration as the script makes it. parts: of `start`. record: CUDA graphs, on a GPU."""
         image_syn, optimizer_img, pool, rng = parts
-        with played(record and self.device.type == "cuda"):
-            rome.update_images(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
-            rome.train_pool(pool.choose(2, rng["pool"]), self.data, self.threat, self.flags, rng)
+        with use_cuda_graphs(record and self.device.type == "cuda"):
+            rome.matching_step(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
+            rome.pool_step(pool.sample(2, rng["pool"]), self.data, self.threat, self.flags, rng)
 
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
@@ -157,7 +157,7 @@ class Bench:
             with plain_mode():
                 one = [self.seconds(plain)]
             for precision in self.precisions:
-                fast.set_precision(precision)
+                compilation.set_precision(precision)
                 one.append(self.seconds(fast_one))
             times.append(one)
         return np.median(times[1:], axis=0).tolist()
@@ -168,15 +168,15 @@ class plain_mode:
     is returned to the system has risen to the limit, 32 MiB (mallopt(3))."""
 
     def __enter__(self):
-        self.kept = fast._ready.copy(), fast._precision
-        fast._ready.clear()
-        fast.set_precision("fp32")
-        fast.reuse_freed_memory(32 << 20, 64 << 20)
+        self.kept = compilation._ready.copy(), compilation._precision
+        compilation._ready.clear()
+        compilation.set_precision("fp32")
+        compilation.reuse_freed_memory(32 << 20, 64 << 20)
 
     def __exit__(self, *error):
-        fast._ready.update(self.kept[0])
-        fast.set_precision(self.kept[1])
-        fast.reuse_freed_memory()
+        compilation._ready.update(self.kept[0])
+        compilation.set_precision(self.kept[1])
+        compilation.reuse_freed_memory()
 
 
 # ------------------------------------------------------------------------------------------------------------ measurements
@@ -186,7 +186,7 @@ def ceilings(bench):
     a, b = torch.randn(2, size, size, device=bench.device)
     repeats = max(bench.args.repeats, 5)
     best = {"matrix product": 2 * size**3 / np.median([bench.seconds(lambda: a @ b) for _ in range(repeats + 1)][1:])}
-    count = 2048 if bench.device.type == "cuda" else bench.data.chunk
+    count = 2048 if bench.device.type == "cuda" else bench.data.micro_batch
     for dtype in (torch.float32, torch.bfloat16)[:len(bench.precisions)]:
         best["convolution" if dtype == torch.float32 else "convolution, bf16"] = convolution_rate(bench.device, dtype, count,
                                                                                                   repeats)
@@ -194,23 +194,23 @@ def ceilings(bench):
 
 
 def pgd_step(bench):
-    """(b) One PGD step on a chunk of images."""
-    images, labels = bench.data.take("train", slice(bench.pgd_batch))
+    """(b) One PGD step on a micro_batch of images."""
+    images, labels = bench.data.get_batch("train", slice(bench.pgd_batch))
     net, rng = bench.network(0), torch.Generator(bench.device).manual_seed(0)
 
     def attack():
-        attack_images(net, images, labels, bench.threat, rng, steps=10, chunk=len(images))
+        attack_images(net, images, labels, bench.threat, rng, steps=10, micro_batch=len(images))
     return len(images), [seconds / 10 for seconds in bench.compare(attack, attack)], len(images)
 
 
 def pool_step(bench):
     """(c) One training step of a pool network, without the attack."""
     member = bench.start()[2].members[0]
-    images, labels = bench.data.take("train", slice(bench.args.trained_bs))
+    images, labels = bench.data.get_batch("train", slice(bench.args.trained_bs))
 
     def step():
         member.optimizer.zero_grad()
-        F.cross_entropy(fast.forward(member.net, images), labels).backward()
+        F.cross_entropy(compilation.forward(member.net, images), labels).backward()
         member.optimizer.step()
     return len(images), bench.compare(step, step), TRAINING_STEP * len(images)
 
@@ -234,11 +234,11 @@ def processes(bench):
     alone, together, times = bench.start(), bench.start(), []
     for _ in range(1 + bench.args.repeats):
         one = 0.0
-        if parallel.chief():
-            with parallel.alone():
+        if distributed.is_main_process():
+            with distributed.single_process():
                 one = bench.seconds(lambda: bench.iterate(alone))
-        one = parallel.meet(one)[0]
-        times.append((one, max(parallel.meet(bench.seconds(lambda: bench.iterate(together))))))
+        one = distributed.all_gather_object(one)[0]
+        times.append((one, max(distributed.all_gather_object(bench.seconds(lambda: bench.iterate(together))))))
     return np.median(times[1:], axis=0).tolist()
 
 
@@ -249,7 +249,7 @@ def evaluation_training(bench, ipc):
 
     def train():
         utils.train_on_set(bench.network(0), images, labels, epochs=epochs, lr_net=0.01, batch_train=256,
-                           dsa_strategy=bench.flags.dsa_strategy, generator=stream(0))
+                           dsa_strategy=bench.flags.dsa_strategy, generator=make_generator(0))
     share = 100 / (epochs + 1)  # `epochs` + 1 are run
     return 100 * count, [seconds * share for seconds in bench.compare(train, train)], TRAINING_STEP * 100 * count
 
@@ -271,14 +271,14 @@ class OperationCounter(TorchDispatchMode):
 
 
 def on_a_gpu(bench):
-    """What an outer iteration would cost on an H100, from counts: the eager one, all classes in one chunk, TF32. Nothing of it
+    """What an outer iteration would cost on an H100, from counts: the eager one, all classes in one micro_batch, TF32. Nothing of it
     is measured; the longest of memory traffic, launches and arithmetic is taken. Returns a dict, with `text`."""
     bandwidth, launch, arithmetic = 3.35e12, 8e-6, 495e12  # bytes/s and TF32 FLOP/s of its data sheet; seconds of a launch
-    parts, chunk = bench.start(), bench.data.chunk
-    bench.data.chunk = 4096
+    parts, micro_batch = bench.start(), bench.data.micro_batch
+    bench.data.micro_batch = 4096
     with plain_mode(), OperationCounter() as counter:
         bench.iterate(parts, record=False)
-    bench.data.chunk, flops = chunk, bench.flops * bench.work
+    bench.data.micro_batch, flops = micro_batch, bench.flops * bench.work
     limits = {"memory": counter.bytes / bandwidth, "launches": counter.operations * launch, "arithmetic": flops / arithmetic}
     slowest = max(limits, key=limits.get)
     return {"operations": counter.operations, "bytes": counter.bytes, "flops": flops, "seconds": limits,
@@ -314,38 +314,38 @@ def peak_memory(device):
 
 def compile_all(bench):
     """Compile what the rows use, in each precision. Returns the seconds that it took, or 0 with a line that says why not."""
-    args, chunk = bench.args, bench.data.chunk
-    images, pool_batch = map(parallel.largest_share, (10 * args.batch_real, args.trained_bs))
-    attacked, trained = {bench.pgd_batch, min(pool_batch, chunk), images % chunk} - {0}, {args.trained_bs, pool_batch}
-    if parallel.size() == 1:
+    args, micro_batch = bench.args, bench.data.micro_batch
+    images, pool_batch = map(distributed.max_shard_size, (10 * args.batch_real, args.trained_bs))
+    attacked, trained = {bench.pgd_batch, min(pool_batch, micro_batch), images % micro_batch} - {0}, {args.trained_bs, pool_batch}
+    if distributed.world_size() == 1:
         trained |= {size for ipc in args.train_ipc for size in set_batches(40 * ipc, 256, 1) if size}
     start, ready = time.perf_counter(), set()
     for precision in bench.precisions:
-        fast.set_precision(precision)
-        fast._ready.clear()
-        problem = fast.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained), matched=[chunk],
-                                       embedded=[chunk], last=1000)
+        compilation.set_precision(precision)
+        compilation._ready.clear()
+        problem = compilation.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained), matched=[micro_batch],
+                                       embedded=[micro_batch], last=1000)
         if problem:
-            parallel.say(problem)
+            distributed.print_rank0(problem)
             return 0.0
-        ready |= fast._ready
+        ready |= compilation._ready
     seconds = time.perf_counter() - start
-    parallel.say(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s")
+    distributed.print_rank0(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s")
     return seconds
 
 
 def main():
     args = parse_args()
-    args.device = parallel.start(args)
+    args.device = distributed.init(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     compile_seconds = compile_all(bench) if args.compile else 0.0
-    if parallel.size() > 1:
+    if distributed.world_size() > 1:
         alone, together = processes(bench)
-        return parallel.say(
+        return distributed.print_rank0(
             f"outer iteration, {device_name(bench.device)}, {args.model}, ipc {args.ipc}, batch_real {args.batch_real}, "
             f"trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}; medians of {args.repeats}: one process "
-            f"{alone:.3g} s, {parallel.size()} processes {together:.3g} s: {alone / together:.2f} times as fast")
+            f"{alone:.3g} s, {distributed.world_size()} processes {together:.3g} s: {alone / together:.2f} times as fast")
     ceiling = ceilings(bench)
     peaks = [ceiling["convolution"], ceiling.get("convolution, bf16")]
     measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,

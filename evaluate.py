@@ -18,27 +18,27 @@ from tqdm import tqdm
 import utils
 from attacks import ATTACKS, PGD_STEPS, PUBLISHED_CLASSES, THREAT_MODELS, check_threat_model, craft, get_threat_model
 from augment import parse_dsa_strategy
-from engine import parallel
-from engine.clock import duration
-from engine.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
-from engine.datasets import dataset_name, load_dataset
-from engine.device import device_name, get_device, synchronise
-from engine.fast import PRECISIONS, choose_precision, no_bf16, set_precision, stop_compiling
-from engine.inputs import choose_dataset, choose_normalisation, read_inputs, understand
-from engine.jobs import Job, PassCounter, Results, do_jobs, warm_up
-from engine.pictures import draw_results
-from engine.plan import FORWARD, compile_planned, image_gradients_per_second
-from engine.results import CONTROLS, HEADLINE_EPS
-from engine.safe_files import InputError, write_text
-from engine.saved_state import Interrupted
-from engine.streams import stream
-from engine.synset_files import PACKS, SPACES
-from engine.tables import results_markdown
+from runtime import distributed
+from runtime.progress import duration
+from runtime.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
+from datasets import dataset_name, load_dataset
+from runtime.device import device_name, get_device, synchronise
+from runtime.compilation import PRECISIONS, resolve_precision, disable_bf16, set_precision, stop_compiling
+from formats.inputs import choose_dataset, choose_normalisation, read_inputs, understand
+from runtime.tasks import Job, PassCounter, Results, run_tasks, warm_up
+from reporting.plots import draw_results
+from runtime.cost import FORWARD, compile_planned, forward_backward_rate
+from runtime.measures import CONTROLS, HEADLINE_EPS
+from runtime.safe_io import InputError, write_text
+from runtime.checkpoint import Interrupted
+from runtime.seeding import make_generator
+from formats.synset_file import PACKS, SPACES
+from reporting.tables import results_markdown
 from networks import NETWORKS
 from sanity import run_sanity
-from sets import LR_SCHEDULES, PROTOCOL
+from synsets import LR_SCHEDULES, PROTOCOL
 from utils import QUERY, WHITE_BOX
-from victims import check_normalisation, victim_of_network, victims_of_set
+from target_models import check_normalisation, target_from_network, targets_from_synset
 
 SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
 REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
@@ -139,10 +139,10 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------ the jobs
-def plan(args, victims, threats):
+def plan(args, targets, threats):
     """All jobs, the quick attacks first, so that a table is soon there. threats: {name: ThreatModel}."""
     forms = [form for form, asked in ((True, args.targeted), (False, args.untargeted)) if asked] or [True, False]
-    jobs = [Job(v.name, threat, attack) for attack in CONTROLS for threat in threats for v in victims
+    jobs = [Job(v.name, threat, attack) for attack in CONTROLS for threat in threats for v in targets
             if v.threat in (None, threat)]
     for attack, spec in ATTACKS.items():
         if attack not in args.attacks:
@@ -150,19 +150,19 @@ def plan(args, victims, threats):
         for threat, targeted in itertools.product(threats, forms if spec.targetable else [False] * (False in forms)):
             radii = [None] if not spec.eps else [eps / 255 for eps in args.eps] or (
                 HEADLINE_EPS if attack == "AA" and threat == "pixel" else [spec.eps(threats[threat])])
-            jobs += [Job(v.name, threat, attack, targeted, eps) for eps in radii for v in crafting(args, victims, threat)]
+            jobs += [Job(v.name, threat, attack, targeted, eps) for eps in radii for v in crafting(args, targets, threat)]
     return jobs
 
 
-def crafting(args, victims, threat):
+def crafting(args, targets, threat):
     """The networks that adversarial examples are crafted on."""
-    return [v for v in victims if v.threat in (None, threat) and (not args.craft_on or v.method in args.craft_on)]
+    return [v for v in targets if v.threat in (None, threat) and (not args.craft_on or v.method in args.craft_on)]
 
 
-def evaluated(args, job, victims):
+def evaluated(args, job, targets):
     """The networks that a job's adversarial examples are evaluated on, the crafting one first."""
-    own = next(v for v in victims if v.name == job.crafted_on)
-    others = [v for v in victims if v is not own and v.threat in (None, job.threat_model)]
+    own = next(v for v in targets if v.name == job.crafted_on)
+    others = [v for v in targets if v is not own and v.threat in (None, job.threat_model)]
     return [own] + (others if args.transfer and job.attack not in CONTROLS else [])
 
 
@@ -180,16 +180,16 @@ def typical_cost(args, attack):
 
 
 # ---------------------------------------------------------------------------------------------------------- one attack
-def run_slice(job, number, x, labels, victims, threat, chunk, args):
+def run_slice(job, number, x, labels, targets, threat, micro_batch, args):
     """One slice of test images: attack, evaluate, measure.
 
-    victims: the networks to evaluate on, the crafting one first. chunk: images attacked at a time.
+    targets: the networks to evaluate on, the crafting one first. micro_batch: images attacked at a time.
     Returns plain numbers: right answers by evaluated network, n, seconds (attack, and evaluation on the crafting network),
     forward and backward passes of the attack (in images), max_linf, max_l2 (attack space).
     """
-    own, *others = victims
+    own, *others = targets
     counter = PassCounter(own.net).eval()
-    rng = stream(args.seed, *map(str, vars(job).values()), number, device=x.device)
+    rng = make_generator(args.seed, *map(str, vars(job).values()), number, device=x.device)
     synchronise(x.device)
     start = time.perf_counter()
     linf = l2 = torch.zeros(1)
@@ -198,12 +198,12 @@ def run_slice(job, number, x, labels, victims, threat, chunk, args):
     elif job.attack == "Clamp-only":
         x_adv = threat.clamp_only(x)
     else:
-        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "chunk": chunk}
+        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "micro_batch": micro_batch}
         options |= attack_options(args, job.attack)
         x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, **options)
-        again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, chunk)
+        again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, micro_batch)
         if again.any():
-            with no_bf16():
+            with disable_bf16():
                 x_adv[again], linf[again], l2[again] = craft(counter, x[again], labels[again], threat, job.attack, **options)
     with torch.no_grad():  # the networks as they are, not `forward`: in fp32
         correct = {own.name: int((own.net(x_adv).argmax(1) == labels).sum())}  # to int: waits for the device
@@ -219,11 +219,11 @@ def main():
     if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
-    choose_precision(args, device := get_device(parallel.start(args)))
+    resolve_precision(args, device := get_device(distributed.init(args)))
     inputs = read_inputs(args, NETWORKS)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
-    data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random numbers on CUDA
+    data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random numbers on CUDA
     for flag in ("limit", "aa_limit"):
         if getattr(args, flag) > len(data.labels["test"]):
             raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
@@ -235,24 +235,24 @@ def main():
     for name in args.threat_model:
         check_threat_model(name, data)
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
-    victims = []
+    targets = []
     for one in inputs:
         utils.check_network(one.model, data)
         if not one.synset:
-            victims.append(victim_of_network(one, data))
-            one.warnings += check_normalisation(victims[-1], data)
+            targets.append(target_from_network(one, data))
+            one.warnings += check_normalisation(targets[-1], data)
         understand(one, data, args.images)
         for line in (f"{one.path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)):
-            parallel.say(line)
+            distributed.print_rank0(line)
 
     flags = {**vars(args), "dataset": data.name}
     with closing(Results(args, flags, device, MAY_CHANGE, KNOWN)) as results:  # nothing is written before here
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(one.path): {"taken_as": one.taken_as, "warnings": one.warnings} for one in inputs}}
         try:
-            run(args, inputs, victims, data, results)
+            run(args, inputs, targets, data, results)
         except (KeyboardInterrupt, Interrupted):
-            parallel.say(f"{results.folder} has what was done so far; --resume goes on with it")
+            distributed.print_rank0(f"{results.folder} has what was done so far; --resume goes on with it")
             raise
 
 
@@ -266,36 +266,36 @@ def network_normalisation(args, channels):
     return given
 
 
-def run(args, inputs, victims, data, results):
+def run(args, inputs, targets, data, results):
     """Train what is to be trained, attack everything, write tables and pictures."""
     for one in inputs:
         if one.synset:
-            victims += victims_of_set(args, one, data, results.folder / "networks")
+            targets += targets_from_synset(args, one, data, results.folder / "networks")
     if args.precision != args.attack_precision:
         stop_compiling()
     set_precision(args.attack_precision)  # the accuracies: see run_slice
-    for victim in victims:
-        results.register(victim)
+    for target in targets:
+        results.register(target)
 
     threats = {name: get_threat_model(name, data) for name in args.threat_model}
-    test = data.take("test", slice(args.limit or None))
-    jobs = plan(args, victims, threats)
+    test = data.get_batch("test", slice(args.limit or None))
+    jobs = plan(args, targets, threats)
     limits = {"AA": args.aa_limit or len(test[1])}  # test images of an attack, where not all
-    waiting = [job for job in jobs if not results.has(job, evaluated(args, job, victims))]
+    waiting = [job for job in jobs if not results.has(job, evaluated(args, job, targets))]
     interrupted = results.unfinished()["job"]
     waiting.sort(key=lambda job: vars(job) != interrupted)  # that one first, before another one takes its place
     if args.compile:
-        compile_attacks(args, waiting, victims, len(test[1]), data)
-    rate = image_gradients_per_second(victims[0].net, data)
+        compile_attacks(args, waiting, targets, len(test[1]), data)
+    rate = forward_backward_rate(targets[0].net, data)
     counts = {job: min(limits.get(job.attack, len(test[1])), len(test[1])) for job in waiting}
     cost = sum(typical_cost(args, job.attack) * n for job, n in counts.items())
-    parallel.say(f"{len(victims)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
+    distributed.print_rank0(f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
                  f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about "
-                 f"{duration(cost / rate / parallel.size())} to go; results in {results.folder}")
-    run_jobs({job: counts[job] for job in waiting}, victims, threats, test, data, args, results)
+                 f"{duration(cost / rate / distributed.world_size())} to go; results in {results.folder}")
+    run_jobs({job: counts[job] for job in waiting}, targets, threats, test, data, args, results)
     set_precision("fp32")
     if args.sanity:
-        attacked = [(name, victim) for name in threats for victim in crafting(args, victims, name)]
+        attacked = [(name, target) for name in threats for target in crafting(args, targets, name)]
         run_sanity(attacked, threats, test, data, results, args.seed)
 
     content = results.content
@@ -305,38 +305,38 @@ def run(args, inputs, victims, data, results):
     content["transfer"] = utils.transfer_of(content["rows"], threats)
     results.save()
     text = results_markdown(content, threats)
-    if parallel.chief():
+    if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
         draw_results(content, threats, ATTACKS, results.folder)
-    parallel.say(text)
+    distributed.print_rank0(text)
 
 
-def compile_attacks(args, jobs, victims, n, data):
+def compile_attacks(args, jobs, targets, n, data):
     """Compile for the attacks that take whole batches, if there are enough of them."""
-    for model in dict.fromkeys(v.model for v in victims):
-        nets = {v.name: v.net for v in victims if v.model == model}
+    for model in dict.fromkeys(v.model for v in targets):
+        nets = {v.name: v.net for v in targets if v.model == model}
         there = [job.attack for job in jobs if job.crafted_on in nets]
         attacked = n * sum(typical_cost(args, attack) for attack in there if attack not in ("Square", "SPSA"))
         scored = n * FORWARD * sum(0.2 * args.queries + 3 * args.aa_iterations * (attack == "AA")
                                    for attack in there if attack in ("AA", "Square"))  # FAB looks at each of its steps
-        batch = min(data.chunk, SLICE)
-        compile_planned([*nets.values()][0], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, parallel.say)
+        batch = min(data.micro_batch, SLICE)
+        compile_planned([*nets.values()][0], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, distributed.print_rank0)
 
 
-def run_jobs(counts, victims, threats, test, data, args, results):
+def run_jobs(counts, targets, threats, test, data, args, results):
     """Attack the test images slice by slice. counts: {Job: how many of them}."""
     parts = {job: list(zip(*(tensor[:n].split(4 * SLICE if job.attack in REFILLED else SLICE) for tensor in test)))
              for job, n in counts.items()}
     warm = set()  # jobs
 
     def work(job, number):
-        own, *others = evaluated(args, job, victims)
+        own, *others = evaluated(args, job, targets)
         if job not in warm:
-            warm_up(own.net, parts[job][0][0], data.chunk)
+            warm_up(own.net, parts[job][0][0], data.micro_batch)
             warm.add(job)
-        return run_slice(job, number, *parts[job][number], [own, *others], threats[job.threat_model], data.chunk, args)
-    with tqdm(total=sum(counts.values()), unit="img", disable=parallel.silent()) as bar:
-        do_jobs({job: (evaluated(args, job, victims), [len(labels) for _, labels in parts[job]]) for job in counts}, work,
+        return run_slice(job, number, *parts[job][number], [own, *others], threats[job.threat_model], data.micro_batch, args)
+    with tqdm(total=sum(counts.values()), unit="img", disable=distributed.disable_tqdm()) as bar:
+        run_tasks({job: (evaluated(args, job, targets), [len(labels) for _, labels in parts[job]]) for job in counts}, work,
                 results, data.name, args.seed, bar)
 
 

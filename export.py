@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 
-from engine.command_line import add_dataset_flag, add_switch, at_least, method_name, run_script
-from engine.datasets import DATASETS, dataset_name, load_dataset
-from engine.inputs import read_input, take_flags
-from engine.safe_files import (
+from runtime.command_line import add_dataset_flag, add_switch, at_least, method_name, run_script
+from datasets import DATASETS, dataset_name, load_dataset
+from formats.inputs import read_input, take_flags
+from runtime.safe_io import (
     InputError,
     write_atomically,
     write_json,
     write_tensors,
     write_text,
 )
-from engine.synset_files import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
+from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
 from networks import NETWORKS
-from sets import protocol_of, training_set
+from synsets import protocol_of, training_set
 
 
 def parse_args(argv=None):
@@ -257,7 +257,7 @@ def card(one, meta, name):
             "",
             "```python",
             "from networks import get_network",
-            "from sets import load_synset",
+            "from synsets import load_synset",
             "from utils import train_on_set",
             "",
             f'images, labels, recipe = load_synset("{name}")',

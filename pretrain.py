@@ -22,17 +22,18 @@ from tqdm import tqdm
 import utils
 from attacks import PGD_STEPS, THREAT_MODELS, attack_images, check_threat_model, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
-from engine import parallel
-from engine.clock import duration
-from engine.command_line import add_dataset_flag, add_fast_flags, add_switch, at_least, run_script
-from engine.datasets import load_dataset
-from engine.device import device_name, get_device, versions
-from engine.fast import choose_precision, mixes_its_batch, no_bf16, set_precision
-from engine.plan import TRAINING_STEP, compile_planned, image_gradients_per_second, set_batches
-from engine.results import COLUMNS
-from engine.safe_files import InputError, write_json, write_tensors
-from engine.saved_state import Interrupted, Interrupts, StateFile, lock, refuse_other_flags
-from engine.streams import stream, stream_seed
+from runtime import distributed
+from runtime.progress import duration
+from runtime.command_line import add_dataset_flag, add_fast_flags, add_switch, at_least, run_script
+from datasets import load_dataset
+from runtime.device import device_name, get_device, versions
+from runtime.compilation import resolve_precision, is_batch_dependent, disable_bf16, set_precision
+from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, set_batches
+from runtime.measures import COLUMNS
+from runtime.safe_io import InputError, write_json, write_tensors
+from runtime.checkpoint import Interrupted, SignalHandler, CheckpointFile, lock, require_same_flags
+from runtime.training import require_finite, training_step
+from runtime.seeding import make_generator, derive_seed
 from networks import NETWORKS, network_for
 
 MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
@@ -84,29 +85,29 @@ def train(args, k, data, threat, states, interrupts):
 
     Returns the network and its accuracy (fraction) on the attacked batches of its last epoch.
     """
-    net = network_for(data, args.model, stream_seed(args.seed, "pretrain", k))
+    net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr_net, momentum=0.9, weight_decay=5e-4)
-    rng = {"dsa": stream(args.seed, "pretrain", k, "dsa"),
-           "attack": stream(args.seed, "pretrain", k, "attack", device=data.device)}
+    rng = {"dsa": make_generator(args.seed, "pretrain", k, "dsa"),
+           "attack": make_generator(args.seed, "pretrain", k, "attack", device=data.device)}
     correct, seen, step = torch.zeros((), device=data.device), 0, 0
     fingerprint = data.fingerprint()
 
     def state():
         return {"flags": vars(args), "data": fingerprint, "k": k, "step": step, "net": net.state_dict(),
                 "optimizer": optimizer.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()},
-                "correct": correct, "seen": seen, "chunk": data.chunk}
+                "correct": correct, "seen": seen, "chunk": data.micro_batch}
 
     def save():
-        if parallel.chief():
+        if distributed.is_main_process():
             states.save(state())
-        parallel.meet()
+        distributed.barrier()
 
-    saved, damage = parallel.from_chief(lambda: states.load(state()))
+    saved, damage = distributed.run_on_rank0(lambda: states.load(state()))
     if damage:
-        parallel.say(damage)
+        distributed.print_rank0(damage)
     if saved:
         where = f"the run saved in {states.newest.parent}"
-        refuse_other_flags(saved["flags"], vars(args), MAY_CHANGE, where, "--fresh to start over")
+        require_same_flags(saved["flags"], vars(args), MAY_CHANGE, where, "--fresh to start over")
         if (saved["data"], saved["k"]) != (fingerprint, k):
             raise InputError(f"{where} began with other data than {args.data_path} holds now, or is of another network; "
                              "--fresh starts over")
@@ -115,39 +116,39 @@ def train(args, k, data, threat, states, interrupts):
         for name, generator in rng.items():
             generator.set_state(saved["rng"][name])
         correct, seen, step = saved["correct"].to(data.device), saved["seen"], saved["step"]
-        data.chunk = saved["chunk"]  # another one draws other random starts on CUDA
-        parallel.say(f"going on with network {k} at step {step}")
+        data.micro_batch = saved["chunk"]  # another one draws other random starts on CUDA
+        distributed.print_rank0(f"going on with network {k} at step {step}")
 
     size = len(data.labels["train"])
     per_epoch = math.ceil(size / args.batch_train)
     steps, order = args.epochs * per_epoch, None
-    with tqdm(total=steps, initial=step, desc=f"network {k}", unit="step", disable=parallel.silent()) as bar:
+    with tqdm(total=steps, initial=step, desc=f"network {k}", unit="step", disable=distributed.disable_tqdm()) as bar:
         try:
             while step < steps:
-                if interrupts.check(due=parallel.chief() and states.due(step)):
+                if interrupts.check(due=distributed.is_main_process() and states.should_save(step)):
                     save()
-                with interrupts.deferred():
+                with interrupts.delay_signals():
                     epoch, batch = divmod(step, per_epoch)
                     if batch == 0:
                         correct, seen = torch.zeros_like(correct), 0
                     if order is None or batch == 0:  # a stream for each epoch, so that it need not be saved
-                        order = torch.randperm(size, generator=stream(args.seed, "pretrain", k, "order", epoch))
-                    images, labels = data.take("train", order[batch * args.batch_train:(batch + 1) * args.batch_train])
+                        order = torch.randperm(size, generator=make_generator(args.seed, "pretrain", k, "order", epoch))
+                    images, labels = data.get_batch("train", order[batch * args.batch_train:(batch + 1) * args.batch_train])
                     images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, rng["dsa"], n=len(images)))
-                    own = parallel.share(len(labels))  # of several processes each has its share of the batch
+                    own = distributed.shard(len(labels))  # of several processes each has its share of the batch
                     attacked, seen = images[own], seen + len(labels)
                     if args.attack_steps:
                         attacked = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
-                                                 steps=args.attack_steps, chunk=data.chunk, own=own)
+                                                 steps=args.attack_steps, micro_batch=data.micro_batch, own=own)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
-                    loss, right = utils.training_step(net, optimizer, attacked, labels[own], len(labels))
+                    loss, right = training_step(net, optimizer, attacked, labels[own], len(labels))
                     correct += right
                     step += 1
                 bar.update()
                 if step % per_epoch == 0:
-                    utils.check_finite({"the training loss": loss.item()})
-                    parallel.say(f"network {k} epoch {epoch + 1}/{args.epochs}: accuracy {100 * correct.item() / seen:.2f} % "
+                    require_finite({"the training loss": loss.item()})
+                    distributed.print_rank0(f"network {k} epoch {epoch + 1}/{args.epochs}: accuracy {100 * correct.item() / seen:.2f} % "
                                  f"on its {'attacked' if args.attack_steps else 'clean'} batches, loss {loss.item():.4f}")
         except Interrupted as stop:
             if stop.whole:
@@ -159,44 +160,44 @@ def train(args, k, data, threat, states, interrupts):
 
 def compile_training(args, data):
     """Compile for the batches of this training, if they are many enough."""
-    trained = {parallel.largest_share(size): n / parallel.size() for size, n in
+    trained = {distributed.max_shard_size(size): n / distributed.world_size() for size, n in
                set_batches(len(data.labels["train"]), args.batch_train, args.epochs).items()}
-    attacked, own = {}, parallel.largest_share(args.batch_train)
-    if own % data.chunk == 0:
-        attacked[data.chunk] = trained[own] / TRAINING_STEP * args.attack_steps
-    compile_planned(network_for(data, args.model, 0), data, {"attacked": attacked, "trained": trained}, parallel.say)
+    attacked, own = {}, distributed.max_shard_size(args.batch_train)
+    if own % data.micro_batch == 0:
+        attacked[data.micro_batch] = trained[own] / TRAINING_STEP * args.attack_steps
+    compile_planned(network_for(data, args.model, 0), data, {"attacked": attacked, "trained": trained}, distributed.print_rank0)
 
 
-def print_plan(args, data):
+def print_summary(args, data):
     """Say what the run is about to do and, from a short measurement, how long it will take."""
     images = len(data.labels["train"])
-    gradients = args.epochs * images * (args.attack_steps + 1) / (parallel.size() if args.num_nets == 1 else 1)
-    estimate = duration(gradients / image_gradients_per_second(network_for(data, args.model, 0), data))
+    gradients = args.epochs * images * (args.attack_steps + 1) / (distributed.world_size() if args.num_nets == 1 else 1)
+    estimate = duration(gradients / forward_backward_rate(network_for(data, args.model, 0), data))
     shared = ""
-    if parallel.size() > 1:
-        shared = f"; {parallel.size()} processes share {'every batch' if args.num_nets == 1 else 'the networks'}"
-    parallel.say(f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} epochs of {images} "
+    if distributed.world_size() > 1:
+        shared = f"; {distributed.world_size()} processes share {'every batch' if args.num_nets == 1 else 'the networks'}"
+    distributed.print_rank0(f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} epochs of {images} "
                  f"training images of {data.name}, threat model {args.threat_model}; about {estimate} each{shared}")
 
 
 def check_shares(args, data):
     """Raise InputError where several processes have nothing to share, or share what must stay whole."""
     if args.num_nets > 1:
-        return parallel.check_work(args.num_nets, "networks (--num_nets)")
+        return distributed.require_work(args.num_nets, "networks (--num_nets)")
     last = len(data.labels["train"]) % args.batch_train or args.batch_train
-    parallel.check_work(min(last, args.batch_train), "images of the last batch of an epoch (--batch_train)")
-    if parallel.size() > 1 and mixes_its_batch(network_for(data, args.model, 0)):
+    distributed.require_work(min(last, args.batch_train), "images of the last batch of an epoch (--batch_train)")
+    if distributed.world_size() > 1 and is_batch_dependent(network_for(data, args.model, 0)):
         raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; start one process, or one for "
                          "each of several networks (--num_nets)")
 
 
 def main():
     args = parse_args()
-    device = get_device(parallel.start(args))
-    set_precision(choose_precision(args, device))
+    device = get_device(distributed.init(args))
+    set_precision(resolve_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device)
-    data.chunk = parallel.from_chief(lambda: data.chunk)  # another one draws other random starts on CUDA
-    parallel.say(data.describe())
+    data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random starts on CUDA
+    distributed.print_rank0(data.describe())
     check_threat_model(args.threat_model, data)
     utils.check_network(args.model, data)
     check_shares(args, data)
@@ -205,35 +206,35 @@ def main():
     if args.aa_limit and find_spec("pyautoattack") is None:
         raise InputError("AutoAttack at the end needs the package pyautoattack; without it choose --aa_limit 0")
     threat = get_threat_model(args.threat_model, data)
-    print_plan(args, data)
+    print_summary(args, data)
     if args.compile:
-        with parallel.alone() if args.num_nets > 1 else contextlib.nullcontext():
+        with distributed.single_process() if args.num_nets > 1 else contextlib.nullcontext():
             compile_training(args, data)
     trained = f"PGD-{args.threat_model}" + ("-targeted" if args.targeted else "") if args.attack_steps else "None"
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{trained}_seed{args.seed}"
     paths = [Path(args.checkpoint_path) / f"{name}-{k}.pth" for k in range(args.num_nets)]
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
-    held, interrupts = [], Interrupts(parallel.say)
+    held, interrupts = [], SignalHandler(distributed.print_rank0)
 
     def begin():
         folder.mkdir(parents=True, exist_ok=True)
         held.append(lock(folder))
-        if args.fresh and not parallel.restarted():
+        if args.fresh and not distributed.is_restart():
             for k, path in enumerate(paths):
                 shutil.rmtree(folder / f"net{k}", ignore_errors=True)
                 for written in (about_of(path), path):
                     written.unlink(missing_ok=True)
 
     def work(k):
-        with parallel.alone():
+        with distributed.single_process():
             one_network(args, k, data, threat, folder / f"net{k}", paths[k], interrupts)
     try:
-        parallel.from_chief(begin)
+        distributed.run_on_rank0(begin)
         if args.num_nets == 1:
             one_network(args, 0, data, threat, folder / "net0", paths[0], interrupts)
         else:
-            with interrupts.at_once():
-                parallel.deal(args.num_nets, work)
+            with interrupts.allow_signals():
+                distributed.map_dynamic(args.num_nets, work)
     finally:
         interrupts.restore()
         for file in held:
@@ -249,37 +250,37 @@ def one_network(args, k, data, threat, folder, path, interrupts):
     """Train network number k, test it, write it to `path`, unless it is there. folder: of its saved states."""
     if about_of(path).exists():
         said = json.loads(about_of(path).read_text())["flags"]
-        refuse_other_flags(said, vars(args), MAY_CHANGE, str(path), "--fresh to start over")
-        return parallel.say(f"{path} is there already")
+        require_same_flags(said, vars(args), MAY_CHANGE, str(path), "--fresh to start over")
+        return distributed.print_rank0(f"{path} is there already")
     start, states = time.perf_counter(), None
-    if parallel.chief():
+    if distributed.is_main_process():
         folder.mkdir(exist_ok=True)
-        states = StateFile(folder, args.save_interval)
+        states = CheckpointFile(folder, args.save_interval)
     net, train_acc = train(args, k, data, threat, states, interrupts)
-    with interrupts.at_once():
-        (about,) = parallel.deal(1, lambda _: measure(args, k, net, train_acc, data, threat))
-    with interrupts.deferred():
-        if parallel.chief():
+    with interrupts.allow_signals():
+        (about,) = distributed.map_dynamic(1, lambda _: measure(args, k, net, train_acc, data, threat))
+    with interrupts.delay_signals():
+        if distributed.is_main_process():
             write_tensors(path, {key: value.cpu() for key, value in net.state_dict().items()})
             write_json(about_of(path), about)
             shutil.rmtree(folder)
     measured = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items() if key in about)
     autoattack = f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}" if args.aa_limit else ""
-    parallel.say(f"{path}: {measured} of {about['n']} test images{autoattack}, in training {100 * train_acc:.2f} %; "
+    distributed.print_rank0(f"{path}: {measured} of {about['n']} test images{autoattack}, in training {100 * train_acc:.2f} %; "
                  f"{duration(time.perf_counter() - start)}")
 
 
 def measure(args, k, net, train_acc, data, threat):
     """What is known of a network, for the file beside it."""
-    images, labels = data.take("test", slice(args.test_limit or None))
-    rng = stream(args.seed, "pretrain", k, "test", device=data.device)
+    images, labels = data.get_batch("test", slice(args.test_limit or None))
+    rng = make_generator(args.seed, "pretrain", k, "test", device=data.device)
     about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes, "threat_model": args.threat_model,
              "mean": list(data.mean), "std": list(data.std),
              "train_robust_acc": train_acc, "clean_acc": utils.accuracy(net, images, labels),
-             **utils.robust_accuracies(net, images, labels, threat, rng, data.chunk), "n": len(labels), "seed": args.seed,
+             **utils.robust_accuracies(net, images, labels, threat, rng, data.micro_batch), "n": len(labels), "seed": args.seed,
              "flags": vars(args), "versions": versions(), "device": device_name(data.device)}
     if args.aa_limit:
-        with no_bf16():
+        with disable_bf16():
             x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA", targeted=False)
         about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
     return about

@@ -17,19 +17,19 @@ import torch
 
 import utils
 from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
-from engine.command_line import at_least, fraction, run_script
-from engine.comparison import (figures_of, place_of, read_comparisons, table_comparison, table_robust,
+from runtime.command_line import at_least, fraction, run_script
+from reporting.statistics import (figures_of, place_of, read_comparisons, table_comparison, table_robust,
                                usual_comparison)
-from engine.datasets import NUM_CLASSES, load_dataset
-from engine.inputs import choose_normalisation, read_input, take_flags, understand
-from engine.pictures import figure_3, figure_4, figure_run, figure_sets
-from engine.results import chance, find, pools, read_rows, read_run
-from engine.safe_files import InputError, write_atomically, write_text
-from engine.streams import stream, stream_seed
-from engine.synset_files import mean_and_std
-from engine.tables import Table, table_accuracy, table_runs, table_seeds
+from datasets import NUM_CLASSES, load_dataset
+from formats.inputs import choose_normalisation, read_input, take_flags, understand
+from reporting.plots import figure_3, figure_4, figure_run, figure_sets
+from reporting.records import chance, find, pools, read_rows, read_run
+from runtime.safe_io import InputError, write_atomically, write_text
+from runtime.seeding import make_generator, derive_seed
+from formats.synset_file import mean_and_std
+from reporting.tables import Table, table_accuracy, table_runs, table_seeds
 from networks import NETWORKS, network_for
-from sets import protocol_of, training_set
+from synsets import protocol_of, training_set
 from utils import metrics_of, transfer_of
 
 HERE = Path(__file__).parent
@@ -195,10 +195,10 @@ def figure_tsne(path, data_path, seed):
     print(f"{path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings), sep="\n")
     threat, sets, pack = get_threat_model(meta["threat_model"], data), one.synset.sets, one.synset.pack
     images, labels = training_set(sets[0], pack)
-    net = network_for(data, model, stream_seed(seed, "tsne", "init"))
-    utils.train_on_set(net, images, labels, generator=stream(seed, "tsne", "train"), **protocol_of(meta))
-    real, real_labels = data.take("test", slice(600))
-    attacked = attack_images(net, real, real_labels, threat, stream(seed, "tsne", "attack"), targeted=False)
+    net = network_for(data, model, derive_seed(seed, "tsne", "init"))
+    utils.train_on_set(net, images, labels, generator=make_generator(seed, "tsne", "train"), **protocol_of(meta))
+    real, real_labels = data.get_batch("test", slice(600))
+    attacked = attack_images(net, real, real_labels, threat, make_generator(seed, "tsne", "attack"), targeted=False)
     with torch.no_grad():
         embeddings = [net.embed_and_classify(x)[0].numpy() for x in (real, attacked, images)]
     points = TSNE(random_state=seed, init="pca").fit_transform(np.concatenate(embeddings))
@@ -315,7 +315,7 @@ def main():
 
 
 def add_metrics(figures, rows, threats, crei_weight):
-    """Add I-RR of each network, by threat model and form, to the `figures` of engine.comparison."""
+    """Add I-RR of each network, by threat model and form, to the `figures` of reporting.statistics."""
     of_networks = {}
     for row in rows:
         if row["crafted_on"] == row["evaluated_on"]:

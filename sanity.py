@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from attacks import craft
-from engine import parallel
-from engine.streams import stream, stream_seed
+from runtime import distributed
+from runtime.seeding import make_generator, derive_seed
 from networks import network_for
 from utils import train_on_set
 
@@ -24,8 +24,8 @@ SLACK = 0.02  # by so much an attack that should be weaker may be stronger
 
 def train_surrogate(data, model, seed):
     """A network trained naturally on real images, to craft attacks on. Frozen, in eval mode."""
-    net = network_for(data, model, stream_seed(seed, "surrogate", model, "init"))
-    generator = stream(seed, "surrogate", model)
+    net = network_for(data, model, derive_seed(seed, "surrogate", model, "init"))
+    generator = make_generator(seed, "surrogate", model)
     images, labels = data.sample(SURROGATE_IMAGES, generator)
     train_on_set(net, images, labels, epochs=SURROGATE_EPOCHS - 1, lr_net=0.02, batch_train=128, dsa_strategy="crop_flip",
                  generator=generator)
@@ -36,8 +36,8 @@ def check_sanity(name, net, surrogate, threat, test, seed):
     """Checks of one network, on a few images. name: of its random stream. surrogate: of `train_surrogate`. test: (images,
     labels). Returns {check: {"passed", "value", "text"}}."""
     images, labels = (part[:IMAGES] for part in test)
-    rng = stream(seed, "sanity", name, threat.name, device=images.device)
-    eps = min(threat.judge_eps.values())
+    rng = make_generator(seed, "sanity", name, threat.name, device=images.device)
+    eps = min(threat.eval_eps.values())
 
     def right(attack, crafted_on=net, eps=eps, **options):
         x_adv = craft(crafted_on, images, labels, threat, attack, targeted=False, eps=eps, generator=rng, **options)[0]
@@ -87,25 +87,25 @@ def check_autoattack(rows, network, threat_name):
 def run_sanity(attacked, threats, test, data, results, seed):
     """The checks of every network that was attacked, by whichever process is free; saved one by one.
 
-    attacked: (name of a threat model, Victim of evaluate.py), ... results: of engine.jobs.
+    attacked: (name of a threat model, TargetModel of evaluate.py), ... results: of runtime.tasks.
     """
     surrogates, checks = {}, results.content["sanity"]
-    missing = [(name, victim) for name, victim in attacked if name not in checks.setdefault(victim.name, {})]
+    missing = [(name, target) for name, target in attacked if name not in checks.setdefault(target.name, {})]
 
     def check(k):
-        name, victim = missing[k]
-        if victim.model not in surrogates:
-            surrogates[victim.model] = train_surrogate(data, victim.model, seed)
-        return check_sanity(victim.name, victim.net, surrogates[victim.model], threats[name], test, seed)
+        name, target = missing[k]
+        if target.model not in surrogates:
+            surrogates[target.model] = train_surrogate(data, target.model, seed)
+        return check_sanity(target.name, target.net, surrogates[target.model], threats[name], test, seed)
 
     def collect(k, result):
-        name, victim = missing[k]
-        checks[victim.name][name] = result
+        name, target = missing[k]
+        checks[target.name][name] = result
         results.save()
-    parallel.deal(len(missing), check, collect)
-    for name, victim in attacked:
-        checks[victim.name][name].pop("AutoAttack", None)
-        compared = check_autoattack(results.content["rows"], victim.name, name)
+    distributed.map_dynamic(len(missing), check, collect)
+    for name, target in attacked:
+        checks[target.name][name].pop("AutoAttack", None)
+        compared = check_autoattack(results.content["rows"], target.name, name)
         if compared:
-            checks[victim.name][name]["AutoAttack"] = compared
+            checks[target.name][name]["AutoAttack"] = compared
     results.save()

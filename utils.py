@@ -10,22 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from attacks import ATTACKS, attack_images, check_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from engine import parallel
-from engine.device import CHUNK
-from engine.fast import forward, no_bf16, precision
-from engine.graphs import play
-from engine.network_files import load_into
-from engine.plan import TRAINING_STEP
-from engine.pool import FixedPool, NetPool
-from engine.results import groups_of, mean_of, of_all_images
-from engine.safe_files import InputError
-from engine.streams import stream, stream_seed
+from runtime import distributed
+from runtime.device import MICRO_BATCH
+from runtime.compilation import forward, disable_bf16, precision
+from formats.network_file import load_into
+from runtime.cost import TRAINING_STEP
+from network_pool import FixedPool, NetworkPool
+from reporting.records import groups_of, mean_of, of_all_images
+from runtime.safe_io import InputError
+from runtime.seeding import make_generator, derive_seed
 from networks import NETWORKS, eval_pool, network_for
-from sets import INITS, LR_SCHEDULES, class_major, label_loss, protocol, start_from, training_set
+from synsets import INITS, LR_SCHEDULES, class_major, label_loss, protocol, start_from, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
 WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
@@ -70,11 +68,11 @@ def check_sizes(args, data):
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the {len(data.labels['test'])} test images")
     if args.parallel == "experiments":
-        return parallel.check_work(args.num_exp, "experiments (--num_exp)")
+        return distributed.require_work(args.num_exp, "experiments (--num_exp)")
     for classes in data.class_groups(args.batch_real):
-        parallel.check_work(sum(min(args.batch_real, data.class_size(c)) for c in classes), "real images (--batch_real)")
+        distributed.require_work(sum(min(args.batch_real, data.class_size(c)) for c in classes), "real images (--batch_real)")
     if not args.robust_prior and args.fetch_net_num and args.model_train_steps:
-        parallel.check_work(min(args.trained_bs, len(data.labels["train"])), "images of the pool's batches (--trained_bs)")
+        distributed.require_work(min(args.trained_bs, len(data.labels["train"])), "images of the pool's batches (--trained_bs)")
 
 
 def evaluation_iterations(args):
@@ -136,8 +134,8 @@ def new_pool(args, exp, data, prior):
     if prior:
         return FixedPool(prior)
     decay = {"momentum": 0.9, "weight_decay": 5e-4} if args.net_decay else {}
-    return NetPool(
-        make_net=lambda k: network_for(data, args.model, stream_seed(args.seed, exp, "pool", k)),
+    return NetworkPool(
+        make_net=lambda k: network_for(data, args.model, derive_seed(args.seed, exp, "pool", k)),
         make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=args.lr_net, **decay),
         limit=args.net_num)
 
@@ -182,61 +180,36 @@ def train_on_set(net, images, labels, *, epochs, lr_net, batch_train, dsa_strate
     net.eval()
 
 
-def training_step(net, optimizer, images, labels, whole):
-    """One step on a batch of `whole` real images, of which each process has a share. images: (n, C, H, W) normalised; labels:
-    (n,). Returns (mean loss, number of right answers) of the whole batch, () tensors without a graph."""
-    share = len(labels) / whole
-
-    def gradients_of(net, images, labels):
-        logits = forward(net, images)
-        loss = F.cross_entropy(logits, labels) * share  # of all processes together: the mean
-        right = (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
-        return loss, right, *torch.autograd.grad(loss, list(net.parameters()))
-    loss, right, *gradients = play(gradients_of, ("training step", share), net, images, labels)
-    parallel.add_up([loss, right, *gradients])
-    for parameter, gradient in zip(net.parameters(), gradients):
-        parameter.grad = gradient
-    optimizer.step()
-    return loss, right
-
-
 @torch.no_grad()
-def accuracy(net, images, labels, chunk=1024):
+def accuracy(net, images, labels, micro_batch=1024):
     """The fraction of normalised images (N, C, H, W) that `net`, in eval mode, classifies as labels (N,)."""
     was_training = net.training
     net.eval()
-    correct = sum((net(x).argmax(1) == y).sum() for x, y in zip(images.split(chunk), labels.split(chunk)))
+    correct = sum((net(x).argmax(1) == y).sum() for x, y in zip(images.split(micro_batch), labels.split(micro_batch)))
     net.train(was_training)
     return float(correct) / len(labels)
 
 
 @torch.no_grad()
-def wrong_in_bf16_alone(net, images, labels, chunk=CHUNK):
+def wrong_in_bf16_alone(net, images, labels, micro_batch=MICRO_BATCH):
     """Which images `forward` classifies wrong where it computes in bf16, and the network itself right, (N,) bool: what an
     attack in bf16 took for done. None of them elsewhere. Arguments as in `accuracy`."""
     if precision() != "bf16":
         return torch.zeros_like(labels, dtype=torch.bool)
-    parts = images.split(chunk)
+    parts = images.split(micro_batch)
     scores, exact = torch.cat([forward(net, x) for x in parts]), torch.cat([net(x) for x in parts])
     return (scores.argmax(1) != labels) & (exact.argmax(1) == labels)
 
 
-def robust_accuracies(net, images, labels, threat, generator, chunk=CHUNK):
+def robust_accuracies(net, images, labels, threat, generator, micro_batch=MICRO_BATCH):
     """Accuracies (fractions) under PGD with a random start, as the threat model judges: under `published` targeted, 10 steps
     (SPEC 3.1); under `pixel` untargeted, 20 steps, at 2, 4 and 8 of 255. Arguments as in `accuracy`.
 
-    Returns {column: accuracy}; the columns are those of engine.results.COLUMNS that the threat model has.
+    Returns {column: accuracy}; the columns are those of reporting.records.COLUMNS that the threat model has.
     """
-    with no_bf16():
-        return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, chunk=chunk,
-                                                    **threat.judge), labels) for column, eps in threat.judge_eps.items()}
-
-
-def check_finite(values):
-    """Raise FloatingPointError naming the first of {name: float} that is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {value}")
+    with disable_bf16():
+        return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, micro_batch=micro_batch,
+                                                    **threat.judge), labels) for column, eps in threat.eval_eps.items()}
 
 
 def diverged(error, args, exp, it):
@@ -252,20 +225,20 @@ class Evaluator:
     """Trains fresh networks on a synthetic set and measures them (SPEC 3.1), as the flags of a run say.
 
     args: the flags eval_mode, model, num_eval, test_limit, select, seed and those of `train_on_set`. deal: shares the networks
-    out among processes, as parallel.deal does.
+    out among processes, as distributed.map_dynamic does.
     """
 
-    def __init__(self, args, data, threat, deal=parallel.deal):
+    def __init__(self, args, data, threat, deal=distributed.map_dynamic):
         self.deal = deal
         self.data, self.threat, self.seed, self.num_eval = data, threat, args.seed, args.num_eval
         self.models = eval_pool(args.eval_mode, args.model)
         self.networks = len(self.models) * self.num_eval  # that a set is evaluated with
         self.protocol = protocol(args)
-        self.test_set = data.take("test", slice(args.test_limit or None))
+        self.test_set = data.get_batch("test", slice(args.test_limit or None))
         self.select_set = None
         if args.select == "train":  # the same images for every run of a data set, so no seed enters
-            order = torch.randperm(len(data.labels["train"]), generator=stream(0, "select"))
-            self.select_set = data.take("train", order[:SELECT_IMAGES])
+            order = torch.randperm(len(data.labels["train"]), generator=make_generator(0, "select"))
+            self.select_set = data.get_batch("train", order[:SELECT_IMAGES])
 
     def __call__(self, one, pack, *key, select=False):
         """one: a SyntheticSet. pack: how many sub-images stand along each side of its images. key: names the random streams.
@@ -281,26 +254,26 @@ class Evaluator:
 
     def constant(self):
         """The rows of a classifier that always gives the same answer: no robust accuracy below it means anything."""
-        columns = ("clean_acc", "clamp_acc", *self.threat.judge_eps)
+        columns = ("clean_acc", "clamp_acc", *self.threat.eval_eps)
         return [{"model": "-", **dict.fromkeys(columns, 1 / self.data.num_classes), "n": len(self.test_set[1])}]
 
     def cost(self, trained_on, select=False):
         """Image-gradients of an evaluation of a set of `trained_on` images, sub-images of a packed one."""
-        judged = (self.threat.judge_cost + 1) * len(self.test_set[1])
+        judged = (self.threat.eval_cost + 1) * len(self.test_set[1])
         if select and self.select_set:
-            judged += self.threat.judge_cost * len(self.select_set[1])
+            judged += self.threat.eval_cost * len(self.select_set[1])
         return self.networks * (TRAINING_STEP * trained_on * (self.protocol["epochs"] + 1) + judged)
 
     def _one_network(self, images, labels, model, key, select):
         start, data, threat = time.perf_counter(), self.data, self.threat
-        net = network_for(data, model, stream_seed(self.seed, *key, "init"))
-        train_on_set(net, images, labels, generator=stream(self.seed, *key, "train"), **self.protocol)
-        rng = stream(self.seed, *key, "attack", device=data.device)
+        net = network_for(data, model, derive_seed(self.seed, *key, "init"))
+        train_on_set(net, images, labels, generator=make_generator(self.seed, *key, "train"), **self.protocol)
+        rng = make_generator(self.seed, *key, "attack", device=data.device)
         test_images, test_labels = self.test_set
-        robust = robust_accuracies(net, test_images, test_labels, threat, rng, data.chunk)
+        robust = robust_accuracies(net, test_images, test_labels, threat, rng, data.micro_batch)
         select_acc = None
         if select:
-            judged = robust_accuracies(net, *self.select_set, threat, rng, data.chunk) if self.select_set else robust
+            judged = robust_accuracies(net, *self.select_set, threat, rng, data.micro_batch) if self.select_set else robust
             select_acc = float(np.mean(list(judged.values())))
         return {
             "model": model,

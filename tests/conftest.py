@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-from engine.datasets import DATASETS, Dataset, load_dataset  # noqa: E402
-from engine.fast import reuse_freed_memory  # noqa: E402
-from engine.synset_files import read_synset  # noqa: E402
+from datasets import DATASETS, Dataset, load_dataset  # noqa: E402
+from runtime.compilation import reuse_freed_memory  # noqa: E402
+from formats.synset_file import read_synset  # noqa: E402
 
 reuse_freed_memory()  # as the scripts do; a third of the time
 SEED = 1729  # of no generator in the tests: what one of those draws does not go with what is drawn without one
@@ -84,7 +84,7 @@ def cifar10_npz(tmp_path_factory):
     if (ROOT / "data" / "cifar10.npz").exists():
         return ROOT / "data"
     if not (SHARED / "data" / "unpack.py").exists():
-        pytest.skip("no data/cifar10.npz and no ../shared/data here")
+        pytest.advance("no data/cifar10.npz and no ../shared/data here")
     import subprocess
     folder = tmp_path_factory.mktemp("cifar10")
     subprocess.run([sys.executable, SHARED / "data" / "unpack.py", "--out", folder, "--dataset", "cifar10"], check=True)

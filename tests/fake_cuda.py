@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from engine import graphs
+from runtime import cuda_graphs
 
 CUDA = torch.device("cuda:0")
 # Reading a value out of a device tensor, or an output whose size depends on values.
@@ -195,13 +195,13 @@ def fake_cuda(monkeypatch, memory=80 << 30):
             if sum(device.syncs.values()) != before:
                 raise RuntimeError("operation not permitted when stream is capturing")
             return recorded
-        patch.setattr(graphs, "capture", capture)
-        graphs.forget()
+        patch.setattr(cuda_graphs, "capture", capture)
+        cuda_graphs.reset()
         # module.to(device) makes new parameters, as the class of the old ones cannot change
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             with device:
                 yield device
         finally:
-            graphs.forget()
+            cuda_graphs.reset()
             torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -16,20 +16,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import engine.run_folder  # noqa: E402
+import runtime.run_directory  # noqa: E402
 import sanity  # noqa: E402
 import utils  # noqa: E402
-from engine.command_line import run_script  # noqa: E402
-from engine.saved_state import StateFile  # noqa: E402
+from runtime.command_line import run_script  # noqa: E402
+from runtime.checkpoint import CheckpointFile  # noqa: E402
 
 torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float64")))
 script = importlib.import_module(Path(sys.argv[1]).stem)
 rank = os.environ.get("RANK", "0")
 sys.argv = sys.argv[1:] + (os.environ.get("MORE", "").split() if rank == "1" else [])
 utils.SELECT_IMAGES, sanity.QUERIES, sanity.STEPS = 40, 50, 10
-engine.run_folder.save_grid = lambda *args: None  # two seconds of imports
+runtime.run_directory.save_grid = lambda *args: None  # two seconds of imports
 if os.environ.get("KEEP"):
-    StateFile.remove = StateFile.forget_previous = lambda self: None
+    CheckpointFile.remove = CheckpointFile.forget_previous = lambda self: None
 
 who, where, call = os.environ.get("AT", "-1::0").split(":")
 if who == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

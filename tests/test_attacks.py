@@ -13,7 +13,7 @@ from attacks import (
     ATTACKS,
     THREAT_MODELS,
     attack_images,
-    audit,
+    check_perturbation,
     autoattack,
     craft,
     cw,
@@ -25,8 +25,8 @@ from attacks import (
     spsa,
     square_attack,
 )
-from engine.audit import audits_at_the_end
-from engine.autoattack import project_linf
+from runtime.perturbation import deferred_checks
+from runtime.autoattack import project_linf
 from networks import get_network
 
 QUICK = {  # enough to see the direction
@@ -91,18 +91,18 @@ def test_bounds_and_direction(name, attack, targeted, num_classes):
     data, spec = random_dataset(num_classes, per_class=2), ATTACKS[attack]
     threat = get_threat_model(name, data)
     net = get_network("LeNet", 3, num_classes, (32, 32), seed=0).train()
-    x, labels = data.take("train", slice(16))
+    x, labels = data.get_batch("train", slice(16))
     goal = threat.target_labels(labels) if targeted else labels
-    if spec.gives_up:  # these leave an image alone that is at its goal already: start with those that are not
+    if spec.keeps_failed_input:  # these leave an image alone that is at its goal already: start with those that are not
         labels = net.eval()(threat.clamp_only(x) if attack == "CW" else x).argmax(1)
         net.train()
         goal = threat.target_labels(labels) if targeted else labels
     eps = 0.9 if attack in ("AA", "Square") else None  # so few queries need more room
     x_adv, linf, l2 = craft(net, x, labels, threat, attack, targeted=targeted, generator=torch.Generator().manual_seed(0),
-                            chunk=5, eps=eps, **QUICK.get(attack, {}))
+                            micro_batch=5, eps=eps, **QUICK.get(attack, {}))
     assert net.training
     before, after = (data.denormalize(x), data.denormalize(x_adv)) if name == "pixel" else (x.clamp(0, 1), x_adv)
-    if spec.gives_up:
+    if spec.keeps_failed_input:
         after = torch.where((x_adv - x).flatten(1).abs().amax(1).view(-1, 1, 1, 1) < 1e-5, before, after)
     assert after.min() >= -1e-6 and after.max() <= 1 + 1e-6
     change = (after - before).flatten(1)
@@ -111,7 +111,7 @@ def test_bounds_and_direction(name, attack, targeted, num_classes):
     if spec.eps:
         assert spec.eps(threat) == {"Linf": 8 / 255, "L2": 128 / 255}[spec.norm]
         assert largest <= (eps or spec.eps(threat)) + 1e-6
-    if spec.gives_up and (name == "published" or (attack == "Square" and targeted)):
+    if spec.keeps_failed_input and (name == "published" or (attack == "Square" and targeted)):
         return  # noise, clamped, on an untrained network, or 100 targets: too hard for some of them, who then give up
     assert largest > 0
     net.eval()
@@ -137,7 +137,7 @@ def test_threat_model_constants():
     x_adv = attack_images(net, x, torch.tensor([0]), published, torch.Generator().manual_seed(0))
     assert torch.equal(x_adv, torch.zeros_like(x))
     assert torch.equal(published.clamp_only(x), torch.zeros_like(x))
-    x, _ = data.take("train", slice(4))
+    x, _ = data.get_batch("train", slice(4))
     assert torch.allclose(pixel.clamp_only(x), x, atol=1e-5)  # images survive pixel's control
 
 
@@ -167,51 +167,51 @@ def test_random_start_is_the_generators():
 def test_audit_refuses(broken, error):
     x = torch.full((2, 3, 4, 4), 0.5)
     x_adv = x.clone()
-    assert [change.tolist() for change in audit(x, x_adv, "Linf", 8 / 255)] == [[0, 0], [0, 0]]
+    assert [change.tolist() for change in check_perturbation(x, x_adv, "Linf", 8 / 255)] == [[0, 0], [0, 0]]
     x_adv[1, 2, 3, 3] += broken
     for norm, eps in (("Linf", 8 / 255), ("L2", 8 / 255)):
         with pytest.raises(error):
-            audit(x, x_adv, norm, eps)
+            check_perturbation(x, x_adv, norm, eps)
 
 
 def test_audits_can_be_read_together():
     """The wrong one among them is found; the values asked for come back."""
     x = torch.full((2, 1, 2, 2), 0.5)
-    with audits_at_the_end() as audits:
-        audit(x, x + 0.01, "Linf", 0.02)
-        audit(x, x + 0.03, "Linf", 0.04)
+    with deferred_checks() as audits:
+        check_perturbation(x, x + 0.01, "Linf", 0.02)
+        check_perturbation(x, x + 0.03, "Linf", 0.04)
         assert audits.read([torch.tensor(2.5), torch.tensor(1.0)]) == [2.5, 1.0]
-    with pytest.raises(RuntimeError, match="largest Linf change 0.03, allowed are .0, 1. and 0.02"), audits_at_the_end():
-        audit(x, x + 0.01, "Linf", 0.02)
-        audit(x, x + 0.03, "Linf", 0.02)
-        audit(x, x, "Linf", 0.02)
-    with pytest.raises(FloatingPointError), audits_at_the_end():
-        audit(x, x * torch.nan, "Linf", 0.02)
+    with pytest.raises(RuntimeError, match="largest Linf change 0.03, allowed are .0, 1. and 0.02"), deferred_checks():
+        check_perturbation(x, x + 0.01, "Linf", 0.02)
+        check_perturbation(x, x + 0.03, "Linf", 0.02)
+        check_perturbation(x, x, "Linf", 0.02)
+    with pytest.raises(FloatingPointError), deferred_checks():
+        check_perturbation(x, x * torch.nan, "Linf", 0.02)
     with pytest.raises(RuntimeError, match="left its bounds"):
-        audit(x, x + 0.03, "Linf", 0.02)  # at once again
+        check_perturbation(x, x + 0.03, "Linf", 0.02)  # at once again
 
 
 def test_audit_refuses_values_outside_the_box():
     x = torch.ones(1, 3, 4, 4)
     for eps in (8 / 255, None):
         with pytest.raises(RuntimeError, match="1.01"):
-            audit(x, x + 0.01, "Linf", eps)
+            check_perturbation(x, x + 0.01, "Linf", eps)
 
 
 def test_audit_knows_what_giving_up_is():
     """An image may come back as it was, outside the box too, from an attack that gives up, and from no other."""
     x = torch.full((2, 3, 4, 4), 1.5)
     x_adv = torch.stack([x[0], torch.full((3, 4, 4), 0.9)])
-    linf, l2 = audit(x, x_adv, "L2", None, gives_up=True)
+    linf, l2 = check_perturbation(x, x_adv, "L2", None, keeps_failed_input=True)
     assert linf[0] == 0 and linf[1] == pytest.approx(0.1) and l2[1] == pytest.approx(0.1 * 48**0.5)
     with pytest.raises(RuntimeError, match="1.5"):
-        audit(x, x_adv, "L2", None)
+        check_perturbation(x, x_adv, "L2", None)
 
 
 def test_eps_scales_the_step_and_is_refused_where_there_is_none():
     data = random_dataset(10, 1)
     threat, net = get_threat_model("pixel", data), get_network("LeNet", 3, 10, (32, 32), 0).eval()
-    x, labels = data.take("train", slice(4))
+    x, labels = data.get_batch("train", slice(4))
     z = threat.encode(x)
     direct = pgd(lambda z: net(threat.decode(z)), z, labels, eps=2 / 255, step_size=0.5 / 255, random_start=False)
     crafted = craft(net, x, labels, threat, "PGD", targeted=False, eps=2 / 255, random_start=False)[0]
@@ -228,7 +228,7 @@ def test_every_attack_is_audited(monkeypatch):
     data = random_dataset(10, 1)
     monkeypatch.setitem(attacks.ATTACKS, "FGSM", attacks.Attack(lambda model, x, labels, **_: (x + 0.1).clamp(0, 1), "Linf",
                                                                 eps=lambda t: t.eps))
-    x, labels = data.take("train", slice(2))
+    x, labels = data.get_batch("train", slice(2))
     with pytest.raises(RuntimeError, match="bounds"):
         attack_images(get_network("MLP", 3, 10, (32, 32), 0), x, labels, get_threat_model("pixel", data), None, attack="FGSM")
 
@@ -361,9 +361,9 @@ def digits_lenet(digits):
     """A LeNet trained on digits, and 200 test images in pixels with labels."""
     import utils
     net = get_network("LeNet", 3, 10, (32, 32), seed=0)
-    utils.train_on_set(net, *digits.take("train", slice(600)), epochs=30, lr_net=0.05, batch_train=64,
+    utils.train_on_set(net, *digits.get_batch("train", slice(600)), epochs=30, lr_net=0.05, batch_train=64,
                        dsa_strategy="none", generator=torch.Generator().manual_seed(0))
-    images, labels = digits.take("test", slice(200))
+    images, labels = digits.get_batch("test", slice(200))
     assert utils.accuracy(net, images, labels) > 0.9
     for parameter in net.parameters():
         parameter.requires_grad_(False)
@@ -526,13 +526,13 @@ def test_spsa_uses_no_gradient():
 
 
 def test_a_share_of_a_batch_is_attacked_as_the_whole(digits):
-    """What several processes attack of a batch, put together, is what one attacks: the same starts, chunk by chunk."""
+    """What several processes attack of a batch, put together, is what one attacks: the same starts, micro_batch by micro_batch."""
     net = get_network("LeNet", 3, 10, (32, 32), 0).double()
-    x, labels = digits.take("train", slice(23))
+    x, labels = digits.get_batch("train", slice(23))
     threat, rngs = get_threat_model("pixel", digits), [torch.Generator().manual_seed(0) for _ in range(4)]
-    whole = attack_images(net, x.double(), labels, threat, rngs[0], chunk=8)
+    whole = attack_images(net, x.double(), labels, threat, rngs[0], micro_batch=8)
     for rng, own in zip(rngs[1:], (slice(0, 7), slice(7, 15), slice(15, 23))):
-        part = attack_images(net, x.double(), labels, threat, rng, chunk=8, own=own)
+        part = attack_images(net, x.double(), labels, threat, rng, micro_batch=8, own=own)
         assert torch.allclose(part, whole[own], atol=1e-6)
         assert torch.equal(rng.get_state(), rngs[0].get_state())  # and the next batch begins where it would
     assert (whole - x).abs().max() > 0.05

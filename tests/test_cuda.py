@@ -17,14 +17,14 @@ import ROME_cifar10
 import ROME_cifar100
 import utils
 from attacks import autoattack, get_threat_model
-from engine import fast, graphs
-from engine.command_line import run_script
-from engine.datasets import Dataset
-from engine.device import attack_chunk, moved_together
-from engine.results import COLUMNS
-from engine.safe_files import InputError
-from engine.saved_state import Interrupted
-from engine.streams import stream
+from runtime import compilation, cuda_graphs
+from runtime.command_line import run_script
+from datasets import Dataset
+from runtime.device import choose_micro_batch, to_device_packed
+from runtime.measures import COLUMNS
+from runtime.safe_io import InputError
+from runtime.checkpoint import Interrupted
+from runtime.seeding import make_generator
 from networks import get_network
 
 ROME = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--aug", "--threat_model", "pixel", "--batch_real", "4",
@@ -163,8 +163,8 @@ def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
     data = Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
     args = ROME_cifar10.parse_args(["--model", "LeNet", "--ipc", "1", "--aug", "--train_net_num", "1", "--embed_last", "1000",
                                     "--batch_real", "2", "--trained_bs", "4", "--net_decay", "--device", "cuda"])
-    rng = {name: stream(0, name) for name in ("data", "dsa", "pool")} | {"attack": stream(0, device="cuda")}
-    image_syn, _ = ROME_cifar10.initial_set(args, data, stream(0, "init"), "real", 2)
+    rng = {name: make_generator(0, name) for name in ("data", "dsa", "pool")} | {"attack": make_generator(0, device="cuda")}
+    image_syn, _ = ROME_cifar10.initial_set(args, data, make_generator(0, "init"), "real", 2)
     optimizer_img = ROME_cifar10.image_optimizer(args, image_syn.requires_grad_())
     pool, threat = utils.new_pool(args, 0, data, None), get_threat_model("published", data)
     counts = []
@@ -174,18 +174,18 @@ def test_synchronisations_of_an_outer_iteration(cuda, monkeypatch):
         counts.append(sum(cuda.syncs.values()))
     assert max(counts) <= SYNCHRONISATIONS, (counts, cuda.syncs)
     kinds = {key[0] if key[0] != "PGD" else (key[0], tensors[0][0][0]) for key, *_, tensors in
-             ((key, rest, rest[5:]) for key, *rest in graphs._recordings)}
+             ((key, rest, rest[5:]) for key, *rest in cuda_graphs._recordings)}
     assert kinds == {("PGD", 20), ("PGD", 4), "embed", "training step"}  # all of it, recorded once for all networks
 
 
 def test_tensors_that_are_moved_together(cuda):
     """Of any type and length, in one copy, and the same behind it."""
     sent = [torch.arange(3), torch.tensor([[True], [False]]), torch.rand(5, 1), torch.empty(0), torch.tensor([7])]
-    moved = moved_together(sent, torch.device("cuda"))
+    moved = to_device_packed(sent, torch.device("cuda"))
     assert cuda.syncs == {"copy to the device": 1} and all(on_device(tensor) for tensor in moved)
     assert all(a.dtype == b.dtype and torch.equal(a, b.cpu()) for a, b in zip(sent, moved))
-    assert moved_together([], torch.device("cuda")) == []
-    assert all(a is b for a, b in zip(sent, moved_together(sent, torch.device("cpu"))))
+    assert to_device_packed([], torch.device("cuda")) == []
+    assert all(a is b for a, b in zip(sent, to_device_packed(sent, torch.device("cpu"))))
 
 
 @pytest.mark.parametrize("name", ["scale", "rotate"])
@@ -206,12 +206,12 @@ def test_repeatable_sampling_equals_grid_sample(name, n):
 def test_the_chunk_goes_with_the_free_memory_and_stays(monkeypatch, tmp_path):
     for free, expected in ((79 << 30, 4096), (30 << 30, 1024), (1 << 30, 256)):
         with fake_cuda(monkeypatch, free):
-            assert attack_chunk(torch.device("cuda:0")) == expected
-            assert attack_chunk(torch.device("cuda:0"), 300) == 300
+            assert choose_micro_batch(torch.device("cuda:0")) == expected
+            assert choose_micro_batch(torch.device("cuda:0"), 300) == 300
     outer_iteration, chunks = ROME_cifar10.outer_iteration, []
 
     def disturbed(it, image_syn, optimizer_img, pool, data, *rest):
-        chunks.append(data.chunk)
+        chunks.append(data.micro_batch)
         if len(chunks) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return outer_iteration(it, image_syn, optimizer_img, pool, data, *rest)
@@ -237,10 +237,10 @@ def test_zca_is_never_rounded_to_tf32(monkeypatch):
         inverse_transform = __call__
     import kornia
     monkeypatch.setattr(kornia.enhance, "ZCAWhitening", lambda **_: Whitening())
-    fast.set_precision("tf32")
+    compilation.set_precision("tf32")
     data.fit_zca()
     threat = get_threat_model("pixel", data)
-    threat.decode(threat.encode(data.take("train", slice(2))[0]))
+    threat.decode(threat.encode(data.get_batch("train", slice(2))[0]))
     assert asked == [False] * 4 and torch.backends.cuda.matmul.allow_tf32
 
 
@@ -255,11 +255,11 @@ def test_a_full_memory_is_one_line(monkeypatch, capsys):
 
 
 def test_compiling_leaves_batchnorm_as_it_was(monkeypatch):
-    monkeypatch.setattr(fast, "_compiled", lambda: lambda net, x, last: net(x))
+    monkeypatch.setattr(compilation, "_compiled", lambda: lambda net, x, last: net(x))
     net = get_network("ConvNetBN", 3, 10, (32, 32), 0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert fast.compile_batches(net, (3, 32, 32), trained=[4]) is None
-    fast._ready.clear()
+    assert compilation.compile_batches(net, (3, 32, 32), trained=[4]) is None
+    compilation._ready.clear()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

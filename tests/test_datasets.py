@@ -5,15 +5,15 @@ import pytest
 import torch
 from conftest import random_dataset
 
-from engine.datasets import DATASETS, Dataset, dataset_name, different, load_dataset
-from engine.safe_files import InputError
+from datasets import DATASETS, Dataset, dataset_name, different, load_dataset
+from runtime.safe_io import InputError
 
 
 def test_digits(digits):
     from sklearn.datasets import load_digits
     assert [len(digits.labels[s]) for s in ("train", "test")] == [1437, 360]
     assert digits.images["train"].shape == (1437, 3, 32, 32) and digits.images["train"].dtype == torch.uint8
-    x, _ = digits.take("train", slice(None))
+    x, _ = digits.get_batch("train", slice(None))
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3  # the constants of DATASETS
     # The images are scikit-learn's: the brightest pixel of each quarter and the total are kept by the enlargement.
     totals = sorted(image.sum() for image in load_digits().images)
@@ -24,7 +24,7 @@ def test_digits(digits):
 
 def test_normalisation():
     data = random_dataset()
-    x, labels = data.take("train", torch.tensor([3, 1]))
+    x, labels = data.get_batch("train", torch.tensor([3, 1]))
     raw = data.images["train"][[3, 1]].numpy() / 255
     mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     assert np.allclose(x.numpy(), (raw - mean) / std, atol=1e-5) and labels.tolist() == [3, 1]
@@ -41,7 +41,7 @@ def test_zca():
                          mean=(0.5,) * 3, std=(0.25,) * 3)
     plain = images.flatten(1).double().numpy() / 255  # the pixels: whitening takes the place of the normalisation
     data.fit_zca()
-    x, _ = data.take("train", slice(None))
+    x, _ = data.get_batch("train", slice(None))
     centred = plain - plain.mean(0)
     values, vectors = np.linalg.eigh(np.cov(centred.T))
     assert np.allclose(x.flatten(1).numpy(), centred @ vectors @ np.diag((values + 0.1) ** -0.5) @ vectors.T, atol=1e-3)
@@ -64,7 +64,7 @@ def test_different_numbers(n, total):
 
 def test_sampling():
     data, generator = random_dataset(num_classes=10, per_class=8), torch.Generator().manual_seed(0)
-    everything = data.take("train", slice(None))[0]
+    everything = data.get_batch("train", slice(None))[0]
     batch = data.sample_class(4, 5, generator)
     positions = [int((everything == image).flatten(1).all(1).nonzero()) for image in batch]
     assert len(set(positions)) == 5 and all(p % 10 == 4 for p in positions)  # without replacement, of the class
@@ -181,7 +181,7 @@ def test_own_images_in_any_form(tmp_path, images, note):
     assert torch.equal(data.images["train"], torch.from_numpy(OWN).permute(0, 3, 1, 2))
     pixels = OWN.reshape(-1, 3) / 255
     assert np.allclose(data.mean, pixels.mean(0), atol=1e-4) and np.allclose(data.std, pixels.std(0), atol=1e-4)
-    x, _ = data.take("train", slice(None))
+    x, _ = data.get_batch("train", slice(None))
     assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
     assert (data.name, data.classes, data.num_classes) == ("myset", ["0", "1", "2"], 3)
     assert note in data.notes if note else not data.notes

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from engine.device import get_device, versions
+from runtime.device import get_device, versions
 
 
 def test_deterministic_is_handed_to_pytorch(monkeypatch):

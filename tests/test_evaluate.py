@@ -16,12 +16,12 @@ import evaluate
 import sanity
 import utils
 from attacks import ATTACKS, attack_images, get_threat_model
-from engine.results import CONTROLS
-from engine.safe_files import InputError
-from engine.saved_state import lock
-from engine.tables import warnings_of
+from runtime.measures import CONTROLS
+from runtime.safe_io import InputError
+from runtime.checkpoint import lock
+from reporting.tables import warnings_of
 from networks import get_network
-from victims import Victim
+from target_models import TargetModel
 
 ROW_KEYS = {"dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps", "n",
             "accuracy", "seconds", "forward", "backward", "max_linf", "max_l2", "seed"}
@@ -76,7 +76,7 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
     assert len(rows) == len(wanted)
     assert all(r["evaluated_on"] == r["crafted_on"] and r["n"] == 40 and r["ipc"] == 10 and r["seed"] == 0 for r in rows)
 
-    images, labels = digits.take("test", slice(40))
+    images, labels = digits.get_batch("test", slice(40))
     for row in rows:
         threat = get_threat_model(row["threat_model"], digits)
         net = get_network("LeNet", 3, 10, (32, 32), seed=0)
@@ -179,29 +179,29 @@ def test_killed_and_resumed_as_a_process(digits_networks, tmp_path):
 def test_what_is_wrong_in_bf16_alone_is_attacked_again(digits_networks, digits, monkeypatch):
     """A bf16 in which all images look wrong from the start: nothing is attacked in it, so everything is once more, in fp32, as
     if there were no bf16."""
-    from engine import fast
+    from runtime import compilation
     net = get_network("LeNet", 3, 10, (32, 32), 0)
     net.load_state_dict(torch.load(digits_networks[0], weights_only=True))
-    victim = Victim("a.pth", "A", 1, "LeNet", net.eval())
-    x, labels = digits.take("test", slice(40))
+    target = TargetModel("a.pth", "A", 1, "LeNet", net.eval())
+    x, labels = digits.get_batch("test", slice(40))
     job, threat = evaluate.Job("a.pth", "pixel", "FGSM", False, 2 / 255), get_threat_model("pixel", digits)
     args = evaluate.parse_args(["--networks", "a.pth"])
 
     def measured():
-        return evaluate.run_slice(job, 0, x, labels, [victim], threat, 64, args)
+        return evaluate.run_slice(job, 0, x, labels, [target], threat, 64, args)
     plain = measured()
-    asked, through = [], fast._through
+    asked, through = [], compilation._through
 
     def rough(net, x, last):
-        asked.append(fast.precision())
+        asked.append(compilation.precision())
         scores = through(net, x, last)
         return scores - 100 * torch.nn.functional.one_hot(labels, 10) if asked[-1] == "bf16" else scores
-    monkeypatch.setattr(fast, "_through", rough)
-    fast.set_precision("bf16")
+    monkeypatch.setattr(compilation, "_through", rough)
+    compilation.set_precision("bf16")
     try:
         found, wrong = measured(), utils.wrong_in_bf16_alone(net, x, labels)
     finally:
-        fast.set_precision("fp32")
+        compilation.set_precision("fp32")
     with torch.no_grad():
         right = net(x).argmax(1) == labels
     assert torch.equal(wrong, right) and not utils.wrong_in_bf16_alone(net, x, labels).any() and "tf32" in asked
@@ -223,7 +223,7 @@ def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     nets = [get_network("LeNet", 3, 10, (32, 32), 0) for _ in digits_networks]
     for net, path in zip(nets, digits_networks):
         net.load_state_dict(torch.load(path, weights_only=True))
-    images, labels = digits.take("test", slice(50))
+    images, labels = digits.get_batch("test", slice(50))
     x_adv = attack_images(nets[0], images, labels, get_threat_model("pixel", digits), None, "FGSM", False)
     assert rows["DC", "MT", "FGSM"] == pytest.approx(utils.accuracy(nets[1], x_adv, labels))
 
@@ -300,9 +300,9 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch, quick_che
     net = get_network("LeNet", 3, 10, (32, 32), 0).eval()
     net.load_state_dict(torch.load(digits_networks[0], weights_only=True))
     surrogate = sanity.train_surrogate(digits, "LeNet", 0)
-    assert utils.accuracy(surrogate, *digits.take("test", slice(None))) > 0.8
-    threat = dataclasses.replace(get_threat_model("pixel", digits), judge_eps={"robust_acc": 24 / 255})
-    checks = sanity.check_sanity("masked.pth", Masked(net).eval(), surrogate, threat, digits.take("test", slice(100)), 0)
+    assert utils.accuracy(surrogate, *digits.get_batch("test", slice(None))) > 0.8
+    threat = dataclasses.replace(get_threat_model("pixel", digits), eval_eps={"robust_acc": 24 / 255})
+    checks = sanity.check_sanity("masked.pth", Masked(net).eval(), surrogate, threat, digits.get_batch("test", slice(100)), 0)
     assert not any(checks[name]["passed"] for name in ("large eps", "black box", "transfer")), checks
     warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [
         {"method": "DC", "threat_model": "pixel", "targeted": True, "raised": ["FGSM at ipc 10"]}]})
@@ -479,8 +479,8 @@ def test_slices_of_another_size_are_not_taken_over(digits_networks, tmp_path, mo
     flags = ["--networks", digits_networks[0], "--threat_model", "pixel", "--attacks", "Deepfool", "--no_sanity", "--limit", 30]
     save_slices = evaluate.Results.save_slices
 
-    def stop(results, job, victims, slices):
-        save_slices(results, job, victims, slices)
+    def stop(results, job, targets, slices):
+        save_slices(results, job, targets, slices)
         if job.attack == "Deepfool":
             raise KeyboardInterrupt
     with monkeypatch.context() as patched:

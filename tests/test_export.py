@@ -13,8 +13,8 @@ from PIL import Image
 
 import export
 from augment import pack, unpack
-from engine.synset_files import SyntheticSet, save_synset
-from engine.safe_files import InputError
+from formats.synset_file import SyntheticSet, save_synset
+from runtime.safe_io import InputError
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 
@@ -91,7 +91,7 @@ def test_ddranking_trains_on_it(synset, tmp_path, monkeypatch):
     from ddranking.utils.data import TensorDataset
     from ddranking.utils.train_and_eval import train_one_epoch
 
-    from sets import label_loss
+    from synsets import label_loss
     path, one = synset
     run(monkeypatch, path, "--to", "ddranking", tmp_path / "out", "--index", 1)
     images, labels, lr = (torch.load(tmp_path / "out" / f"{name}.pt", weights_only=True) for name in ("images", "labels", "lr"))

@@ -18,16 +18,16 @@ from PIL import Image
 
 import evaluate
 import export
-import sets
+import synsets
 import utils
 from augment import pack, unpack
-from engine.datasets import DATASETS, Dataset, load_dataset
-from engine.inputs import choose_normalisation, read_input, read_inputs, understand
-from engine.network_files import load_into
-from engine.safe_files import InputError
-from engine.synset_files import read_synset, save_synset, seams
+from datasets import DATASETS, Dataset, load_dataset
+from formats.inputs import choose_normalisation, read_input, read_inputs, understand
+from formats.network_file import load_into
+from runtime.safe_io import InputError
+from formats.synset_file import read_synset, save_synset, seams
 from networks import NETWORKS, get_network
-from victims import Victim, check_normalisation
+from target_models import TargetModel, check_normalisation
 
 JUDGED = "--threat_model pixel --attacks FGSM --untargeted --no_sanity".split()
 QUICK = [
@@ -267,7 +267,7 @@ def test_a_whitened_set_by_flag(whitened, tmp_path, monkeypatch):
     )
     assert (
         clean(content)
-        == pytest.approx(utils.accuracy(net, *data.take("test", slice(100))), abs=0.011)
+        == pytest.approx(utils.accuracy(net, *data.get_batch("test", slice(100))), abs=0.011)
         and clean(content) > 0.4
     )
 
@@ -353,7 +353,7 @@ def test_a_set_keeps_its_own_normalisation(digits, digit_images, tmp_path, monke
 def test_init_is_of_the_same_normalisation(digits, digit_images, tmp_path, meta, message):
     torch.save({"data": [[digit_images, LABELS]], "meta": meta}, tmp_path / "set.pt")
     with pytest.raises(InputError, match=message):
-        sets.start_from(tmp_path / "set.pt", digits, 10, 1)
+        synsets.start_from(tmp_path / "set.pt", digits, 10, 1)
 
 
 def test_init_says_how_it_was_understood(whitened, tmp_path):
@@ -375,8 +375,8 @@ def test_a_network_that_was_made_for_other_values(digits, mean, std):
         right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
         return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
 
-    victim = Victim("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
-    warnings = check_normalisation(victim, digits)
+    target = TargetModel("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
+    warnings = check_normalisation(target, digits)
     if mean == 0.3054:
         assert warnings == []
     else:
@@ -513,7 +513,7 @@ def test_a_learning_rate_beside_the_images(digits, digit_images, tmp_path, name)
     torch.save(torch.tensor(0.0123), tmp_path / name)
     one = taken(tmp_path / "images_best.pt", digits, "--dataset", "Digits")
     assert f"lr 0.0123 from {name}" in one.taken_as
-    assert sets.protocol_of(one.synset.meta)["lr_net"] == pytest.approx(0.0123)
+    assert synsets.protocol_of(one.synset.meta)["lr_net"] == pytest.approx(0.0123)
     for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(InputError, match=f"{name} is no learning rate"):
@@ -554,7 +554,7 @@ def packed_set(digits, tmp_path_factory):
         },
     }
     path = tmp_path_factory.mktemp("packed") / "res_DM_Digits_MLP_10ipc.pt"
-    from engine.synset_files import SyntheticSet
+    from formats.synset_file import SyntheticSet
 
     save_synset(path, [SyntheticSet(images, LABELS, soft)], [], meta)
     return path, SyntheticSet(images, LABELS, soft), meta
@@ -771,14 +771,14 @@ def test_lines_of_python_with_pixels_warn(tmp_path, digit_images, digits):
         tmp_path / "res_DM_Digits_MLP_10ipc.pt",
     )
     with pytest.warns(UserWarning, match="look like pixels"):
-        sets.load_synset(tmp_path / "res_DM_Digits_MLP_10ipc.pt")
-    images, labels, recipe = sets.load_synset(
+        synsets.load_synset(tmp_path / "res_DM_Digits_MLP_10ipc.pt")
+    images, labels, recipe = synsets.load_synset(
         tmp_path / "res_DM_Digits_MLP_10ipc.pt", images="pixels"
     )
     assert (
         torch.allclose(images, digit_images, atol=1e-5)
         and torch.equal(labels, LABELS)
-        and recipe == sets.PROTOCOL
+        and recipe == synsets.PROTOCOL
     )
 
 
@@ -787,7 +787,7 @@ def test_a_terminal_without_the_letters_of_a_path(tmp_path):
     folder = tmp_path / "\u6570\u636e"
     folder.mkdir()
     code = (
-        "import sys; sys.argv[0] = 'x.py'\nfrom engine.command_line import run_script\n"
+        "import sys; sys.argv[0] = 'x.py'\nfrom runtime.command_line import run_script\n"
         "run_script(lambda: print(sys.argv[1]))"
     )
     done = subprocess.run(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import sets_and_meta
 
-from engine.network_files import load_into, read_state_dict
-from engine.synset_files import SyntheticSet, pack_of, save_synset
-from engine.safe_files import InputError, read_tensors
+from formats.network_file import load_into, read_state_dict
+from formats.synset_file import SyntheticSet, pack_of, save_synset
+from runtime.safe_io import InputError, read_tensors
 from networks import get_network
 
 IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, SEED
 
 SCRIPTS = ("ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark")
-MODULES = ("utils", "sets", "victims", "sanity", "attacks", "augment", "networks")  # what the scripts share of the method
+MODULES = ("utils", "sets", "targets", "sanity", "attacks", "augment", "networks")  # what the scripts share of the method
 ENGINE = sorted(path.stem for path in (ROOT / "engine").glob("*.py"))
 
 
 def imports(path):
-    """The names of our own files that a file imports, anywhere in it: "utils", "engine.plan"."""
+    """The names of our own files that a file imports, anywhere in it: "utils", "runtime.cost"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def test_one_iteration_is_read_in_the_first_two_thirds(script):
     tree = ast.parse((ROOT / script).read_text())
     ends = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
     length = max(ends.values())
-    for name in ("robustness_aligned_loss", "performance_aligned_loss", "robust_prior", "update_images", "train_pool",
+    for name in ("robustness_aligned_loss", "performance_aligned_loss", "robust_prior", "matching_step", "pool_step",
                  "outer_iteration", "distill"):
         assert ends[name] <= 2 / 3 * length, name
 

@@ -7,8 +7,8 @@ from conftest import SHARED
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from engine.datasets import load_dataset
-from engine.plan import forward_flops
+from datasets import load_dataset
+from runtime.cost import forward_flops
 from networks import EVAL_MODES, NETWORKS, eval_pool, get_network
 
 RELEASED = sorted((SHARED / "models").glob("*.pth"))
@@ -104,6 +104,6 @@ def test_released_networks_reach_their_published_accuracy(path, cifar10_npz):
     data = load_dataset("CIFAR10", cifar10_npz)
     net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    assert abs(utils.accuracy(net, *data.take("test", slice(None)), chunk=250) - figure) <= 0.001
+    assert abs(utils.accuracy(net, *data.get_batch("test", slice(None)), micro_batch=250) - figure) <= 0.001
 
 

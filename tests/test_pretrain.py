@@ -13,11 +13,11 @@ import pretrain
 import ROME_cifar10 as rome
 import utils
 from attacks import ATTACKS, craft, get_threat_model
-from engine.network_files import load_into
-from engine.pool import NetPool
-from engine.results import CONTROLS
-from engine.safe_files import InputError
-from engine.saved_state import Interrupted
+from formats.network_file import load_into
+from network_pool import NetworkPool
+from runtime.measures import CONTROLS
+from runtime.safe_io import InputError
+from runtime.checkpoint import Interrupted
 from networks import get_network
 
 FLAGS = ["--dataset", "Digits", "--model", "LeNet", "--threat_model", "pixel", "--epochs", "8", "--attack_steps", "3",
@@ -41,7 +41,7 @@ def pretrained(tmp_path_factory, digits):
 
 
 def test_networks_learn_and_say_what_they_are(pretrained, digits):
-    images, labels = digits.take("test", slice(100))
+    images, labels = digits.get_batch("test", slice(100))
     for name in NETWORKS:
         about = json.loads((pretrained / f"{name}.json").read_text())
         net = get_network("LeNet", 3, 10, (32, 32), seed=0)
@@ -57,7 +57,7 @@ def test_networks_learn_and_say_what_they_are(pretrained, digits):
 def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeypatch):
     """The same training on clean images leaves a smaller share of its accuracy under a strong attack."""
     main(monkeypatch, tmp_path, *FLAGS, "--attack_steps", "0")
-    images, labels = digits.take("test", slice(100))
+    images, labels = digits.get_batch("test", slice(100))
     threat, kept = get_threat_model("pixel", digits), []
     for path in (pretrained / NETWORKS[1], tmp_path / "checkpoints" / "full_LeNet_Digits_142_None_seed0-1.pth"):
         net = load_into(get_network("LeNet", 3, 10, (32, 32), 0), path)
@@ -101,12 +101,12 @@ def test_fresh_and_interrupted_in_the_test(pretrained, tmp_path, monkeypatch):
     folder.mkdir()
     for ending in ("", ".json"):
         (folder / f"{NETWORKS[0]}{ending}").write_bytes((pretrained / f"{NETWORKS[0]}{ending}").read_bytes())
-    training_step, steps = utils.training_step, []
+    training_step, steps = pretrain.training_step, []
 
     def counted(*args):
         steps.append(1)
         return training_step(*args)
-    monkeypatch.setattr(utils, "training_step", counted)
+    monkeypatch.setattr(pretrain, "training_step", counted)
     with monkeypatch.context() as patch:
         patch.setattr(utils, "robust_accuracies", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -131,12 +131,12 @@ ROME = ["--dataset", "Digits", "--model", "LeNet", "--ipc", "1", "--aug", "--thr
 
 
 def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch):
-    seen, update_images = [], rome.update_images
+    seen, matching_step = [], rome.matching_step
 
     def watched(image_syn, optimizer_img, member, *rest):
         seen.append((member.net.classifier.weight.clone(), member.running_accuracy().item(), member.net.training))
-        return update_images(image_syn, optimizer_img, member, *rest)
-    monkeypatch.setattr(rome, "update_images", watched)
+        return matching_step(image_syn, optimizer_img, member, *rest)
+    monkeypatch.setattr(rome, "matching_step", watched)
     monkeypatch.setattr(utils, "attack_images", utils.attack_images)
     main(monkeypatch, tmp_path, *ROME, "--method", "+AP", "--robust_prior", *(str(pretrained / name) for name in NETWORKS),
          script=rome)
@@ -186,12 +186,12 @@ def test_a_prior_that_is_no_network(pretrained, tmp_path, monkeypatch):
 def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
     args = rome.parse_args(["--model", "LeNet", "--fetch_net_num", "1", "--model_train_steps", "1", "--no_attack_pool"])
     monkeypatch.setattr(rome, "attack_images", lambda *a, **k: pytest.fail("attacked"))
-    pool = NetPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
+    pool = NetworkPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
     seen = []
     pool.members[0].net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "attack")}
-    rome.train_pool(pool.members, digits, get_threat_model("pixel", digits), args, rng)
+    rome.pool_step(pool.members, digits, get_threat_model("pixel", digits), args, rng)
     assert torch.equal(seen[0], digits.sample(256, torch.Generator().manual_seed(0))[0])
 
 

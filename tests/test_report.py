@@ -11,7 +11,7 @@ from conftest import ROOT, SHARED
 from matplotlib.figure import Figure
 
 import report
-from engine.safe_files import InputError
+from runtime.safe_io import InputError
 
 EPS = {"FGSM": 8 / 255, "PGD": 8 / 255, "PGD_L2": 128 / 255, "AA": 8 / 255, "Square": 8 / 255, "SPSA": 8 / 255}
 PUBLISHED = json.loads((ROOT / "published.json").read_text())
@@ -59,7 +59,7 @@ def main(monkeypatch, capsys, *arguments):
 
 def test_published_figures_are_those_of_the_source():
     if not SHARED.exists():
-        pytest.skip("no ../shared here")
+        pytest.advance("no ../shared here")
     golden = json.loads((SHARED / "golden" / "published.json").read_text())
     assert {k: v for k, v in PUBLISHED.items() if k != "source"} == {k: v for k, v in golden.items() if k != "threat_model"}
 
@@ -349,7 +349,7 @@ def test_the_pages_say_what_the_files_say(page, tmp_path, monkeypatch, capsys):
 
 
 def test_verdicts():
-    from engine.comparison import verdict, welch
+    from reporting.statistics import verdict, welch
     assert [verdict(*interval) for interval in ((0.1, 1), (-1, 1), (-1, -0.1), (0, 0))] == [
         "supported", "not supported", "refuted", "not supported"]
     rng = np.random.default_rng(0)

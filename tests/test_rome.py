@@ -24,13 +24,13 @@ import ROME_cifar100
 import utils
 from attacks import get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
-from engine import datasets
-from engine.command_line import run_script
-from engine.datasets import DATASETS
-from engine.synset_files import SyntheticSet, save_synset
-from engine.pool import NetPool, PoolMember
-from engine.results import percent
-from engine.safe_files import InputError
+import datasets
+from runtime.command_line import run_script
+from datasets import DATASETS
+from formats.synset_file import SyntheticSet, save_synset
+from network_pool import NetworkPool, PoolMember
+from runtime.measures import percent
+from runtime.safe_io import InputError
 from networks import get_network
 
 
@@ -53,7 +53,7 @@ def test_performance_aligned_loss_against_numpy():
 
 def test_lowest_loss():
     net = get_network("MLP", 3, 10, (32, 32), 0)
-    x, _ = random_dataset().take("train", slice(40))
+    x, _ = random_dataset().get_batch("train", slice(40))
     losses = F.cross_entropy(net(x), torch.full((40,), 6), reduction="none").detach().numpy()
     expected = {image.numpy().tobytes() for image in x[np.argsort(losses)[:7]]}
     assert {image.numpy().tobytes() for image in rome.lowest_loss(net, x, 6, 7)} == expected
@@ -63,7 +63,7 @@ def test_lowest_loss():
 class SmallData:
     """Three classes of 8x8 images in double precision, so that a rounding error does not turn a sign."""
 
-    num_classes, size, device, channel, chunk = 3, (8, 8), torch.device("cpu"), 1, 256
+    num_classes, size, device, channel, micro_batch = 3, (8, 8), torch.device("cpu"), 1, 256
 
     def class_size(self, c):
         return 10
@@ -74,15 +74,15 @@ class SmallData:
         self.x = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.y = torch.arange(30) % 3
 
-    def choose_class(self, c, n, generator):
+    def sample_class_indices(self, c, n, generator):
         index = (self.y == c).nonzero().flatten()
         return index[torch.randperm(len(index), generator=generator)[:n]]
 
-    def take(self, split, index):
+    def get_batch(self, split, index):
         return self.x[index], self.y[index]
 
     def sample_class(self, c, n, generator):
-        return self.take("train", self.choose_class(c, n, generator))[0]
+        return self.get_batch("train", self.sample_class_indices(c, n, generator))[0]
 
     def normalize(self, z):
         return (z - 0.4) / 0.3
@@ -179,7 +179,7 @@ def test_update_against_the_literal_loop(monkeypatch, threat, ipc, aug, syn_ce, 
     member = PoolMember(net, None, torch.tensor(4.0, dtype=torch.float64), seen=10)  # w_f = 40 percent
     optimizer = rome.image_optimizer(args, image_syn)
     for _ in range(passes):
-        rome.update_images(image_syn, optimizer, member, data, model, args, rng)
+        rome.matching_step(image_syn, optimizer, member, data, model, args, rng)
     assert (expected - start).abs().min() > 0  # every image moved
     assert torch.allclose(image_syn, expected, atol=1e-9)
 
@@ -195,7 +195,7 @@ def test_momentum_moves_the_other_classes():
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(image_syn.detach().clone()))
     member = PoolMember(net, None, torch.zeros(()))
-    rome.update_images(image_syn, optimizer, member, data, get_threat_model("pixel", data), args,
+    rome.matching_step(image_syn, optimizer, member, data, get_threat_model("pixel", data), args,
                        {name: torch.Generator().manual_seed(0) for name in ("data", "dsa", "attack")})
     assert len(steps) == 6  # three to see where the turns find the images, and three turns
     first, second = steps[4][0] - steps[3][0], steps[5][0] - steps[4][0]
@@ -205,11 +205,11 @@ def test_momentum_moves_the_other_classes():
 def test_train_pool_counts_and_learns(digits):
     """model_train_steps batches for each network; the running accuracy is that of the attacked batches."""
     args = SimpleNamespace(model_train_steps=3, trained_bs=64, attack_pool=True)
-    pool = NetPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
+    pool = NetworkPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), limit=100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}
     threat = get_threat_model("pixel", digits)
-    losses = [rome.train_pool(pool.choose(2, rng["pool"]), digits, threat, args, rng).item() for _ in range(4)]
+    losses = [rome.pool_step(pool.sample(2, rng["pool"]), digits, threat, args, rng).item() for _ in range(4)]
     assert sum(member.seen for member in pool.members) == 4 * 2 * 3 * 64
     assert losses[0] > 2 and losses[-1] < 0.8 * losses[0]
     assert 15 < max(member.running_accuracy().item() for member in pool.members) < 100
@@ -234,8 +234,8 @@ def test_outer_loop_repeats_image_updates_and_pool_training_with_the_same_networ
     def update(image_syn, optimizer_img, member, *rest):
         calls.append(member)
         return torch.zeros(2)
-    monkeypatch.setattr(rome, "update_images", update)
-    monkeypatch.setattr(rome, "train_pool", lambda members, *rest: (calls.append(members), torch.zeros(()))[1])
+    monkeypatch.setattr(rome, "matching_step", update)
+    monkeypatch.setattr(rome, "pool_step", lambda members, *rest: (calls.append(members), torch.zeros(()))[1])
     rome.outer_iteration(1, None, None, pool, digits, None, args, rng)
     assert len(calls) == 3 * (2 + 1) and len({id(member) for member in calls[:2]}) == 2 and len(calls[2]) == 4
     assert calls[3:6] == calls[:3] and calls[6:] == calls[:3]
@@ -255,15 +255,15 @@ def test_distill_evaluates_resets_renews_and_keeps_a_set(digits, monkeypatch, se
         evaluated.append((it, one.images.clone()))
         assert select == (it != "final") and pack == 1 and one.soft_labels is None
         return [{"model": "MLP", "robust_acc": 1 - accs[it], "select_acc": accs[it]}]
-    monkeypatch.setattr(NetPool, "push", lambda self, n, push=NetPool.push: (pushed.append(n), push(self, n)))
-    monkeypatch.setattr(NetPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
+    monkeypatch.setattr(NetworkPool, "push", lambda self, n, push=NetworkPool.push: (pushed.append(n), push(self, n)))
+    monkeypatch.setattr(NetworkPool, "reset_running_accuracy", lambda self: resets.append(len(evaluated)))
     run_ = SimpleNamespace(report_evaluation=lambda *a, **k: None, save_grid=lambda *a: None,
                            report_iteration=lambda *a: None,
                            save_best=lambda exp, best, recipe: saved.append(best["iteration"]),
-                           experiment=None, watch=lambda state: None, checkpoint=lambda it: None,
-                           uninterrupted=contextlib.nullcontext)
-    clock = SimpleNamespace(lap=lambda phase: None)
-    best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), [], evaluate, run_, clock)
+                           experiment=None, register_state=lambda state: None, checkpoint=lambda it: None,
+                           delay_signals=contextlib.nullcontext)
+    timer = SimpleNamespace(step=lambda phase: None)
+    best = rome.distill(args, 0, digits, get_threat_model("pixel", digits), [], evaluate, run_, timer)
     assert [it for it, _ in evaluated] == evaluations
     assert saved == kept and best["iteration"] == kept[-1] and torch.equal(best["set"][0], evaluated[len(kept) - 1][1])
     assert resets == [1, 2, 3] and pushed == [3, 1, 1]  # the first three, then at iterations 0 and 3
@@ -284,7 +284,7 @@ def test_initial_set(digits):
     args = SimpleNamespace(ipc=2)
     real, labels = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", 1)
     assert real.shape == (20, 3, 32, 32) and labels.tolist() == sorted(list(range(10)) * 2)
-    x, y = digits.take("train", slice(None))
+    x, y = digits.get_batch("train", slice(None))
     for image, label in zip(real, labels):
         assert label in y[(x == image).flatten(1).all(1)]
     packed, _ = rome.initial_set(args, digits, torch.Generator().manual_seed(0), "real", 2)

@@ -14,19 +14,19 @@ from conftest import ROOT, random_dataset
 import attacks
 import utils
 from attacks import get_threat_model
-from engine.datasets import load_dataset
-from engine.synset_files import SyntheticSet
-from engine.streams import stream, stream_seed
+from datasets import load_dataset
+from formats.synset_file import SyntheticSet
+from runtime.seeding import make_generator, derive_seed
 from networks import get_network
 
 
 # --------------------------------------------------------------------------------------------------------- random streams
 def test_streams_are_repeatable_and_differ():
     keys = [(0, "data"), (0, "dsa"), (1, "data"), ("data",), (0, "data", 0), (0, "data", 1)]
-    seeds = [stream_seed(seed, *key) for seed in (0, 1) for key in keys]
+    seeds = [derive_seed(seed, *key) for seed in (0, 1) for key in keys]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
-    draws = [torch.rand(4, generator=stream(7, "data", 3)) for _ in range(2)]
-    assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(4, generator=stream(7, "data", 4)))
+    draws = [torch.rand(4, generator=make_generator(7, "data", 3)) for _ in range(2)]
+    assert torch.equal(*draws) and not torch.equal(draws[0], torch.rand(4, generator=make_generator(7, "data", 4)))
 
 
 # ------------------------------------------------------------------------------------------------ training and measuring
@@ -89,8 +89,8 @@ def test_accuracy_counts():
         def forward(self, x):
             return x.flatten(1)[:, :4]
     x = F.one_hot(torch.arange(7) % 4, 4).float().view(7, 1, 2, 2)
-    assert utils.accuracy(Echo(), x, torch.arange(7) % 4, chunk=3) == 1
-    assert utils.accuracy(Echo(), x, torch.tensor([0, 1, 2, 0, 0, 0, 0]), chunk=3) == pytest.approx(4 / 7)
+    assert utils.accuracy(Echo(), x, torch.arange(7) % 4, micro_batch=3) == 1
+    assert utils.accuracy(Echo(), x, torch.tensor([0, 1, 2, 0, 0, 0, 0]), micro_batch=3) == pytest.approx(4 / 7)
 
 
 @pytest.mark.parametrize("name, targeted, steps, radii", [("published", True, 10, {"robust_acc": 8}),
@@ -105,9 +105,9 @@ def test_how_robustness_is_judged(digits, monkeypatch, name, targeted, steps, ra
         asked.append((options, labels))
         return x.clamp(0, 1)
     monkeypatch.setitem(attacks.ATTACKS, "PGD", dataclasses.replace(attacks.ATTACKS["PGD"], run=pgd))
-    images, labels = digits.take("test", slice(20))
+    images, labels = digits.get_batch("test", slice(20))
     measured = utils.robust_accuracies(net, images, labels, threat, generator)
-    assert list(measured) == list(radii) and threat.judge_cost == steps * len(radii)
+    assert list(measured) == list(radii) and threat.eval_cost == steps * len(radii)
     for (options, goal), (column, radius) in zip(asked, radii.items(), strict=True):
         assert options == {"eps": radius / 255, "step_size": threat.step_size * radius / 8, "steps": steps,
                            "targeted": targeted, "generator": generator}
@@ -187,7 +187,7 @@ def test_recorded_results_agree_with_the_published_logs():
     """All 10 000 test images: BACON as crafting network, on BACON and transferred to IDM and MTT, targeted and untargeted."""
     path = ROOT / "result" / "recorded" / "released_published" / "results.json"
     if not path.exists():
-        pytest.skip("not recorded yet")
+        pytest.advance("not recorded yet")
     logs = json.loads((ROOT / "published.json").read_text())["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]
     tolerance = {"Clean": 0.05, "FGSM": 0.1, "PGD_L2": 0.1, "PGD": 0.2, "CW": 1.0}  # points
     compared = 0

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from augment import pack, unpack
-from engine.datasets import load_dataset
-from engine.network_files import load_into
-from engine.synset_files import SyntheticSet, save_synset
+from datasets import load_dataset
+from formats.network_file import load_into
+from formats.synset_file import SyntheticSet, save_synset
 from networks import network_for
-from sets import soft_labels
+from synsets import soft_labels
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")
@@ -30,7 +30,7 @@ sets = []
 for student in students:
     stored = []
     for c in range(data.num_classes):
-        images = data.take("train", data.labels["train"] == c)[0]
+        images = data.get_batch("train", data.labels["train"] == c)[0]
         images = images[:len(images) // k**2 * k**2]
         coarse = unpack(pack(images, k), k)
         said, learned = (F.log_softmax(soft_labels(nets, coarse, 512) / 3, 1) for nets in (teachers, student))

@@ -1,0 +1,229 @@
+"""Files of strangers: nothing in them is executed, nothing fills the memory; ours are written whole."""
+import io
+import os
+import pickle
+import re
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import sets_and_meta
+from test_formats import IMAGES, LABELS, dc_layout
+
+from runtime import safe_io
+from datasets import load_dataset
+from formats.network_file import load_into
+from runtime.safe_io import InputError, read_tensors, write_atomically
+from networks import get_network
+
+
+class Evil:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("where", ["pkl", "pt", "old pt", "storage in pkl", "in a list"])
+def test_code_is_refused_by_name_and_not_executed(tmp_path, where):
+    evil, path = Evil(tmp_path / "executed"), tmp_path / ("set.pkl" if "pkl" in where else "set.pt")
+    if where == "pkl":
+        path.write_bytes(pickle.dumps((IMAGES, evil)))
+    elif where == "storage in pkl":
+        inner = io.BytesIO()
+        torch.save(evil, inner)
+
+        class Storage:
+            def __reduce__(self):
+                return torch.storage._load_from_bytes, (inner.getvalue(),)
+        path.write_bytes(pickle.dumps((Storage(), LABELS)))
+    else:
+        content = {"data": [[IMAGES, LABELS]], "evil": [evil] if where == "in a list" else evil}
+        torch.save(content, path, _use_new_zipfile_serialization=where != "old pt")
+    with pytest.raises(InputError, match=r"set\.(pkl|pt) .*(posix|nt)\.system"):
+        read_tensors(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("function, arguments", [
+    (eval, ("1+1",)), (getattr, (1, "real")), (torch.load, ("x",)), (np.fromfile, ("x",)), (subprocess.Popen, (["true"],)),
+])
+def test_nothing_but_data_is_admitted(tmp_path, function, arguments):
+    class Call:
+        def __reduce__(self):
+            return function, arguments
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Call()))
+    with pytest.raises(InputError, match=f"refused.*{function.__name__}"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+def test_an_array_cannot_ask_for_memory(tmp_path):
+    """numpy's reconstruction step takes a shape; ours is always empty until the bytes are there."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+
+    class Huge:
+        def __reduce__(self):
+            return reconstruct, (np.ndarray, (1 << 40,), b"b")
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
+    assert read_tensors(tmp_path / "set.pkl").size == 0
+
+
+def test_an_array_is_not_made_by_its_class(tmp_path):
+    class Huge:
+        def __reduce__(self):
+            return np.ndarray, ((1 << 40,), "b")
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
+    with pytest.raises(InputError, match="set.pkl"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+def test_a_memo_index_cannot_ask_for_memory(tmp_path):
+    """The C unpickler allocates its memo up to the largest index: 2**31 would be 32 GB."""
+    (tmp_path / "set.pkl").write_bytes(b"\x80\x02]r" + (1 << 31).to_bytes(4, "little") + b".")
+    with pytest.raises(InputError, match="memo has an entry 2147483648"):
+        read_tensors(tmp_path / "set.pkl")
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pt"])
+def test_lists_of_lists_of_the_same_list(tmp_path, suffix):
+    content = [torch.zeros(2)]
+    for _ in range(60):
+        content = [content, content]
+    if suffix == "pkl":
+        (tmp_path / "set.pkl").write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / "set.pt")
+    with pytest.raises(InputError, match=f"set.{suffix}"):
+        sets_and_meta(tmp_path / f"set.{suffix}")
+
+
+def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_io, "MAX_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\0" * (8 << 20))
+    assert (tmp_path / "bomb.pt").stat().st_size < 1 << 20
+    with pytest.raises(InputError, match="bomb.pt would take"):
+        read_tensors(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.pt", b"", "empty.pt is damaged: it is empty"),
+    ("text.pt", b"hello, I am a text file\n", "text.pt"),
+    ("text.pkl", b"hello, I am a text file\n", "text.pkl"),
+    ("picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(50), "picture.pth"),
+])
+def test_other_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_tensors(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
+        read_tensors(tmp_path / "nowhere.pt")
+
+
+def test_truncated_and_flipped(tmp_path):
+    torch.save(dc_layout(), tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        bad = bytearray(good[:rng.integers(1, len(good))] if i % 2 else good)
+        for at in rng.integers(0, len(bad), 20 if i % 2 == 0 else 0):
+            bad[at] ^= 1 << rng.integers(8)
+        (tmp_path / "bad.pt").write_bytes(bad)
+        try:
+            sets, _ = sets_and_meta(tmp_path / "bad.pt")
+            assert sets[0][0].isfinite().all()
+        except InputError as error:
+            assert "bad.pt" in str(error)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    write_atomically(path, lambda partial: partial.write_text("old"))
+
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------- 2 000 damaged files
+def damaged(content, rng):
+    """A random mutation of some bytes: cut, flips, noise, a piece moved, doubled or zeroed."""
+    bad = bytearray(content)
+    at, length = int(rng.integers(len(bad))), int(rng.integers(1, 200))
+    kind = rng.integers(6)
+    if kind == 0:
+        del bad[at:]
+    elif kind == 1:
+        for i in rng.integers(0, len(bad), rng.integers(1, 9)):
+            bad[i] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        bad[at:at + length] = rng.bytes(length)
+    elif kind == 3:
+        bad[at:at] = bad[at // 2:at // 2 + length]
+    elif kind == 4:
+        del bad[at:at + length]
+    else:
+        bad[at:at + length] = bytes(len(bad[at:at + length]))
+    return bytes(bad)
+
+
+def peak_memory(reset=False):
+    """The largest resident memory of this process, in KiB, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+def test_two_thousand_damaged_files(tmp_path):
+    """Every loader, every format: a clear error or a correct load, in less than 5 s and 1 GB."""
+    import time
+
+    from runtime.checkpoint import CheckpointFile
+    images, labels = IMAGES[:10, :, :8, :8].clone(), torch.arange(10)
+    net = get_network("MLP", 3, 10, (8, 8), seed=0)
+    torch.save({"data": [[images, labels]], "accs_all_exps": {"MLP": [np.float64(0.5)]}}, tmp_path / "set.pt")
+    torch.save({"data": [[images, labels]]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps((images, labels)))
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps((images.numpy(), labels.numpy())))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    torch.save(net.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"x": images, "progress": {}}, tmp_path / "state.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    arrays = {"x_train": pixels, "x_test": pixels[:5], "y_train": np.arange(20) % 10, "y_test": np.arange(5),
+              "classes": np.array(list("abcdefghij"))}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    loaders = {
+        **dict.fromkeys(("set.pt", "old.pt", "set.pkl", "arrays.pkl"), sets_and_meta),
+        "net.pth": lambda path: load_into(net, path), "old.pth": lambda path: load_into(net, path),
+        "state.pt": lambda path: CheckpointFile(path.parent).load(),
+        "cifar10.npz": lambda path: load_dataset("CIFAR10", path.parent),
+    }
+    rng, before = np.random.default_rng(1), peak_memory(reset=True)
+    refused = dict.fromkeys(loaders, 0)
+    for name, load in loaders.items():
+        content = (tmp_path / name).read_bytes()
+        load(tmp_path / name)
+        for _ in range(250):
+            (folder / name).write_bytes(damaged(content, rng))
+            start = time.perf_counter()
+            try:
+                load(folder / name)
+            except InputError as error:
+                refused[name] += 1
+                assert name in str(error) and "\n" not in str(error)
+            assert time.perf_counter() - start < 5
+        (folder / name).unlink()
+    assert peak_memory() - before < 1 << 20
+    assert all(count > 25 for count in refused.values()), refused  # what has checksums refuses nearly all, a bare pickle less
