@@ -255,10 +255,10 @@ def experiment(args, exp, setup, distill):
     table, sets = progress.setdefault("table", {}), progress.setdefault("sets", [])
     teachers = progress.setdefault("teachers", [])
 
-    def report(name, synset, pack_by):
+    def report(name, synset, pack_by, seed_key=None):
         if len(table.get(name, [])) > len(sets) * setup.evaluator.num_networks:
             return  # done before the interruption
-        rows = setup.evaluator(synset, pack_by, exp, name)
+        rows = setup.evaluator(synset, pack_by, exp, seed_key or name)
         with run.delay_signals():
             report_evaluation(run, rows, exp=exp, set=name)
             table[name] = table.get(name, []) + rows
@@ -269,8 +269,9 @@ def experiment(args, exp, setup, distill):
     best = distill(args, exp, setup)
     if args.labels == "stored":
         for name, synset, pack_by in baselines(args, exp, setup.data):
-            labels = best["baselines"].get(name)
-            report(f"{name}, stored labels", synset._replace(soft_labels=labels), pack_by)
+            stored = synset._replace(soft_labels=best["baselines"].get(name))
+            seed_key = f"{name}, prior labels"  # their old name, so that the seeds stay
+            report(f"{name}, stored labels", stored, pack_by, seed_key)
         hard = SyntheticSet(*best["set"])._replace(soft_labels=None)
         report(f"{args.method}, hard labels", hard, args.pack)
     with run.delay_signals():
