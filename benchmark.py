@@ -1,17 +1,16 @@
-"""How fast the scripts are on this machine, and how near to what it can do.
+"""How fast the scripts are on this machine.
 
     python benchmark.py               ConvNet, CIFAR-10 ipc 10, smaller batches; 25 min on two cores
     python benchmark.py --quick       ConvNetW32, once: 3 min
     python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     published sizes
-    torchrun --nproc_per_node 2 benchmark.py                     two processes against one of them
+    torchrun --nproc_per_node 2 benchmark.py                  the same, shared by two processes
 
-Measures medians of --repeats runs: the plain loop (the same code, class by class, not compiled,
-glibc's malloc as it is) and the fast one in fp32 (tf32 on a GPU) and, where the device has
-instructions for it, in bf16, in turn in one process. Random images: speed does not depend on them.
-Writes a table and --out as JSON. Distributed under the MIT licence.
+Medians of --repeats runs: the plain loop (the same code, class by class, not compiled, glibc's
+malloc as it is) and the fast one in fp32 (tf32 on a GPU) and, where the device has instructions for
+it, in bf16, in turn in one process. Random images: speed does not depend on them. Writes a table
+and --out as JSON. Distributed under the MIT licence.
 """
 import argparse
-import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -52,12 +51,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL")
     add("--ipc", type=at_least(1), default=10, help="images per class")
-    add("--batch_real", type=at_least(1), default=64, help="real images of a class (published: "
-        "256)")
-    add("--trained_bs", type=at_least(1), default=64, help="real images in a step of pool training "
-        "(published: 256)")
-    add("--model_train_steps", type=at_least(0), default=2, help="for each of 2 networks "
-        "(published: 10)")
+    add("--batch_real", type=at_least(1), default=64, help="real images of a class")
+    add("--trained_bs", type=at_least(1), default=64, help="real images in a pool training step")
+    add("--model_train_steps", type=at_least(0), default=2, help="for each of 2 networks")
     add("--threat_model", choices=("published", "pixel"), default="published")
     add("--train_ipc", type=at_least(1), nargs="*", default=[1, 10, 50],
         help="sets on which evaluation training is measured")
@@ -80,8 +76,7 @@ class Bench:
     def __init__(self, args, device):
         self.args, self.device = args, get_device(device)
         self.micro_batch = choose_micro_batch(self.device)
-        one_process = distributed.world_size() == 1
-        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) and one_process else [])]
+        self.precisions = ["tf32", "bf16"] if has_bf16(self.device) else ["tf32"]
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
         images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), np.uint8))
@@ -92,31 +87,23 @@ class Bench:
         sizes = ("model", "ipc", "batch_real", "trained_bs", "model_train_steps")
         self.flags = SimpleNamespace(**METHOD, **{name: getattr(args, name) for name in sizes})
         self.attacked = min(self.micro_batch, len(labels))  # images of a PGD step
-        self.flops = 2 * forward_flops(self.network(0), 3, (32, 32))  # forward-backward
-        trained = 2 * args.model_train_steps * args.trained_bs
-        self.images = 10 * args.batch_real + trained  # of an outer iteration
-        self.passes = (IterationCost(10 * args.batch_real, 10, 1, trained, 10).passes
-                       + (TRAINING_STEP - 1) * trained)
 
-    def network(self, seed):
+    def network(self, seed=0):
         return network_for(self.data, self.args.model, seed)
 
     def begin(self):
         """(images, their optimizer, a pool of two, generators), the same at every call."""
-        flags = self.flags
-        image_syn, _ = initial_set(self.data, flags.ipc, flags.pack, "real",
+        image_syn, _ = initial_set(self.data, self.flags.ipc, self.flags.pack, "real",
                                    make_generator(0, "init"))
-        pool, rng = rome.make_pool(flags, 0, self.data, None), rome.make_generators(
-            flags, 0, self.device)
-        image_syn.requires_grad_()
-        return image_syn, rome.image_optimizer(flags, image_syn), pool, rng
+        optimizer_img = rome.image_optimizer(self.flags, image_syn.requires_grad_())
+        pool = rome.make_pool(self.flags, 0, self.data, None)
+        return image_syn, optimizer_img, pool, rome.make_generators(self.flags, 0, self.device)
 
     def iterate(self, parts, plain=False):
-        """One outer iteration; plain: class by class. parts: of `begin`."""
+        """One outer iteration; plain: class by class, every batch at once. parts: of `begin`."""
         image_syn, optimizer_img, pool, rng = parts
-        micro_batch = max(self.flags.batch_real, self.flags.trained_bs) if plain else (
-            self.micro_batch)
-        common = self.data, self.threat, self.flags, rng, micro_batch
+        whole = max(self.flags.batch_real, self.flags.trained_bs)
+        common = (self.data, self.threat, self.flags, rng, whole if plain else self.micro_batch)
         with use_cuda_graphs(not plain and self.device.type == "cuda"):
             rome.matching_step(image_syn, optimizer_img, pool.members[0], *common,
                                classes_at_once=1 if plain else None)
@@ -151,18 +138,42 @@ def plain_mode():
     compilation.set_precision("fp32")
     keep_freed_memory(32 << 20, 64 << 20)
     try:
-        with compilation.eager():
+        with compilation.eager_mode():
             yield
     finally:
         compilation.set_precision(precision)
         keep_freed_memory()
 
 
-# ------------------------------------------------- the rows: (images, median seconds, passes)
+def compile_all(bench):
+    """Compile what is measured, in each precision. Seconds that it took; 0 if it failed."""
+    args, micro_batch = bench.args, bench.micro_batch
+    images = distributed.max_shard_size(10 * args.batch_real)
+    pool_batch = distributed.max_shard_size(args.trained_bs)
+    attacked = {bench.attacked, min(pool_batch, micro_batch), images % micro_batch} - {0}
+    trained = {args.trained_bs, pool_batch}
+    for ipc in args.train_ipc:
+        trained |= set(training_batches(40 * ipc, 256, 1)) - {0}
+    start = time.perf_counter()
+    for precision in bench.precisions:
+        compilation.set_precision(precision)
+        with compilation.eager_mode():  # nothing counts as compiled in this precision yet
+            problem = compilation.compile_batches(
+                bench.network(), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
+                matched=[micro_batch], embedded=[micro_batch], last=1000)
+            keys = compilation.compiled_keys()
+        compilation.compiled_keys().update(keys)
+        if problem:
+            distributed.print_rank0(problem)
+            return 0.0
+    return time.perf_counter() - start
+
+
+# ----------------------------------------------------- what is measured: (images, seconds, passes)
 def pgd_step(bench):
     """One PGD step on a micro-batch of images."""
     images, labels = bench.data.get_batch("train", slice(bench.attacked))
-    net, generator = bench.network(0), torch.Generator(bench.device).manual_seed(0)
+    net, generator = bench.network(), make_generator(0, device=bench.device)
 
     def ten_steps():
         attack(net, images, labels, bench.threat, generator=generator, steps=10,
@@ -184,9 +195,11 @@ def pool_training_step(bench):
 
 def outer_iteration(bench):
     """A matching step, and the training of two pool networks."""
-    plain, fast = bench.begin(), bench.begin()
+    args, plain, fast = bench.args, bench.begin(), bench.begin()
+    trained = 2 * args.model_train_steps * args.trained_bs
+    passes = IterationCost(10 * args.batch_real, 10, 1, trained, 10).passes
     seconds = bench.compare(lambda: bench.iterate(plain, plain=True), lambda: bench.iterate(fast))
-    return bench.images, seconds, bench.passes
+    return (10 * args.batch_real + trained, seconds, passes + (TRAINING_STEP - 1) * trained)
 
 
 def evaluation_training(bench, ipc):
@@ -196,110 +209,36 @@ def evaluation_training(bench, ipc):
     labels = torch.arange(10, device=bench.device).repeat(4 * ipc)
 
     def train():
-        train_on_set(bench.network(0), images, labels, TrainConfig(epochs), make_generator(0))
-    share = 100 / (epochs + 1)  # `epochs` + 1 are run
-    seconds = [s * share for s in bench.compare(train, train)]
+        train_on_set(bench.network(), images, labels, TrainConfig(epochs), make_generator(0))
+    seconds = [s * 100 / (epochs + 1) for s in bench.compare(train, train)]
     return 100 * count, seconds, TRAINING_STEP * 100 * count
 
 
-def one_process_against_all(bench):
-    """Median seconds of an outer iteration: of the first process alone, and of all together."""
-    alone, together, times = bench.begin(), bench.begin(), []
-    for _ in range(1 + bench.args.repeats):
-        seconds = 0.0
-        if distributed.is_main_process():
-            with distributed.single_process():
-                seconds = bench.seconds(lambda: bench.iterate(alone))
-        seconds = distributed.all_gather_object(seconds)[0]
-        shared = max(distributed.all_gather_object(
-            bench.seconds(lambda: bench.iterate(together))))
-        times.append((seconds, shared))
-    return np.median(times[1:], axis=0).tolist()
-
-
-# ------------------------------------------------------------------------------- around them
-def convolution_rate(device, dtype, count=64, repeats=3):
-    """FLOP/s of the ConvNet's second convolution, forward and backward to its input, in the
-    faster of two memory formats: what the library reaches by itself."""
-    medians = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        weight = torch.full((128, 128, 3, 3), 0.01, device=device).to(dtype, memory_format=layout)
-        x = torch.ones(count, 128, 16, 16, device=device).to(dtype, memory_format=layout)
-        x.requires_grad_()
-        gradient, times = torch.ones_like(x), []
-        for _ in range(repeats + 1):
-            synchronise(device)
-            start = time.perf_counter()
-            torch.autograd.grad(F.conv2d(x, weight, padding=1), x, gradient)
-            synchronise(device)
-            times.append(time.perf_counter() - start)
-        medians.append(sorted(times[1:])[repeats // 2])
-    return count * 2 * 2 * 9 * 128 * 128 * 16 * 16 / min(medians)
-
-
-def compile_all(bench):
-    """Compile what the rows use, in each precision. Seconds that it took; 0 if it failed."""
-    args, micro_batch = bench.args, bench.micro_batch
-    images = distributed.max_shard_size(10 * args.batch_real)
-    pool_batch = distributed.max_shard_size(args.trained_bs)
-    attacked = {bench.attacked, min(pool_batch, micro_batch), images % micro_batch} - {0}
-    trained = {args.trained_bs, pool_batch}
-    if distributed.world_size() == 1:
-        trained |= {size for ipc in args.train_ipc
-                    for size in training_batches(40 * ipc, 256, 1) if size}
-    start = time.perf_counter()
-    for precision in bench.precisions:
-        compilation.set_precision(precision)
-        problem = compilation.compile_batches(
-            bench.network(0), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
-            matched=[micro_batch], embedded=[micro_batch], last=1000)
-        if problem:
-            distributed.print_rank0(problem)
-            return 0.0
-    seconds = time.perf_counter() - start
-    distributed.print_rank0(f"compiled in {seconds:.0f} s for {' and '.join(bench.precisions)}")
-    return seconds
-
-
-def peak_memory(device):
-    """GiB: of the device, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def describe(bench):
-    args = bench.args
-    names = ("ipc", "batch_real", "trained_bs", "model_train_steps")
-    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in names)
-    return (f"{device_name(bench.device)}, torch {torch.__version__}, {args.model}, {sizes}, "
-            f"{args.threat_model}; medians of {args.repeats}")
-
-
-def measure_rows(bench, peaks):
-    """Measure and print every row. peaks: GFLOP/s of a convolution in each precision."""
-    args, rows = bench.args, []
-    measurements = {f"PGD step, {bench.attacked} images": pgd_step,
-                    f"pool training step, {args.trained_bs} images": pool_training_step,
-                    "outer iteration": outer_iteration}
+def measurements(args):
+    found = {"PGD step": pgd_step, "pool training step": pool_training_step,
+             "outer iteration": outer_iteration}
     for ipc in args.train_ipc:
-        measurements[f"100 epochs of training, ipc {ipc}"] = (
+        found[f"100 epochs of training, ipc {ipc}"] = (
             lambda bench, ipc=ipc: evaluation_training(bench, ipc))
-    print("| | plain s |" + "".join(f" {p} s | speed-up | of the convolution |"
-                                    for p in bench.precisions))
-    print("|---|---|" + "---|---|---|" * len(bench.precisions))
-    for name, measure in measurements.items():
+    return {"outer iteration": outer_iteration} if distributed.world_size() > 1 else found
+
+
+def measure_rows(bench):
+    """Measure every row and print it as a line of a Markdown table."""
+    flops, rows = 2 * forward_flops(bench.network(), 3, (32, 32)), []
+    say = distributed.print_rank0
+    say("| | plain s |" + "".join(f" {p} s | speed-up | GFLOP/s |" for p in bench.precisions))
+    say("|---|---|" + "---|---|---|" * len(bench.precisions))
+    for name, measure in measurements(bench.args).items():
         images, (plain, *fast), passes = measure(bench)
         row = {"what": name, "images": images, "plain_seconds": plain}
         cells = f"| {name} | {plain:.3g} |"
-        for precision, seconds, peak in zip(bench.precisions, fast, peaks):
-            rate = passes * bench.flops / seconds / 1e9
-            row[precision] = {
-                "seconds": seconds, "speed_up": plain / seconds, "gflops": rate,
-                "images_per_second": images / seconds, "share_of_convolution": rate / peak}
-            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {100 * rate / peak:.0f} % |"
+        for precision, seconds in zip(bench.precisions, fast):
+            row[precision] = {"seconds": seconds, "speed_up": plain / seconds,
+                              "gflops": passes * flops / seconds / 1e9}
+            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {row[precision]['gflops']:.0f} |"
         rows.append(row)
-        print(cells, flush=True)
+        say(cells)
     return rows
 
 
@@ -308,26 +247,17 @@ def main():
     bench = Bench(args, distributed.init(vars(args)))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     compile_seconds = compile_all(bench) if args.compile else 0.0
-    if distributed.world_size() > 1:
-        alone, together = one_process_against_all(bench)
-        distributed.print_rank0(
-            f"outer iteration, {describe(bench)}: one process {alone:.3g} s, "
-            f"{distributed.world_size()} processes {together:.3g} s: {alone / together:.2f} times "
-            "as fast")
-        return
-    count = 2048 if bench.device.type == "cuda" else bench.micro_batch
-    dtypes = {"tf32": torch.float32, "bf16": torch.bfloat16}
-    ceilings = {p: convolution_rate(bench.device, dtypes[p], count, max(args.repeats, 5)) / 1e9
-                for p in bench.precisions}
-    print(describe(bench) + "\n")
-    for precision, rate in ceilings.items():
-        print(f"convolution, {precision}: {rate:.0f} GFLOP/s")
-    rows, memory = measure_rows(bench, ceilings.values()), peak_memory(bench.device)
-    print(f"\npeak memory {memory:.1f} GiB")
-    write_json(Path(args.out), {
-        "command": " ".join(sys.argv), "flags": vars(args), "device": device_name(bench.device),
-        "versions": versions(), "ceilings_gflops": ceilings, "compile_seconds": compile_seconds,
-        "rows": rows, "peak_memory_gib": memory})
+    names = ("ipc", "batch_real", "trained_bs", "model_train_steps")
+    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+    distributed.print_rank0(
+        f"{device_name(bench.device)}, {distributed.world_size()} process(es), torch "
+        f"{torch.__version__}, {args.model}, {sizes}, {args.threat_model}; compiled in "
+        f"{compile_seconds:.0f} s; medians of {args.repeats}\n")
+    rows = measure_rows(bench)
+    if distributed.is_main_process():
+        write_json(Path(args.out), {
+            "command": " ".join(sys.argv), "flags": vars(args), "versions": versions(),
+            "device": device_name(bench.device), "compile_seconds": compile_seconds, "rows": rows})
 
 
 if __name__ == "__main__":
