@@ -99,17 +99,17 @@ def test_teachers_from_files(tmp_path):
                     **{key: value for key, value in about.items() if key != "seed"}}
 
 
-RECORDED = ROOT / "result" / "recorded" / "robust_labels"
+EXPERIMENTS = ROOT / "experiments" / "robust_labels"
 
 
-@pytest.mark.parametrize("path", sorted(RECORDED.glob("ready/*/*.pt")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("ready/*/*.pt")), ids=lambda path: path.parent.name)
 def test_the_sets_that_are_here(path):
     """Small, readable by others and by us, with a recipe, and with labels of the networks that lie beside them."""
     assert path.stat().st_size < 2e6 and (path.parent / "README.md").is_file()
     ((images, labels, soft),), meta = sets_and_meta(path)
     assert torch.equal(labels, torch.arange(10).repeat_interleave(10)) and meta["recipe"]["labels"] == "prior"
     (teachers,) = meta["recipe"]["teachers"]
-    found = [RECORDED / "teachers" / teacher["file"] for teacher in teachers]
+    found = [EXPERIMENTS / "teachers" / teacher["file"] for teacher in teachers]
     assert [sha256(file) for file in found] == [teacher["sha256"] for teacher in teachers]
     nets = [load_into(get_network("ConvNetW32", 3, 10, (32, 32), 0), file) for file in found]
     again = synsets.soft_labels(nets, unpack(images, pack_of(meta)))

@@ -185,7 +185,7 @@ def test_metrics_at_their_edges():
 
 def test_recorded_results_agree_with_the_published_logs():
     """All 10 000 test images: BACON as crafting network, on BACON and transferred to IDM and MTT, targeted and untargeted."""
-    path = ROOT / "result" / "recorded" / "released_published" / "results.json"
+    path = ROOT / "experiments" / "released_networks" / "published" / "results.json"
     if not path.exists():
         pytest.advance("not recorded yet")
     logs = json.loads((ROOT / "published.json").read_text())["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]
@@ -200,10 +200,10 @@ def test_recorded_results_agree_with_the_published_logs():
             compared += 1
     assert compared == 3 + 4 * 2 * 3
 
-    path = ROOT / "result" / "recorded" / "released_published_1000" / "results.json"
+    path = ROOT / "experiments" / "released_networks" / "published_1000" / "results.json"
     slow = {(row["attack"], row["method"]): row["accuracy"] for row in json.loads(path.read_text())["rows"]}
     for attack, method in itertools.product(("Deepfool", "AA"), ("BACON", "IDM", "MTT")):
-        # DeepFool on its own network leaves its examples on the boundary: see docs/earlier_results.md.
+        # DeepFool on its own network leaves its examples on the boundary: see docs/archive.md.
         if (attack, method) != ("Deepfool", "BACON"):
             assert abs(slow[attack, method] - logs[attack]["untargeted"][method]) <= 0.03
 

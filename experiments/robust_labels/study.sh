@@ -1,7 +1,7 @@
 #!/bin/sh
 # The study of docs/robust_labels.md, step by step, from the root of the repository:
 #
-#     sh result/recorded/robust_labels/study.sh teachers && sh .../study.sh sets 10 && sh .../study.sh judge 10
+#     sh experiments/robust_labels/study.sh teachers && sh .../study.sh sets 10 && sh .../study.sh judge 10
 #
 # teachers       three ConvNetW32 and a ConvNet, adversarially trained
 # sets IPC       sets of IPC images a class, each with its soft labels: random real images (whole, 2x2, 4x4), Baseline, ROME; the
@@ -98,7 +98,7 @@ teaching)
     judge Large-teacher-10 "$out"/sets/Large-teacher-10/ROME_res_*.pt --model ConvNetW32 --attacks PGD20 --eps 2 4 8 \
         --epoch_eval_train 200 ;;
 chosen)
-    PYTHONPATH=. $python result/recorded/robust_labels/disagree.py "$out/disagree.pt" $three \
+    PYTHONPATH=. $python experiments/robust_labels/disagree.py "$out/disagree.pt" $three \
         --students "$out"/judged/Random-4x4-10/networks/*-0.pth
     distil Disagree "$finer" "$three" --ipc 10 --Iteration 0 --pack 4 --init "$out/disagree.pt"
     # The pool instead of the pretrained networks: its networks are attacked and matched as they train, and give the labels.

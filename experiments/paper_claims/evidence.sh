@@ -1,7 +1,7 @@
 #!/bin/sh
 # The evidence of docs/results.md, step by step, from the root of the repository:
 #
-#     sh result/recorded/evidence/evidence.sh table4 && sh .../evidence.sh grid && ...
+#     sh experiments/paper_claims/evidence.sh table4 && sh .../evidence.sh grid && ...
 #
 # table4     sets under `published`: random real images, whole and packed; Baseline, +RPM, +AP, +RPM+AP (ROME)
 # grid       networks trained on them, under the white-box attacks of the paper (threat model published)
