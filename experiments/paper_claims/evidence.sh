@@ -1,24 +1,26 @@
 #!/bin/sh
-# The evidence of docs/results.md, step by step, from the root of the repository:
+# The figures of docs/results.md, step by step, from the root of the repository:
 #
-#     sh experiments/paper_claims/evidence.sh table4 && sh .../evidence.sh grid && ...
+#     sh experiments/paper_claims/evidence.sh table4
+#     sh experiments/paper_claims/evidence.sh grid         then pixel, ...
 #
 # table4     sets under `published`: random real images, whole and packed; Baseline, +RPM, +AP, +RPM+AP (ROME)
 # grid       networks trained on them, under the white-box attacks of the paper (threat model published)
 # pixel      the same sets under the valid threat model: PGD-20 and AutoAttack at 1, 2, 4, 8 of 255
 # sweep      Figure 4: align_weight 0, 0.5, 0.8 and 1 (0.2 is +RPM+AP)
 # cifar100   1 and 10 images a class: ROME and random real images, under published and, with soft labels, under pixel
-# released   BACON, IDM and MTT, files in checkpoints/: pixel; Figure 3 under the bounded attacks on 10 000 images, under all on 1 000
+# released   BACON, IDM and MTT, files in checkpoints/: pixel; Figure 3 under the bounded attacks on 10 000 images,
+#            under all attacks on 1 000
 #
-# A step that was killed goes on with the same command; what is done is not done again. One process of one thread each; two steps
-# can run side by side. OUT: where it goes. ONLY="Baseline +AP": these sets alone.
+# The same command continues a step that was killed, and skips what is done. One process of one thread each; two steps
+# can run side by side. OUT: the folder of the results. ONLY="Baseline +AP": these sets alone.
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python="${PYTHON:-python3}" out="${OUT:-result/evidence}" precision="${PRECISION:-bf16}"
 iterations=300
 step="${1:-help}"
 
-# wanted NAME: whether ONLY, if there is one, has this set
+# wanted NAME: succeeds if ONLY is not set or contains NAME
 wanted() {
     case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
 }
@@ -32,18 +34,18 @@ distil() {
         --precision "$precision" --save_path "$out/sets/$folder" --checkpoint_path "$out/states/$folder" "$@"
 }
 
-# cifar10 FOLDER NAME FLAGS...: ipc 10, as many evaluation epochs for each as one sub-image, packed or not, is seen 300 times
+# cifar10 FOLDER NAME FLAGS...: ipc 10; an evaluation shows each image or sub-image 300 times
 cifar10() {
     folder="$1" name="$2"; shift 2
     distil ROME_cifar10.py "$folder" "$name" --dataset CIFAR10 --ipc 10 --batch_real 32 --epoch_eval_train 300 --num_exp 5 "$@"
 }
-# cifar100 FOLDER NAME FLAGS...: of $ipc images a class; a network sees an image 300 times, or 60 where there are ten times as many
+# cifar100 FOLDER NAME FLAGS...: $ipc images a class, 300 evaluation epochs, or 60 where there are ten times as many images
 cifar100() {
     folder="$1" name="$2"; shift 2
     distil ROME_cifar100.py "$folder" "$name" --dataset CIFAR100 --ipc "$ipc" --batch_real 16 --num_exp 2 \
         --epoch_eval_train "$([ "$ipc" = 1 ] && echo 300 || echo 60)" "$@"
 }
-labels="--threat_model pixel --labels prior --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_500_PGD-pixel_seed0-0.pth
+labels="--threat_model pixel --labels stored --robust_prior $out/teachers/full_ConvNetW32_CIFAR100_500_PGD-pixel_seed0-0.pth
     --lr_net 0.1 --lr_schedule cosine --label_temperature 3 --dsa_strategy crop_flip_scale_rotate"
 rome="--aug --Iteration $iterations --eval_interval $iterations"
 
@@ -51,8 +53,8 @@ rome="--aug --Iteration $iterations --eval_interval $iterations"
 evaluated() {
     wanted "$1" || return 0
     folder="$1" into="$2"; shift 2
-    $python -u evaluate.py --synset "$out/sets/$folder"/ROME_res_*.pt --num_eval 1 --precision "$precision" --attack_precision "$precision" --limit 1000 --no_sanity \
-        --resume --out "$out/$into/$folder" "$@"
+    $python -u evaluate.py --synset "$out/sets/$folder"/ROME_res_*.pt --num_eval 1 --precision "$precision" \
+        --attack_precision "$precision" --limit 1000 --no_sanity --resume --out "$out/$into/$folder" "$@"
 }
 
 case "$step" in
@@ -93,5 +95,5 @@ released)
         $python -u evaluate.py --networks $networks --attack_precision "$precision" --no_sanity --resume --out "$out/released_"$part
     done ;;
 *)
-    sed -n '2,14p' "$0" ;;
+    sed -n '2,/^set/{/^#/p;}' "$0" ;;
 esac

@@ -1,10 +1,10 @@
-"""Real images on which teachers and a student disagree most, packed 4x4, as a file for --init (a step of study.sh).
+"""Choose the real images on which the teachers and a student disagree most (a step of study.sh).
 
-    PYTHONPATH=. python disagree.py OUT TEACHER... --students STUDENT...
+    PYTHONPATH=. python experiments/robust_labels/disagree.py OUT TEACHER... --students STUDENT...
 
-One set of 10 stored images a class for each student, a network that learned the teachers' labels of random images. The images
-are judged as they will be stored: packed and unpacked. Disagreement: the Kullback-Leibler divergence of the softmax of the
-teachers' mean logits from that of the student's, at temperature 3.
+OUT is a file for `ROME_cifar10.py --init`. It holds one set for each student: 10 stored images a
+class, packed 4x4. A student is a network that learned the teachers' labels of random images. Images
+are compared as they will be stored, after packing and unpacking.
 """
 import argparse
 
@@ -18,23 +18,56 @@ from formats.synset_file import SyntheticSet, save_synset
 from networks import network_for
 from synsets import soft_labels
 
-parser = argparse.ArgumentParser()
-parser.add_argument("out")
-parser.add_argument("teachers", nargs="+")
-parser.add_argument("--students", nargs="+")
-args = parser.parse_args()
-data, ipc, k = load_dataset("CIFAR10", "./data"), 10, 4
-teachers, *students = [[load_into(network_for(data, "ConvNetW32", 0), path).eval() for path in paths]
-                       for paths in (args.teachers, *([path] for path in args.students))]
-sets = []
-for student in students:
+IPC = 10  # stored images a class
+PACK = 4  # sub-images on each side of a stored image
+TEMPERATURE = 3
+MICRO_BATCH = 512  # images that go through the networks at a time
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", help="the file to write")
+    parser.add_argument("teachers", nargs="+", help="robust ConvNetW32 networks (.pth)")
+    parser.add_argument("--students", nargs="+", required=True, help="ConvNetW32 networks (.pth)")
+    parser.add_argument("--data_path", default="./data")
+    return parser.parse_args()
+
+
+def disagreement(teachers, student, images):
+    """KL(teachers || student) of each image, (N,): of softmax(logits / TEMPERATURE), the teachers'
+    logits averaged. images: normalised, (N, 3, H, W)."""
+    taught = F.log_softmax(soft_labels(teachers, images, MICRO_BATCH) / TEMPERATURE, 1)
+    learned = F.log_softmax(soft_labels([student], images, MICRO_BATCH) / TEMPERATURE, 1)
+    return F.kl_div(learned, taught, reduction="none", log_target=True).sum(1)
+
+
+def chosen_images(data, teachers, student):
+    """The chosen images of each class, packed: (C * IPC, 3, H, W), class-major."""
     stored = []
     for c in range(data.num_classes):
         images = data.get_batch("train", data.labels["train"] == c)[0]
-        images = images[:len(images) // k**2 * k**2]
-        coarse = unpack(pack(images, k), k)
-        said, learned = (F.log_softmax(soft_labels(nets, coarse, 512) / 3, 1) for nets in (teachers, student))
-        most = F.kl_div(learned, said, reduction="none", log_target=True).sum(1).topk(ipc * k**2).indices
-        stored.append(pack(images[most], k))
-    sets.append(SyntheticSet(torch.cat(stored), torch.arange(data.num_classes).repeat_interleave(ipc), None))
-save_synset(args.out, sets, [], {"dataset": "CIFAR10", "model": "ConvNetW32", "method": "Disagree", "pack": k, "packed": True})
+        images = images[:len(images) // PACK**2 * PACK**2]  # whole stored images
+        as_stored = unpack(pack(images, PACK), PACK)
+        most = disagreement(teachers, student, as_stored).topk(IPC * PACK**2).indices
+        stored.append(pack(images[most], PACK))
+    return torch.cat(stored)
+
+
+def main():
+    args = parse_args()
+    data = load_dataset("CIFAR10", args.data_path)
+
+    def load(path):
+        return load_into(network_for(data, "ConvNetW32", 0), path).eval()
+
+    teachers = [load(path) for path in args.teachers]
+    labels = torch.arange(data.num_classes).repeat_interleave(IPC)
+    sets = []
+    for path in args.students:
+        sets.append(SyntheticSet(chosen_images(data, teachers, load(path)), labels, None))
+    save_synset(args.out, sets, [], {"dataset": "CIFAR10", "model": "ConvNetW32",
+                                     "method": "Disagree", "pack": PACK, "packed": True})
+
+
+if __name__ == "__main__":
+    main()
