@@ -80,7 +80,8 @@ def test_links_and_paths_exist(page):
         assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
-def test_every_test_draws_the_same_numbers():
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_draws_the_same_numbers(again):
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(SEED)))
     assert np.random.rand() == np.random.RandomState(SEED).rand()
     assert random.random() == random.Random(SEED).random()
