@@ -64,8 +64,9 @@ def test_read_back(stored, run, layout, hard):
     assert len(meta["recipe"]["teachers"]) == 1  # of this set
 
 
-def test_dc(stored, run):
-    """As DC and BEARD read it."""
+def test_dc(stored, run, tmp_path):
+    """As DC and BEARD read it, here in a folder that was there, but empty."""
+    (tmp_path / "out").mkdir()
     content = torch.load(run("--to", "dc") / "res_ROME_CIFAR10_ConvNetW32_4ipc.pt")
     images, labels = content["data"][0]
     assert torch.equal(images, unpack(stored[1].images)) and labels.dtype == torch.int64
