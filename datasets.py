@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from formats.arrays import read_arrays, standard_arrays
 from runtime.compilation import disable_tf32
-from runtime.device import choose_micro_batch
 from runtime.safe_io import InputError, write_atomically
 
 # Mean and standard deviation of each channel, pixels in [0, 1]. CIFAR: SPEC 1.5 (its std is the
@@ -34,14 +33,12 @@ class Dataset:
     mean, std: of each channel, pixels in [0, 1]. notes: how its file was read, for the reader.
     """
 
-    def __init__(self, name, images, labels, classes, mean, std, device="cpu", micro_batch=0,
-                 notes=()):
+    def __init__(self, name, images, labels, classes, mean, std, device="cpu", notes=()):
         self.name = name
         self.classes = list(classes)
         self.num_classes = len(self.classes)
         self.notes = list(notes)
         self.device = torch.device(device)
-        self.micro_batch = choose_micro_batch(self.device, micro_batch)
         self.images = {split: x.to(self.device) for split, x in images.items()}
         self.labels = {split: y.to(self.device) for split, y in labels.items()}
         self.channel, *size = self.images["train"].shape[1:]
@@ -127,8 +124,10 @@ class Dataset:
         """Normalised images of `sample_indices` and their labels."""
         return self.get_batch("train", self.sample_indices(n, generator))
 
-    def class_groups(self, batch_real):
-        """Ranges of classes whose real batches are in memory together."""
+    def class_groups(self, batch_real, at_once=None):
+        """Ranges of classes whose real batches are in memory together; at_once: so many."""
+        if at_once:
+            return class_ranges(self.num_classes, 1, at_once)
         per_class = min(batch_real, max(map(len, self._class_indices)))
         return class_ranges(self.num_classes, per_class, CLASS_GROUP_IMAGES)
 
@@ -178,7 +177,7 @@ def dataset_name(name):
     return stem
 
 
-def load_dataset(name, data_path, device="cpu", micro_batch=0):
+def load_dataset(name, data_path, device="cpu"):
     """Load a data set onto `device`.
 
     name: CIFAR10 or CIFAR100 (read from `data_path`, or downloaded into it), Digits, or the path of
@@ -204,7 +203,7 @@ def load_dataset(name, data_path, device="cpu", micro_batch=0):
         images[split] = torch.from_numpy(arrays[f"x_{split}"]).permute(0, 3, 1, 2).contiguous()
         labels[split] = torch.from_numpy(arrays[f"y_{split}"])
     return Dataset(name, images, labels, arrays["classes"], device=device,
-                   micro_batch=micro_batch, notes=notes, **normalisation)
+                   notes=notes, **normalisation)
 
 
 def _load_digits():

@@ -206,7 +206,7 @@ def test_recorded_results_agree_with_the_published_logs():
     logs = published["log_transfer_accuracy_fraction_crafted_on_BACON_ipc50"]
     tolerance = {"Clean": 0.05, "FGSM": 0.1, "PGD_L2": 0.1, "PGD": 0.2, "CW": 1.0}  # points
     compared = 0
-    for row in recorded_rows("released_published"):  # all 10 000 test images
+    for row in recorded_rows("published"):  # all 10 000 test images
         if row["attack"] in tolerance and (row["crafted_on"].startswith("BACON")
                                            or row["attack"] == "Clean"):
             form = "untargeted" if row["targeted"] is False else "targeted"
@@ -215,7 +215,7 @@ def test_recorded_results_agree_with_the_published_logs():
             assert row["n"] == 10000
             compared += 1
     assert compared == 3 + 4 * 2 * 3
-    for row in recorded_rows("released_published_1000"):
+    for row in recorded_rows("published_1000"):
         # DeepFool leaves its examples on the boundary of its own network: docs/archive.md
         if row["attack"] in ("Deepfool", "AA") and (row["attack"], row["method"]) != (
                 "Deepfool", "BACON"):
