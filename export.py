@@ -299,7 +299,7 @@ def _teachers(meta):
 def meta_of(one, args):
     """What is known of a set, from its file, its name and the flags. one: an Input."""
     said, given = one.synset.meta, dataset_name(args.dataset) if args.dataset else None
-    dataset = given or one.dataset or one.unknown.get("data set")
+    dataset = given or one.dataset or one.unknown.get("dataset")
     if dataset is None:
         raise InputError(
             f"nothing says of which data set {args.set} is; say it with --dataset "
@@ -307,8 +307,8 @@ def meta_of(one, args):
             "file of its data)"
         )
     if one.dataset not in (None, dataset):
-        raise InputError(f"{one.describe()} is not of {dataset}")
-    zca = bool(args.zca if one.synset.says_zca() is None else one.synset.says_zca())
+        raise InputError(f"{one} is not of {dataset}")
+    zca = bool(args.zca if one.synset.declared_zca() is None else one.synset.declared_zca())
     own = given not in (None, *DATASETS) and not {"mean", "std"} <= set(said)
     normalisation = vars(load_dataset(args.dataset, ".")) if own else DATASETS.get(dataset, {})
     channels = one.synset.sets[0].images.shape[1]
@@ -337,7 +337,7 @@ def meta_of(one, args):
 def export(args, folder):
     """Write the set into an empty folder. Returns how many images, and the kind of their labels."""
     one = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
-    one.unknown.pop("network", None)  # the set is trained on whatever the user likes
+    one.unknown.pop("model", None)  # the set is trained on whatever the user likes
     if "mean" not in one.synset.meta:
         take_flags(one, args.dataset)
     meta, file = meta_of(one, args), one.synset
@@ -361,7 +361,7 @@ def export(args, folder):
     images = stored.images if args.keep_packed else training_set(stored, file.pack)[0]
     labels = stored.labels.repeat((file.pack // kept) ** 2)
     hard = args.hard or stored.soft_labels is None
-    if args.hard and file.derived:
+    if args.hard and file.labels_from_soft:
         raise InputError(f"--hard: {args.set} has soft labels alone, no classes of its own")
     meta |= {
         "packed": kept > 1,

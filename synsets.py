@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from augment import pack, parse_dsa_strategy, unpack
 from datasets import DATASETS
 from runtime.device import MICRO_BATCH
-from formats.inputs import read_input, same_normalisation, take_flags, understand
+from formats.inputs import check_and_normalise, read_input, same_normalisation, take_flags
 from runtime.safe_io import InputError, sha256
 from runtime.seeding import make_generator
 from formats.synset_file import SyntheticSet, mean_and_std
@@ -44,8 +44,8 @@ def start_from(path, data, ipc, pack):
     """The sets of --init, as an Input (formats.inputs). Raises InputError if they are of another data set, normalisation,
     size, packing or order than this run's."""
     one = read_input(path, NETWORKS, is_set=True, packed=pack)
-    one.unknown.pop("network", None)  # the set is trained on --model
-    take_flags(one, dataset=data.name if one.unknown.get("data set", "").lower() == data.name.lower() else None)
+    one.unknown.pop("model", None)  # the set is trained on --model
+    take_flags(one, dataset=data.name if one.unknown.get("dataset", "").lower() == data.name.lower() else None)
     same_normalisation(one, data)
     size = (ipc * data.num_classes, data.channel, *data.size)
     order = torch.arange(data.num_classes).repeat_interleave(ipc)
@@ -54,7 +54,7 @@ def start_from(path, data, ipc, pack):
         if theirs != (size, pack, data.name) or not torch.equal(found.labels, order):
             raise InputError(f"--init {path}: images {theirs[0]}, packing {theirs[1]}, of {theirs[2]}; this run has {size}, "
                              f"{pack}, {data.name}, class after class")
-    understand(one, data)
+    check_and_normalise(one, data)
     return one
 
 
@@ -115,11 +115,11 @@ def load_synset(path, index=0, *, packed=1, images=None):
 
     def normalize(pixels):
         said = meta if {"mean", "std"} <= set(meta) else DATASETS.get(one.dataset)
-        if said is None or one.synset.says_zca():
+        if said is None or one.synset.declared_zca():
             raise InputError(f"{path} does not say how its pixels are normalised")
         mean, std = mean_and_std(said)
         return (pixels - mean) / std
-    one.synset.normalise(normalize, images, bool(one.synset.says_zca()))
+    one.synset.normalise(normalize, images, bool(one.synset.declared_zca()))
     for warning in one.warnings + one.synset.warnings:
         warnings.warn(warning, stacklevel=2)
     return *training_set(one.synset.sets[index], one.synset.pack), protocol_of(meta)

@@ -87,7 +87,7 @@ def describe_inputs(args, data):
     lines = [data.describe()]
     if args.init not in INITS:
         one = start_from(args.init, data, args.ipc, args.pack)
-        lines += [f"{args.init} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)]
+        lines += [f"{args.init} taken as: {one.description}", *(f"warning: {warning}" for warning in one.warnings)]
     return lines
 
 

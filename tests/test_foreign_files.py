@@ -22,7 +22,7 @@ import synsets
 import utils
 from augment import pack, unpack
 from datasets import DATASETS, Dataset, load_dataset
-from formats.inputs import choose_normalisation, read_input, read_inputs, understand
+from formats.inputs import choose_normalisation, read_input, read_inputs, check_and_normalise
 from formats.network_file import load_into
 from runtime.safe_io import InputError
 from formats.synset_file import read_synset, save_synset, seams
@@ -90,11 +90,11 @@ def reference(digits, digit_images, tmp_path_factory):
 
 
 def taken(path, data, *flags):
-    """A set as evaluate.py understands it with these flags: an Input."""
+    """A set as evaluate.py check_and_normalises it with these flags: an Input."""
     args = evaluate.parse_args(["--synset", str(path), *map(str, flags)])
-    (one,) = read_inputs(args, NETWORKS)
+    (one,) = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset, args.model, args.packed)
     choose_normalisation([one], data, args.zca)
-    understand(one, data, args.images)
+    check_and_normalise(one, data, args.images)
     return one
 
 
@@ -122,7 +122,7 @@ def test_pixels_in_place_of_normalised_images(digits, digit_images, tmp_path, st
         )
         assert re.search(
             f"Digits, normalised from {space} with mean .*, not packed, hard labels, no ZCA",
-            one.taken_as,
+            one.description,
         )
         assert not taken(one.path, digits, "--images", "normalised").warnings
     else:
@@ -138,7 +138,7 @@ def test_bytes_are_pixels(digits, digit_images, tmp_path):
     )
     one = taken(tmp_path / "res_DM_Digits_MLP_10ipc.pt", digits)
     assert torch.allclose(one.synset.sets[1].images, digit_images, atol=1e-5) and not one.warnings
-    assert "from pixels from 0 to 255" in one.taken_as
+    assert "from pixels from 0 to 255" in one.description
     with pytest.raises(InputError, match="bytes, which are pixels"):
         taken(one.path, digits, "--images", "normalised")
 
@@ -201,7 +201,7 @@ def test_a_packed_set_that_does_not_say_so(tmp_path, digits):
         taken(path, digits).warnings[0],
     )
     one = taken(path, digits, "--packed", 2)
-    assert not one.warnings and "packed 2x2" in one.taken_as
+    assert not one.warnings and "packed 2x2" in one.description
     one = taken(path, digits, "--packed", 4)
     assert "taken as packed 4x4, but its images look packed 2x2" in one.warnings[0]
 
@@ -437,13 +437,8 @@ def test_unknown_names_are_refused(tmp_path, name, message):
         torch.save(torch.arange(10), tmp_path / name.replace("images", "labels"))
     which = "--networks" if name.endswith("pth") else "--synset"
     with pytest.raises(InputError, match=message):
-        read_inputs(evaluate.parse_args([which, str(tmp_path / name)]), NETWORKS)
-    (one,) = read_inputs(
-        evaluate.parse_args(
-            [which, str(tmp_path / name), "--dataset", "cifar10", "--model", "LeNet"]
-        ),
-        NETWORKS,
-    )
+        read_inputs(*([[str(tmp_path / name)], []] if which == '--synset' else [[], [str(tmp_path / name)]]), NETWORKS)
+    (one,) = read_inputs(*([[str(tmp_path / name)], []] if which == '--synset' else [[], [str(tmp_path / name)]]), NETWORKS, dataset="cifar10", model="LeNet")
     assert one.model == "LeNet" and "taken as" in one.warnings[0]
 
 
@@ -497,7 +492,7 @@ def test_probabilities_in_any_precision(tmp_path, dtype):
         {"data": [[torch.randn(20, 3, 32, 32), logits.softmax(1).to(dtype)]]}, tmp_path / "set.pt"
     )
     file = read_synset(tmp_path / "set.pt")
-    assert file.labels == "soft labels (probabilities)" and file.derived
+    assert file.labels == "soft labels (probabilities)" and file.labels_from_soft
     read = file.sets[0].soft_labels.exp()
     assert torch.allclose(read, logits.softmax(1), rtol=0.02, atol=1e-6) and torch.allclose(
         read.sum(1), torch.ones(20), atol=1e-5
@@ -512,7 +507,7 @@ def test_a_learning_rate_beside_the_images(digits, digit_images, tmp_path, name)
     torch.save(LABELS, tmp_path / "labels_best.pt")
     torch.save(torch.tensor(0.0123), tmp_path / name)
     one = taken(tmp_path / "images_best.pt", digits, "--dataset", "Digits")
-    assert f"lr 0.0123 from {name}" in one.taken_as
+    assert f"lr 0.0123 from {name}" in one.description
     assert synsets.protocol_of(one.synset.meta)["lr_net"] == pytest.approx(0.0123)
     for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
         torch.save(wrong, tmp_path / name)
@@ -623,7 +618,7 @@ def test_a_whitened_set_says_so_in_its_card_and_has_no_pixels(whitened, tmp_path
     run_export(monkeypatch, path, "--to", "dc", "--zca", tmp_path / "dc")
     assert "normalisation | ZCA whitening" in (tmp_path / "dc" / "README.md").read_text()
     again = read_input(tmp_path / "dc" / "res_MTT_Digits_MLP_10ipc.pt", NETWORKS, is_set=True)
-    assert again.synset.says_zca() and torch.equal(again.synset.sets[0].images, images)
+    assert again.synset.declared_zca() and torch.equal(again.synset.sets[0].images, images)
     with pytest.raises(InputError, match="has no pixels"):
         run_export(monkeypatch, path, "--to", "folder", "--zca", tmp_path / "folder")
     assert {entry.name for entry in tmp_path.iterdir()} == {"dc", "zca"}
@@ -652,7 +647,7 @@ def test_a_folder_of_pictures(digits, digit_images, tmp_path, names):
     assert torch.allclose(one.synset.sets[0].images, digit_images, atol=1e-5) and torch.equal(
         one.synset.sets[0].labels, LABELS
     )
-    assert "normalised from pixels from 0 to 255" in one.taken_as and "100 pictures" in one.taken_as
+    assert "normalised from pixels from 0 to 255" in one.description and "100 pictures" in one.description
 
 
 def test_folders_are_matched_by_the_names_of_classes(tmp_path, digit_images, digits):
@@ -669,7 +664,7 @@ def test_folders_are_matched_by_the_names_of_classes(tmp_path, digit_images, dig
     assert all(
         torch.allclose(images[labels == c], digit_images[LABELS == c], atol=1e-5) for c in range(10)
     )
-    assert "classes numbered by their names" in one.taken_as
+    assert "classes numbered by their names" in one.description
     assert (
         "its classes are eight, five, four"
         in taken(tmp_path / "set", digits, "--dataset", "Digits").warnings[0]
