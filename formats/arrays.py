@@ -38,8 +38,8 @@ def standard_arrays(where, arrays):
 def _check_classes(where, y_train, y_test, classes, **images):
     for name, y in (("y_train", y_train), ("y_test", y_test)):
         if y.min() < 0 or y.max() >= len(classes):
-            outside = f"outside 0..{len(classes) - 1}: {y.min()} to {y.max()}"
-            raise InputError(f"{where}: {name} has labels {outside}")
+            expected = f"0..{len(classes) - 1}: {y.min()} to {y.max()}"
+            raise InputError(f"{where}: {name} has labels outside {expected}")
     if len(classes) < 2:
         raise InputError(f"{where}: 1 class(es), at least 2 are needed")
     for c, name in enumerate(classes):

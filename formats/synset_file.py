@@ -34,10 +34,9 @@ class SyntheticSet(NamedTuple):
 class SynsetFile:
     """The synthetic sets of a file.
 
-    sets: [SyntheticSet, ...]; their images are as stored until `normalise`. meta: what the file
-    declares. files: all that was read. pack: sub-images along each side of an image. labels: their
-    kind, "hard labels", "soft labels (logits)" or "soft labels (probabilities)". labels_from_soft:
-    the classes are the largest soft labels. notes, warnings: sentences for the reader.
+    sets: [SyntheticSet, ...]; until `normalise` their images are floats or bytes as stored. meta:
+    what the file declares. files: all that was read. pack: sub-images along each side of an image.
+    labels: their kind, for the reader. labels_from_soft: the classes are the largest soft labels.
     """
 
     path: Path
@@ -45,7 +44,6 @@ class SynsetFile:
     meta: dict
     files: list
     pack: int
-    stored_as_bytes: bool
     labels: str
     labels_from_soft: bool
     notes: list
@@ -62,14 +60,16 @@ class SynsetFile:
         normalize: pixels (N, C, H, W) in [0, 1] -> normalised images. space: one of SPACES; None:
         bytes are pixels, floats normalised. zca: normalised means whitened. Raises InputError.
         """
-        kind, values = likely_space([one.images for one in self.sets])
-        if self.stored_as_bytes:
+        kind, values = likely_space([one.images.float() for one in self.sets])
+        are_bytes = any(one.images.dtype == torch.uint8 for one in self.sets)
+        if are_bytes:
             kind = "pixels from 0 to 255"  # also where all of them are dark
             if space == "normalised":
                 raise InputError(f"{self.path}: its images are bytes, which are pixels")
-        if self.stored_as_bytes or space == "pixels":
+        if are_bytes or space == "pixels":
             if kind not in PIXEL_SCALES:
-                raise InputError(f"{self.path}: its images are no pixels, with values {values}")
+                found = f"its images are no pixels, with values {values}"
+                raise InputError(f"{self.path}: {found}; leave out --images pixels")
             scale, self.converted_from = PIXEL_SCALES[kind], kind
             self.sets = [one._replace(images=normalize(one.images / scale)) for one in self.sets]
         elif space is None:
@@ -129,12 +129,13 @@ def read_synset(path, packed=1):
     path = Path(path)
     stored, meta, files, notes = read_layout(path)
     check_meta(path, meta)
-    pack, sets, kinds, from_soft, as_bytes = pack_of(meta, packed), [], [], False, False
+    pack, sets, kinds, from_soft = pack_of(meta, packed), [], [], False
     for i, (pair, soft) in enumerate(stored):
         name = f"{path}, set {i}"
         images, labels, soft = _tensors(name, pair, soft)
         _check_images(name, images, pack)
-        as_bytes |= images.dtype == torch.uint8
+        if images.dtype != torch.uint8:
+            images = images.float()
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         elif labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
@@ -142,7 +143,7 @@ def read_synset(path, packed=1):
             labels = labels.argmax(1)[: len(images)]  # a packed set has more rows than images
         _check_labels(name, labels, len(images))
         soft, kind = _logits(name, soft, len(images) * pack**2)
-        sets.append(SyntheticSet(images.float().contiguous(), labels.long(), soft))
+        sets.append(SyntheticSet(images.contiguous(), labels.long(), soft))
         kinds.append(kind)
     if len(set(kinds)) > 1:
         both = " and ".join(sorted(set(kinds)))
@@ -151,7 +152,7 @@ def read_synset(path, packed=1):
         keys = ("epochs", "lr_net", "batch_train", "lr_schedule", "temperature")
         values = [f"{key} {meta['recipe'][key]}" for key in keys if meta["recipe"].get(key)]
         notes.append(f"recipe {', '.join(values)}")
-    return SynsetFile(path, sets, meta, files, pack, as_bytes, kinds[0], from_soft, notes)
+    return SynsetFile(path, sets, meta, files, pack, kinds[0], from_soft, notes)
 
 
 def pack_of(meta, default=1):
@@ -263,11 +264,11 @@ def _logits(name, soft, count):
 
 # ------------------------------------------------------------------------------------------ writing
 def save_synset(path, sets, rows, meta):
-    """Write synthetic sets in the DC layout, with soft labels and `meta` beside them.
+    """Write synthetic sets in the DC layout, which torch.load(path, weights_only=True) reads.
 
     sets: a SyntheticSet for each experiment, all with soft labels or none. rows: of an Evaluator;
     their robust accuracy is `accs_all_exps`, as in published files, the clean one goes into the
-    meta. meta: plain Python values. torch.load(path, weights_only=True) reads the file.
+    meta. meta: plain Python values.
     """
 
     def copy(tensor):

@@ -48,6 +48,9 @@ def test_numpy_arrays(tmp_path, suffix):
         path.write_bytes(pickle.dumps(pair))
     ((images, labels, _),), _ = sets_and_meta(path)
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    content = collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps(content))
+    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -65,12 +68,6 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
     assert images.device.type == "cpu" and meta == {} and soft is None
 
 
-def test_other_pickled_values(tmp_path):
-    content = collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps(content))
-    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
-
-
 @pytest.mark.parametrize("name", ["images.pt", "images_best.pt"])
 @pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], SOFT, SOFT.softmax(1)])
 def test_images_beside_labels(tmp_path, name, labels):
@@ -80,12 +77,9 @@ def test_images_beside_labels(tmp_path, name, labels):
         sets_and_meta(tmp_path / name)
     torch.save(labels, tmp_path / name.replace("images", "labels"))
     ((images, hard, soft),), _ = sets_and_meta(tmp_path / name)
-    assert torch.equal(images, IMAGES)
-    if labels.is_floating_point():
-        assert torch.allclose(soft.softmax(1), SOFT.softmax(1), atol=1e-6)
-        assert torch.equal(hard, SOFT.argmax(1))
-    else:
-        assert torch.equal(hard, LABELS) and soft is None
+    are_soft = labels.is_floating_point()
+    assert torch.equal(images, IMAGES) and torch.equal(hard, SOFT.argmax(1) if are_soft else LABELS)
+    assert not are_soft or torch.allclose(soft.softmax(1), SOFT.softmax(1), atol=1e-6)
 
 
 def dc(images=IMAGES, labels=LABELS, **more):
@@ -163,12 +157,10 @@ def test_soft_labels_are_written_and_read(tmp_path):
 
 # ----------------------------------------------------------------------------------------- networks
 @pytest.mark.parametrize("wrap, note", [
-    (lambda state: {f"module.{key}": value for key, value in state.items()}, "'module.' dropped"),
-    (lambda state: {f"_orig_mod.model.{key}": value for key, value in state.items()},
-     "'_orig_mod.model.' dropped"),
-    (lambda state: {"state_dict": state, "epoch": 3}, "the state_dict in its 'state_dict'"),
-    (lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
-     "without num_batches_tracked"),
+    (lambda d: {f"module.{key}": d[key] for key in d}, "'module.' dropped"),
+    (lambda d: {f"_orig_mod.model.{key}": d[key] for key in d}, "'_orig_mod.model.' dropped"),
+    (lambda d: {"state_dict": d, "epoch": 3}, "the state_dict in its 'state_dict'"),
+    (lambda d: {key: d[key] for key in d if "num_b" not in key}, "without num_batches_tracked"),
 ])
 def test_state_dicts_of_other_programs(tmp_path, wrap, note):
     net, notes = small_network(1), []
@@ -181,8 +173,7 @@ def test_state_dicts_of_other_programs(tmp_path, wrap, note):
 @pytest.mark.parametrize("change, message", [
     (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
     (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda d: d.update({"classifier.bias": torch.zeros(100)}),
-     r"classifier.bias is \(100,\), expected \(10,\)"),
+    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"is \(9,\), expected \(10,\)"),
     (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not"),
     (lambda d: d.update(epoch=3), "expected a state_dict"),
     (lambda d: d.update(optimizer={"lr": 1}), r"is no tensor: 'optimizer' \(dict\)"),
