@@ -65,7 +65,8 @@ class SynsetFile:
         if are_bytes:
             kind = "pixels from 0 to 255"  # also where all of them are dark
             if space == "normalised":
-                raise InputError(f"{self.path}: its images are bytes, which are pixels")
+                found = "its images are bytes, which are pixels"
+                raise InputError(f"{self.path}: {found}; leave out --images {space}")
         if are_bytes or space == "pixels":
             if kind not in PIXEL_SCALES:
                 found = f"its images are no pixels, with values {values}"
