@@ -300,7 +300,7 @@ def describe_inputs(args, data):
     lines = [data.describe()]
     if args.init not in INITS:
         source = load_initial_sets(args.init, data, args.ipc, args.pack)
-        lines += [f"{args.init} taken as: {source.taken_as}",
+        lines += [f"{args.init} taken as: {source.description}",
                   *(f"warning: {warning}" for warning in source.warnings)]
     return lines
 

@@ -214,15 +214,15 @@ def teacher_table(meta):
 def complete_meta(given, args):
     """The meta of an Input, with its data set, normalisation, method and network filled in."""
     meta = given.synset.meta
-    dataset = given.dataset or given.unknown.get("data set")
+    dataset = given.dataset or given.unknown.get("dataset")
     if args.dataset:
         dataset = dataset_name(args.dataset)
     if dataset is None:
         raise InputError(f"the data set of {args.set} is unknown; give it with --dataset "
                          f"({', '.join(DATASETS)}, or the file of its data)")
     if given.dataset not in (None, dataset):
-        raise InputError(f"{given.describe()} is not of {dataset}")
-    zca = given.synset.says_zca()
+        raise InputError(f"{given} is not of {dataset}")
+    zca = given.synset.declared_zca()
     zca = args.zca if zca is None else zca
     if zca:
         channels = given.synset.sets[0].images.shape[1]
@@ -242,7 +242,7 @@ def complete_meta(given, args):
 def read_set(args):
     """The SynsetFile, its images normalised, and its meta, completed by the flags."""
     given = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
-    given.unknown.pop("network", None)  # any network may train on the set
+    given.unknown.pop("model", None)  # any network may train on the set
     file = given.synset
     if "mean" not in file.meta:
         take_flags(given, args.dataset)
@@ -265,7 +265,7 @@ def export(args, folder):
     file, meta = read_set(args)
     images, labels, soft_labels = file.sets[args.index]
     stored, pack = len(labels), file.pack
-    if args.hard and file.derived:
+    if args.hard and file.labels_from_soft:
         raise InputError(f"--hard: {args.set} has soft labels only, no classes of its own")
     if args.hard:
         soft_labels = None

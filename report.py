@@ -21,7 +21,7 @@ from runtime.command_line import at_least, fraction, run_script
 from reporting.statistics import (figures_of, place_of, read_comparisons, table_comparison, table_robust,
                                usual_comparison)
 from datasets import NUM_CLASSES, load_dataset
-from formats.inputs import choose_normalisation, read_input, take_flags, understand
+from formats.inputs import check_and_normalise, choose_normalisation, read_input, take_flags
 from reporting.plots import figure_3, figure_4, figure_run, figure_sets
 from reporting.records import chance, find, pools, read_rows, read_run
 from runtime.safe_io import InputError, write_atomically, write_text
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--figure", nargs="+", choices=("3", "4", "curves"), default=[], help="of the paper, or the training curves of the "
         "runs; default: all")
     add("--compare", nargs="+", default=[], metavar="NAME", help="figures of these sets and their differences to the last one: "
-        "--compare ROME Random; or, for more, a JSON file that says which (docs/robustness.md)")
+        "--compare ROME Random; or, for more, a JSON file that says which (docs/evaluate.md)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE", help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in "
         "several places, each by the tables that it names: <!-- report: begin NAME ... -->")
@@ -191,8 +191,8 @@ def figure_tsne(path, data_path, seed):
         raise InputError(f"{path} does not say its data set, network and threat model; --tsne takes a set of a ROME script")
     data, model = load_dataset(one.dataset, data_path), one.model
     choose_normalisation([one], data)
-    understand(one, data)
-    print(f"{path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings), sep="\n")
+    check_and_normalise(one, data)
+    print(f"{path} taken as: {one.description}", *(f"warning: {warning}" for warning in one.warnings), sep="\n")
     threat, sets, pack = get_threat_model(meta["threat_model"], data), one.synset.sets, one.synset.pack
     images, labels = training_set(sets[0], pack)
     net = network_for(data, model, derive_seed(seed, "tsne", "init"))
