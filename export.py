@@ -25,7 +25,7 @@ from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_
 from networks import NETWORKS
 from runtime.command_line import add_dataset_flag, add_switch, at_least, method_name, run_script
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
-from synsets import protocol_of, training_set
+from synsets import TrainConfig, training_set
 
 
 def parse_args(argv=None):
@@ -61,7 +61,7 @@ def write_dc(folder, synset, meta):
 def write_tensor_files(folder, synset, meta, suffix):
     """Images, labels (soft ones if there are any) and learning rate, a file each."""
     images, labels = training_set(synset, 1)
-    rate = torch.tensor(float(protocol_of(meta)["lr_net"]))
+    rate = torch.tensor(float(TrainConfig.from_meta(meta).lr_net))
     for name, tensor in (("images", images), ("labels", labels), ("lr", rate)):
         write_tensors(folder / f"{name}{suffix}.pt", tensor)
     write_json(folder / "meta.json", meta)
@@ -138,8 +138,8 @@ the images.
 |---|---|
 | normalisation | {normalisation} |
 | labels | {labels} |
-| training | SGD, momentum 0.9, weight decay 5e-4, {epochs} epochs, batch {training[batch_train]}, \
-learning rate {training[lr_net]} ({training[lr_schedule]}), augmentation {training[dsa_strategy]} |
+| training | SGD, momentum 0.9, weight decay 5e-4, {epochs} epochs, batch {config.batch_train}, \
+learning rate {config.lr_net} ({config.lr_schedule}), augmentation {config.dsa_strategy} |
 {loss}| threat model of the labels | {threat_model} |
 
 {teachers}To train on it, with the project's folder on the path:
@@ -149,9 +149,9 @@ from networks import get_network
 from synsets import load_synset
 from utils import train_on_set
 
-images, labels, recipe = load_synset("{name}")
+images, labels, config = load_synset("{name}")
 net = get_network("{meta[model]}", {shape[0]}, {num_classes}, {size}, seed=0)
-train_on_set(net, images, labels, **recipe)
+train_on_set(net, images, labels, config)
 ```
 
 `python evaluate.py --synset {name}` does that and attacks the networks.
@@ -170,12 +170,11 @@ TEACHER_COLUMNS = {
 
 def card(synset, meta, name):
     """The data set card, as Markdown. name: what `load_synset` reads in its folder."""
-    training, shape = protocol_of(meta), tuple(synset.images.shape[1:])
+    config, shape = TrainConfig.from_meta(meta), tuple(synset.images.shape[1:])
     labels, loss, num_classes = "classes", "", int(synset.labels.max()) + 1
     if synset.soft_labels is not None:
         labels, num_classes = "classes, and soft labels: logits", synset.soft_labels.shape[1]
-        temperature = training["temperature"]
-        loss = SOFT_LOSS.format(t=temperature, square=temperature * temperature)
+        loss = SOFT_LOSS.format(t=config.temperature, square=config.temperature**2)
     normalisation = f"mean {meta['mean']}, std {meta['std']}"
     if meta["zca"]:
         normalisation = ("ZCA whitening of the pixels in [0, 1] (eps 0.1), fitted on the training "
@@ -187,7 +186,7 @@ def card(synset, meta, name):
         packing = f", stored as {meta['stored']} images of {stored_pack}x{stored_pack} sub-images"
     count = len(synset.labels)
     return CARD.format(
-        name=name, meta=meta, training=training, epochs=training["epochs"] + 1, count=count,
+        name=name, meta=meta, config=config, epochs=config.epochs + 1, count=count,
         size_category="n<1K" if count < 1000 else "1K<n<10K", shape=shape, size=shape[1:],
         ipc=images_per_class(synset), packing=packing, normalisation=normalisation, labels=labels,
         loss=loss, threat_model=meta.get("threat_model", "unknown"), num_classes=num_classes,
@@ -249,7 +248,7 @@ def read_set(args):
     meta = complete_meta(given, args)
     if args.index >= len(file.sets):
         raise InputError(f"--index {args.index}: {args.set} has {len(file.sets)} set(s), from 0")
-    if meta["zca"] and (file.bytes or args.images == "pixels"):
+    if meta["zca"] and (file.sets[0].images.dtype == torch.uint8 or args.images == "pixels"):
         raise InputError(f"{args.set} holds pixels; --zca is for whitened images")
     mean, std = mean_and_std(meta)
     file.normalise(lambda pixels: (pixels - mean) / std, args.images, meta["zca"])
