@@ -247,7 +247,8 @@ def image_optimizer(args, image_syn):
 def main():
     args = parse_args()
     device = get_device(distributed.init(args), args.deterministic)
-    set_precision(resolve_precision(args, device))
+    args.precision = resolve_precision(args.precision, device)
+    set_precision(args.precision)
     data = load_dataset(args.dataset, args.data_path, device, args.chunk)
     utils.check_sizes(args, data)
     if args.zca:

@@ -168,15 +168,15 @@ class plain_mode:
     is returned to the system has risen to the limit, 32 MiB (mallopt(3))."""
 
     def __enter__(self):
-        self.kept = compilation._ready.copy(), compilation._precision
-        compilation._ready.clear()
+        self.kept = compilation.compiled_keys().copy(), compilation.precision()
+        compilation.compiled_keys().clear()
         compilation.set_precision("fp32")
-        compilation.reuse_freed_memory(32 << 20, 64 << 20)
+        compilation.keep_freed_memory(32 << 20, 64 << 20)
 
     def __exit__(self, *error):
-        compilation._ready.update(self.kept[0])
+        compilation.compiled_keys().update(self.kept[0])
         compilation.set_precision(self.kept[1])
-        compilation.reuse_freed_memory()
+        compilation.keep_freed_memory()
 
 
 # ------------------------------------------------------------------------------------------------------------ measurements
@@ -322,13 +322,13 @@ def compile_all(bench):
     start, ready = time.perf_counter(), set()
     for precision in bench.precisions:
         compilation.set_precision(precision)
-        compilation._ready.clear()
-        problem = compilation.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained), matched=[micro_batch],
-                                       embedded=[micro_batch], last=1000)
+        compilation.compiled_keys().clear()
+        problem = compilation.compile_batches(bench.network(0), (3, 32, 32), last=1000, attacked=sorted(attacked),
+                                              trained=sorted(trained), matched=[micro_batch], embedded=[micro_batch])
         if problem:
             distributed.print_rank0(problem)
             return 0.0
-        ready |= compilation._ready
+        ready |= compilation.compiled_keys()
     seconds = time.perf_counter() - start
     distributed.print_rank0(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s")
     return seconds

@@ -23,7 +23,7 @@ from runtime.progress import duration
 from runtime.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
 from datasets import dataset_name, load_dataset
 from runtime.device import device_name, get_device, synchronise
-from runtime.compilation import PRECISIONS, resolve_precision, disable_bf16, set_precision, stop_compiling
+from runtime.compilation import PRECISIONS, resolve_precision, disable_bf16, reset, set_precision
 from formats.inputs import choose_dataset, choose_normalisation, read_inputs, understand
 from runtime.tasks import Job, PassCounter, Results, run_tasks, warm_up
 from reporting.plots import draw_results
@@ -219,7 +219,8 @@ def main():
     if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
-    resolve_precision(args, device := get_device(distributed.init(args)))
+    device = get_device(distributed.init(args))
+    args.precision = resolve_precision(args.precision, device)
     inputs = read_inputs(args, NETWORKS)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
@@ -272,7 +273,7 @@ def run(args, inputs, targets, data, results):
         if one.synset:
             targets += targets_from_synset(args, one, data, results.folder / "networks")
     if args.precision != args.attack_precision:
-        stop_compiling()
+        reset()
     set_precision(args.attack_precision)  # the accuracies: see run_slice
     for target in targets:
         results.register(target)

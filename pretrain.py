@@ -194,7 +194,8 @@ def check_shares(args, data):
 def main():
     args = parse_args()
     device = get_device(distributed.init(args))
-    set_precision(resolve_precision(args, device))
+    args.precision = resolve_precision(args.precision, device)
+    set_precision(args.precision)
     data = load_dataset(args.dataset, args.data_path, device)
     data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random starts on CUDA
     distributed.print_rank0(data.describe())
