@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import utils
 from attacks import THREAT_MODELS, attack_images, get_threat_model
-from augment import draws_to_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
+from augment import draws_to_device, dsa_apply, dsa_draw, dsa_strategy_flag, unpack
 from runtime import distributed
 from runtime.perturbation import deferred_checks
 from runtime.progress import ProgressTimer
@@ -332,7 +332,7 @@ def parse_args(argv=None):
         "(sub-)image the mean logits of the robust prior are stored (of --robust_prior, or of the pool), and trained on")
     add("--label_temperature", type=at_least(0.01, float), default=3.0, help="of the soft labels and of what learns them")
     add_switch(parser, "zca", False, "ZCA whitening of the data (needs kornia)")
-    add("--dsa_strategy", default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
+    add("--dsa_strategy", type=dsa_strategy_flag, default="color_crop_cutout_flip_scale_rotate", help="augmentations joined by '_', or none")
 
     loss = parser.add_argument_group("losses and the synthetic images")
     add = loss.add_argument
@@ -386,10 +386,6 @@ def parse_args(argv=None):
     args.pack = args.pack or (2 if args.aug else 1)
     args.aug = args.pack > 1
 
-    try:
-        parse_dsa_strategy(args.dsa_strategy)
-    except ValueError as error:
-        parser.error(str(error))
     if args.init not in INITS and not Path(args.init).is_file():
         parser.error(f"--init {args.init} is no file, nor {' or '.join(INITS)}")
     if args.robust_prior and args.zca:

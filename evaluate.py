@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import utils
 from attacks import ATTACKS, PGD_STEPS, PUBLISHED_CLASSES, THREAT_MODELS, check_threat_model, craft, get_threat_model
-from augment import parse_dsa_strategy
+from augment import dsa_strategy_flag
 from runtime import distributed
 from runtime.progress import duration
 from runtime.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--epoch_eval_train", type=at_least(1), help=f"epochs; default: {said} {PROTOCOL['epochs']}")
     add("--batch_train", type=at_least(1), help=f"batch; default: {said} {PROTOCOL['batch_train']}")
     add("--lr_net", type=at_least(0, float), help=f"learning rate; default: {said} {PROTOCOL['lr_net']}")
-    add("--dsa_strategy", help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
+    add("--dsa_strategy", type=dsa_strategy_flag, help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
     add("--lr_schedule", choices=LR_SCHEDULES, help=f"default: {said} {PROTOCOL['lr_schedule']}")
     add("--label_temperature", type=at_least(0.01, float), help=f"of soft labels; default: {said} {PROTOCOL['temperature']}")
     add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training")
@@ -116,10 +116,6 @@ def parse_args(argv=None):
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     args = parser.parse_args(argv)
 
-    try:
-        parse_dsa_strategy(args.dsa_strategy or "none")
-    except ValueError as error:
-        parser.error(str(error))
     files = args.synset + args.networks
     if not files:
         parser.error("nothing to attack: give --synset or --networks")
