@@ -95,7 +95,7 @@ def stack(channel, size, plan, norm, act="relu", pooling="maxpooling"):
 
 def _flat_size(channels, height, width):
     if min(height, width) < 1:
-        raise ValueError("too small for this network")
+        raise ValueError("too small: its poolings leave no pixel")
     return channels * height * width
 
 

@@ -32,12 +32,8 @@ QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 
 # --------------------------------------------------------------------------------------------- before the first iteration
 def check_network(model, data):
-    """`network_for`, with an InputError where the images are too small for it. Returns the network."""
-    try:
-        return network_for(data, model, 0)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--model {model} cannot take the images of {data.name}, {data.size[0]}x{data.size[1]} "
-                         f"({error})") from None
+    """`network_for`, which raises InputError where the images are too small. To be removed."""
+    return network_for(data, model, 0)
 
 
 def check_sizes(args, data):
