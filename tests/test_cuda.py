@@ -80,7 +80,7 @@ def test_what_the_stand_in_counts(cuda):
 # ------------------------------------------------------------------------------- end to end
 @pytest.mark.parametrize("script, flags", [
     (ROME_cifar10, ["--deterministic", "--threat_model", "published", "--no_baseline"]),
-    (ROME_cifar100, ["--optim", "adam", "--labels", "prior"])])
+    (ROME_cifar100, ["--optim", "adam", "--labels", "prior", "--no_baseline"])])
 def test_an_interrupted_run_ends_as_a_whole_one(cuda, tmp_path, monkeypatch, script, flags):
     """Stopped after its best set, which comes from a file then and goes into grids, the last
     evaluation and the result."""
@@ -125,12 +125,12 @@ def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     name = "checkpoints/full_LeNet_Digits_142_PGD-pixel_seed0-0.pth"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     main(monkeypatch, tmp_path / "b", ROME_cifar10, *ROME, "--robust_prior", tmp_path / "b" / name,
-         "--select", "last", "--labels", "prior", "--no_baseline", "--Iteration", "1")
+         "--select", "last", "--labels", "prior", "--Iteration", "1")
 
 
 def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
     images = torch.cat([digits.sample_class(c, 1, make_generator(c)) for c in range(10)])
-    meta = {"dataset": "Digits", "packed": True, "flags": {"model": "LeNet"}}
+    meta = {"dataset": "Digits", "packed": True, "flags": {"model": "MLP"}}
     torch.save({"data": [[images, torch.arange(10)]], "meta": meta}, tmp_path / "set.pt")
     flags = f"""--synset {tmp_path}/set.pt --epoch_eval_train 1 --num_eval 1 --limit 6 --transfer
         --threat_model pixel --queries 10 --aa_iterations 1 --no_compile --resume
