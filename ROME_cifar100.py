@@ -246,7 +246,7 @@ def image_optimizer(args, image_syn):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    device = get_device(distributed.init(args), args.deterministic)
+    device = get_device(distributed.init(vars(args)), args.deterministic)
     set_precision(resolve_precision(args, device))
     data = load_dataset(args.dataset, args.data_path, device, args.chunk)
     utils.check_sizes(args, data)

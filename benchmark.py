@@ -336,7 +336,7 @@ def compile_all(bench):
 
 def main():
     args = parse_args()
-    args.device = distributed.init(args)
+    args.device = distributed.init(vars(args))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     compile_seconds = compile_all(bench) if args.compile else 0.0

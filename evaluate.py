@@ -219,7 +219,7 @@ def main():
     if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
-    resolve_precision(args, device := get_device(distributed.init(args)))
+    resolve_precision(args, device := get_device(distributed.init(vars(args))))
     inputs = read_inputs(args, NETWORKS)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)

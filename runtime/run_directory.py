@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from runtime import distributed
 from runtime.progress import duration
 from runtime.device import device_name, versions
@@ -148,8 +146,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if isinstance(error, Interrupted) and error.whole and not self.finished:
-                self.save_state()
+            if isinstance(error, Interrupted) and error.state_is_whole and not self.finished:
+                self.save_state()  # without waiting for others, which may be gone
         finally:
             self._interrupts.restore()
             self._close()
@@ -169,7 +167,7 @@ class Run:
 
     def checkpoint(self, it):
         """Before iteration `it`, with the state whole: save it if it is time to, or stop if a signal asked for it."""
-        if self._interrupts.check(due=self._due(it)):
+        if self._interrupts.check(save_due=self._due(it)):
             self.save_state()
 
     def _due(self, it):
@@ -177,7 +175,6 @@ class Run:
 
     def save_state(self, finished=False):
         self._write_state(finished)
-        distributed.barrier()  # a large state takes longer than the others would wait for a sum
 
     def _write_state(self, finished):
         self._metrics.flush()
@@ -243,7 +240,7 @@ class Run:
             write_atomically(kept / path.name, lambda partial: shutil.copyfile(path, partial))  # noqa: B023
             self._written[path.name] = sha256(path)
         self.save_state(finished=True)
-        self._state_file.forget_previous()
+        self._state_file.remove_previous()
         self._remove_parts()
 
     # ------------------------------------------------------------------------------------------------- several processes
@@ -294,8 +291,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------ reports
     def log(self, text):
         """A line for the reader: on the screen, above a progress bar if there is one, and in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        distributed.write_line(text)
         print(text, file=self._log, flush=True)
 
     def metric(self, event, **values):

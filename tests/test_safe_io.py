@@ -63,24 +63,17 @@ def test_nothing_but_data_is_admitted(tmp_path, function, arguments):
         read_tensors(tmp_path / "set.pkl")
 
 
-def test_an_array_cannot_ask_for_memory(tmp_path):
-    """numpy's reconstruction step takes a shape; ours is always empty until the bytes are there."""
-    reconstruct = np.zeros(1).__reduce__()[0]
-
+@pytest.mark.parametrize("function, arguments", [
+    (np.zeros(1).__reduce__()[0], (np.ndarray, (1 << 40,), b"b")),
+    (np.ndarray, ((1 << 40,), "b")),
+])
+def test_an_array_cannot_ask_for_memory(tmp_path, function, arguments):
+    """numpy's function and its class take a shape; ours are empty until the bytes are there."""
     class Huge:
         def __reduce__(self):
-            return reconstruct, (np.ndarray, (1 << 40,), b"b")
+            return function, arguments
     (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
     assert read_tensors(tmp_path / "set.pkl").size == 0
-
-
-def test_an_array_is_not_made_by_its_class(tmp_path):
-    class Huge:
-        def __reduce__(self):
-            return np.ndarray, ((1 << 40,), "b")
-    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Huge()))
-    with pytest.raises(InputError, match="set.pkl"):
-        read_tensors(tmp_path / "set.pkl")
 
 
 def test_a_memo_index_cannot_ask_for_memory(tmp_path):
