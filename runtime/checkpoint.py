@@ -85,7 +85,7 @@ class SignalHandler:
 
     def check(self, save_due=False):
         """Raise Interrupted if any process has had a signal. Returns whether one says `save_due`."""
-        pending, save_due = distributed.all_reduce_max(self.pending or 0, int(save_due))
+        pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
         if pending:
             self._stop(pending, state_is_whole=True)
         return bool(save_due)
