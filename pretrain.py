@@ -32,7 +32,7 @@ from runtime.command_line import (add_dataset_flag, add_fast_flags, add_switch, 
                                   run_script)
 from runtime.compilation import (disable_bf16, is_batch_dependent, resolve_precision,
                                  set_precision)
-from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, set_batches
+from runtime.cost import TRAINING_STEP, compile_planned, set_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.measures import COLUMNS
 from runtime.progress import duration
@@ -89,7 +89,6 @@ def learning_rate(args, step, steps):
     return args.lr_net * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-# --------------------------------------------------------------------------------------- training
 class Training:
     """The training of network number k. It can be saved and resumed between any two steps."""
 
@@ -99,14 +98,16 @@ class Training:
         self.net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=args.lr_net, momentum=0.9,
                                          weight_decay=5e-4)
-        self.rng = {"dsa": make_generator(args.seed, "pretrain", k, "dsa"),
-                    "attack": make_generator(args.seed, "pretrain", k, "attack",
-                                             device=data.device)}
+        self.rng = {"dsa": self.generator("dsa"),
+                    "attack": self.generator("attack", device=data.device)}
         self.steps_per_epoch = math.ceil(len(data.labels["train"]) / args.batch_train)
         self.steps = args.epochs * self.steps_per_epoch
         self.step, self.order = 0, None
         # Of this epoch: right answers on its batches, which are attacked, and images so far.
         self.correct, self.seen = torch.zeros((), device=data.device), 0
+
+    def generator(self, *key, device="cpu"):
+        return make_generator(self.args.seed, "pretrain", self.k, *key, device=device)
 
     def state_dict(self):
         return {"flags": vars(self.args), "data": self.fingerprint, "k": self.k,
@@ -131,14 +132,14 @@ class Training:
         self.micro_batch = saved["chunk"]  # another one draws other random starts on CUDA
 
     def train_step(self):
-        """One step on the next batch, of which each process attacks its shard. Returns its loss."""
+        """One step on the next batch, of which each process attacks its shard."""
         args, data = self.args, self.data
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         if batch == 0:
             self.correct, self.seen, self.order = torch.zeros_like(self.correct), 0, None
         if self.order is None:  # it has a seed for each epoch, so it need not be saved
-            rng = make_generator(args.seed, "pretrain", self.k, "order", epoch)
-            self.order = torch.randperm(len(data.labels["train"]), generator=rng)
+            self.order = torch.randperm(len(data.labels["train"]),
+                                        generator=self.generator("order", epoch))
         first = batch * args.batch_train
         images, labels = data.get_batch("train", self.order[first:first + args.batch_train])
         images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, self.rng["dsa"],
@@ -155,7 +156,8 @@ class Training:
                                       len(labels))
         self.correct, self.seen = self.correct + correct, self.seen + len(labels)
         self.step += 1
-        return loss
+        if self.step % self.steps_per_epoch == 0:
+            self.report_epoch(loss.item())
 
     def accuracy(self):
         """Of the epoch so far, on its batches as they were trained on; a fraction."""
@@ -193,10 +195,8 @@ def train(training, folder, signals):
                 if signals.check(checkpoint is not None and checkpoint.should_save(training.step)):
                     save()
                 with signals.delay_signals():
-                    loss = training.train_step()
+                    training.train_step()
                 bar.update()
-                if training.step % training.steps_per_epoch == 0:
-                    training.report_epoch(loss.item())
         except Interrupted as stop:
             if stop.state_is_whole:
                 save()
@@ -208,7 +208,7 @@ def measure(training):
     """What is known of a trained network, for the file beside it."""
     args, data, threat, net = training.args, training.data, training.threat, training.net
     images, labels = data.get_batch("test", slice(args.test_limit or None))
-    rng = make_generator(args.seed, "pretrain", training.k, "test", device=data.device)
+    rng = training.generator("test", device=data.device)
     about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
              "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std),
              "train_robust_acc": training.accuracy(),
@@ -230,7 +230,10 @@ def about_path(path):
 
 
 def one_network(training, path, folder, signals):
-    """Train a network, test it and write it to `path`, unless it is there. folder: of its states."""
+    """Train a network, test it and write it to `path`, unless it is there.
+
+    folder: of its saved states.
+    """
     args, start = training.args, time.perf_counter()
     if about_path(path).exists():
         saved = json.loads(about_path(path).read_text())["flags"]
@@ -282,18 +285,13 @@ def check_shards(args, data):
 
 
 def print_summary(args, data):
-    """Print what the run will do and, from a short measurement, how long it will take."""
-    processes, images = distributed.world_size(), len(data.labels["train"])
-    shared = "every batch" if args.num_nets == 1 else "the networks"
-    passes = args.epochs * images * (args.attack_steps + 1)
-    if args.num_nets == 1:
-        passes /= processes
-    estimate = duration(passes / forward_backward_rate(network_for(data, args.model, 0), data))
-    distributed.print_rank0(
-        f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} "
-        f"epochs of {images} training images of {data.name}, threat model {args.threat_model}; "
-        f"about {estimate} each"
-        + (f"; {processes} processes share {shared}" if processes > 1 else ""))
+    """Print what the run will do."""
+    text = (f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} "
+            f"epochs of {data.name}, threat model {args.threat_model}")
+    if distributed.world_size() > 1:
+        shared = "every batch" if args.num_nets == 1 else "the networks"
+        text += f"; {distributed.world_size()} processes share {shared}"
+    distributed.print_rank0(text)
 
 
 def compile_training(args, data, micro_batch):

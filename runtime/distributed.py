@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from runtime.safe_io import InputError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)  # torchrun ends the others much sooner when a process dies
 POLL_SECONDS = 0.02
 
@@ -30,7 +29,7 @@ _maps = itertools.count()  # the same on all processes
 
 def launched_by_torchrun():
     """Whether torchrun has started several processes, of which this is one."""
-    return all(name in os.environ for name in VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_restart():

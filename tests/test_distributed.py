@@ -281,31 +281,34 @@ def test_class_means_of_shards(monkeypatch):
 
 
 def test_one_process_waits_for_nobody():
-    collected = []
-    assert distributed.map_dynamic(2, lambda k: k - 5, lambda *pair: collected.append(pair)) == [-5, -4]
-    assert collected == [(0, -5), (1, -4)]
-    assert distributed.all_gather_object("x") == ["x"] and distributed.all_reduce_max(3, 0) == (3, 0)
+    collected = {}
+    assert distributed.map_dynamic(2, lambda k: k - 5, collected.__setitem__) == [-5, -4]
+    assert collected == {0: -5, 1: -4}
+    assert distributed.all_gather_object("x") == ["x"]
+    assert distributed.all_reduce_max(3, 0) == (3, 0)
 
 
-def test_the_dynamic_queue(monkeypatch):
+@pytest.mark.parametrize("number", [0, 1])  # one map after another
+def test_the_dynamic_queue(monkeypatch, number):
     """The other process takes the second item and is done with it only after our third one."""
-    as_one_of(monkeypatch, 0, 2, store := torch.distributed.HashStore())
+    store = torch.distributed.HashStore()
+    as_one_of(monkeypatch, 0, 2, store)
     monkeypatch.setattr(distributed, "_maps", itertools.count())
-    for number in range(2):  # the results of one map are not those of the next
-        worked, collected = [], []
+    for _ in range(number):
+        distributed.map_dynamic(3, lambda k: "earlier")
+    worked, collected = [], []
 
-        def work(k):
-            worked.append(k)
-            if k == 0:
-                assert store.add(f"map{number}/next", 1) == 2  # noqa: B023
-            if k == 2:
-                assert collected == [(0, f"{number}.0")]  # noqa: B023
-                store.set(f"map{number}/1", '"other"')  # noqa: B023
-            return f"{number}.{k}"  # noqa: B023
-        results = distributed.map_dynamic(4, work, lambda *pair: collected.append(pair))  # noqa: B023
-        assert worked == [0, 2, 3]
-        assert results == [f"{number}.0", "other", f"{number}.2", f"{number}.3"]
-        assert collected == list(enumerate(results))
+    def work(k):
+        worked.append(k)
+        if k == 0:
+            assert store.add(f"map{number}/next", 1) == 2
+        if k == 2:
+            assert collected == [(0, "0")]
+            store.set(f"map{number}/1", '"other"')
+        return str(k)
+    results = distributed.map_dynamic(4, work, lambda *pair: collected.append(pair))
+    assert worked == [0, 2, 3] and results == ["0", "other", "2", "3"]
+    assert collected == list(enumerate(results))
 
 
 @pytest.fixture
