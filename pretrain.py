@@ -50,21 +50,17 @@ def parse_args(argv=None):
     add_dataset_flag(parser)
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--checkpoint_path", default="./checkpoints", help="folder for the networks")
-    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL",
-        help=f"one of {', '.join(NETWORKS)}")
+    add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=", ".join(NETWORKS))
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
     add_switch(parser, "targeted", False, "attacks in training aim at the next class")
-    add("--attack_steps", type=at_least(0), default=PGD_STEPS,
-        help="PGD steps in training; 0 trains on clean images")
+    add("--attack_steps", type=at_least(0), default=PGD_STEPS, help="PGD steps; 0: clean images")
     add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
-    add("--lr_net", type=at_least(0, float), default=0.05,
-        help="largest learning rate; it warms up and falls as a cosine")
+    add("--lr_net", type=at_least(0, float), default=0.05, help="highest learning rate")
     add("--warm_up", type=at_least(0, float), default=0.05,
-        help="fraction of the steps in which the learning rate rises")
-    add("--dsa_strategy", default="crop_flip",
-        help="augmentations, one drawn a batch, joined by '_', or none")
+        help="fraction of the steps in which the learning rate rises; then it falls as a cosine")
+    add("--dsa_strategy", default="crop_flip", help="augmentations joined by '_', or none")
     add("--test_limit", type=at_least(0), default=0, help="test images to evaluate on; 0: all")
     add("--aa_limit", type=at_least(0), default=200, help="test images for AutoAttack; 0: none")
     add("--save_interval", type=at_least(0), default=0,
@@ -260,32 +256,30 @@ def one_network(training, path, folder, signals):
 
 # ------------------------------------------------------------------------------------------- main
 def check_flags(args, data):
-    """Raise InputError where flags do not fit the data, the packages or the processes."""
+    """Raise InputError where flags do not fit the data or the packages."""
     check_threat_model(args.threat_model, data)
     utils.check_network(args.model, data)
-    check_shards(args, data)
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the "
                          f"{len(data.labels['test'])} test images")
     if args.aa_limit and find_spec("pyautoattack") is None:
-        raise InputError("AutoAttack at the end needs the package pyautoattack; without it choose "
-                         "--aa_limit 0")
+        raise InputError("AutoAttack needs the package pyautoattack; without it: --aa_limit 0")
 
 
 def check_shards(args, data):
     """Raise InputError where processes have nothing to share, or share what must stay whole."""
     if args.num_nets > 1:
-        return distributed.require_work(args.num_nets, "networks (--num_nets)")
+        distributed.require_work(args.num_nets, "networks (--num_nets)")
+        return
     last = len(data.labels["train"]) % args.batch_train or args.batch_train
     distributed.require_work(min(last, args.batch_train),
                              "images of the last batch of an epoch (--batch_train)")
     if distributed.world_size() > 1 and is_batch_dependent(network_for(data, args.model, 0)):
         raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; "
-                         "start one process, or one for each of several networks (--num_nets)")
+                         "start one process, or train several networks (--num_nets)")
 
 
 def print_summary(args, data):
-    """Print what the run will do."""
     text = (f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} "
             f"epochs of {data.name}, threat model {args.threat_model}")
     if distributed.world_size() > 1:
@@ -325,6 +319,7 @@ def main():
     data = load_dataset(args.dataset, args.data_path, device)
     distributed.print_rank0(data.describe())
     check_flags(args, data)
+    check_shards(args, data)
     threat = get_threat_model(args.threat_model, data)
     print_summary(args, data)
     alone = distributed.single_process if args.num_nets > 1 else contextlib.nullcontext

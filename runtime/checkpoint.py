@@ -26,12 +26,12 @@ class Interrupted(BaseException):
 
 
 class SignalHandler:
-    """Turns SIGINT and SIGTERM into `Interrupted`: at once, or after `delay_signals()` in `check()`.
+    """Turns SIGINT and SIGTERM into `Interrupted`: at once, or where they are delayed in `check()`.
 
-    One process: a second delayed signal stops the run at once, with the state not whole. Several
-    processes: signals are delayed from the start and stop all processes in the same `check()`,
-    except in `allow_signals()`, where each process stops by itself. torchrun sends SIGTERM to the
-    others once one has ended, so further signals are ignored.
+    One process: a second signal while one is delayed stops at once, with the state not whole.
+    Several processes: signals are delayed, and all stop in the same `check()`; in `allow_signals()`
+    each process stops by itself. Further signals are ignored: torchrun sends SIGTERM to all others
+    when one has ended.
     """
 
     def __init__(self, log):
@@ -84,7 +84,7 @@ class SignalHandler:
             self.delayed = before
 
     def check(self, save_due=False):
-        """Raise Interrupted if any process has had a signal. Returns whether one says `save_due`."""
+        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`."""
         pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
         if pending:
             self._stop(pending, state_is_whole=True)
@@ -103,9 +103,8 @@ def lock(folder, name=".lock", wait=False):
         raise InputError(f"another run is writing to {folder}; wait for it, or choose another "
                          "folder") from None
     except (OSError, NotImplementedError) as error:
-        raise InputError(f"cannot lock {folder} ({getattr(error, 'strerror', None) or error}); a "
-                         "run needs a file system with locks (some network ones have none)"
-                         ) from None
+        raise InputError(f"cannot lock {folder} ({getattr(error, 'strerror', error)}); a run needs "
+                         "a file system with locks (some network ones have none)") from None
     return held
 
 
@@ -139,7 +138,7 @@ class CheckpointFile:
         return elapsed >= max(MIN_SECONDS, self.seconds / SAVE_SHARE)
 
     def save(self, state):
-        """Write `state`; the one before stays as the previous one. Raises InputError if it fails."""
+        """Write `state`, and keep the one before. Raises InputError if it cannot be written."""
         start = time.perf_counter()
         try:
             write_atomically(self.newest, lambda partial: self._write(state, partial))

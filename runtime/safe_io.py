@@ -27,7 +27,6 @@ class InputError(ValueError):
     """Something that a user gave cannot be used; the message names the value and the choices."""
 
 
-# ------------------------------------------------------------------------------ untrusted pickles
 class _Array:
     """Stands for a numpy array while a file is read; takes no memory before there is data."""
 
@@ -216,7 +215,6 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------- writing
 def write_atomically(path, write):
     """Call write(partial path), then give that file its name: `path` is never half written.
 
