@@ -2,6 +2,7 @@
 
 The last needs no code, only `--dataset PATH` (docs/foreign_files.md).
 """
+import argparse
 import hashlib
 import re
 from pathlib import Path
@@ -247,3 +248,16 @@ def _mean_and_std(source, pixels):
     if std.min() < 1e-3:
         raise InputError(f"{source}: a channel of the training images is constant")
     return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
+
+
+def add_dataset_flag(parser, default="CIFAR10", text=""):
+    """--dataset: a known name, in any case, or the path of a file or folder."""
+    def dataset(given):
+        try:
+            dataset_name(given)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return known_dataset(given) or given
+    parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA",
+                        help=f"{', '.join(DATASETS)}, or a file or folder of your own "
+                             f"(docs/foreign_files.md){text}")

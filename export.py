@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from augment import unpack
-from datasets import DATASETS, dataset_name, load_dataset
+from datasets import DATASETS, add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import read_input, take_flags
 from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
 from networks import NETWORKS
-from runtime.command_line import add_dataset_flag, add_switch, at_least, method_name, run_script
+from runtime.command_line import add_switch, at_least, method_name, run_script
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
 from synsets import TrainConfig, training_set
 

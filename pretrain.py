@@ -20,22 +20,20 @@ import torch
 from tqdm import tqdm
 
 import utils
-from attacks import (PGD_STEPS, THREAT_MODELS, attack_images, check_threat_model,
-                     get_threat_model)
-from augment import dsa_apply, dsa_draw, parse_dsa_strategy
-from datasets import load_dataset
+from attacks import THREAT_MODELS, attack, check_threat_model, get_threat_model
+from augment import dsa_apply, dsa_draw, dsa_strategy_flag
+from datasets import add_dataset_flag, load_dataset
 from networks import NETWORKS, network_for
 from runtime import distributed
-from runtime.checkpoint import (
-    CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags)
-from runtime.command_line import (add_dataset_flag, add_fast_flags, add_switch, at_least,
-                                  run_script)
+from runtime.checkpoint import (CheckpointFile, Interrupted, SignalHandler, lock,
+                                require_same_flags)
+from runtime.command_line import add_fast_flags, add_switch, at_least, run_script
 from runtime.compilation import (disable_bf16, is_batch_dependent, resolve_precision,
                                  set_precision)
-from runtime.cost import TRAINING_STEP, compile_planned, set_batches
+from runtime.cost import TRAINING_STEP, compile_planned, training_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.measures import COLUMNS
-from runtime.progress import duration
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
@@ -54,13 +52,14 @@ def parse_args(argv=None):
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
     add_switch(parser, "targeted", False, "attacks in training aim at the next class")
-    add("--attack_steps", type=at_least(0), default=PGD_STEPS, help="PGD steps; 0: clean images")
+    add("--attack_steps", type=at_least(0), default=10, help="PGD steps; 0: clean images")
     add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
     add("--lr_net", type=at_least(0, float), default=0.05, help="highest learning rate")
     add("--warm_up", type=at_least(0, float), default=0.05,
         help="fraction of the steps in which the learning rate rises; then it falls as a cosine")
-    add("--dsa_strategy", default="crop_flip", help="augmentations joined by '_', or none")
+    add("--dsa_strategy", type=dsa_strategy_flag, default="crop_flip",
+        help="augmentations joined by '_', or none")
     add("--test_limit", type=at_least(0), default=0, help="test images to evaluate on; 0: all")
     add("--aa_limit", type=at_least(0), default=200, help="test images for AutoAttack; 0: none")
     add("--save_interval", type=at_least(0), default=0,
@@ -69,12 +68,7 @@ def parse_args(argv=None):
     add_fast_flags(parser)
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    try:
-        parse_dsa_strategy(args.dsa_strategy)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parser.parse_args(argv)
 
 
 def learning_rate(args, step, steps):
@@ -88,8 +82,8 @@ def learning_rate(args, step, steps):
 class Training:
     """The training of network number k. It can be saved and resumed between any two steps."""
 
-    def __init__(self, args, k, data, threat, micro_batch):
-        self.args, self.k, self.data, self.threat = args, k, data, threat
+    def __init__(self, args, flags, k, data, threat, micro_batch):
+        self.args, self.flags, self.k, self.data, self.threat = args, flags, k, data, threat
         self.micro_batch, self.fingerprint = micro_batch, data.fingerprint()
         self.net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=args.lr_net, momentum=0.9,
@@ -106,7 +100,7 @@ class Training:
         return make_generator(self.args.seed, "pretrain", self.k, *key, device=device)
 
     def state_dict(self):
-        return {"flags": vars(self.args), "data": self.fingerprint, "k": self.k,
+        return {"flags": self.flags, "data": self.fingerprint, "k": self.k,
                 "step": self.step, "net": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": {name: rng.get_state() for name, rng in self.rng.items()},
@@ -114,8 +108,7 @@ class Training:
 
     def load_state_dict(self, saved, where):
         """Raises InputError if `saved` is of another run. where: it is, for the message."""
-        require_same_flags(saved["flags"], vars(self.args), MAY_CHANGE, where,
-                           "--fresh to start over")
+        require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where, "--fresh to start over")
         if (saved["data"], saved["k"]) != (self.fingerprint, self.k):
             raise InputError(f"{where} began with other data than {self.args.data_path} holds "
                              "now, or is of another network; --fresh starts over")
@@ -143,9 +136,9 @@ class Training:
         shard = distributed.shard(len(labels))
         attacked = images[shard]
         if args.attack_steps:
-            attacked = attack_images(self.net, images, labels, self.threat, self.rng["attack"],
-                                     targeted=args.targeted, steps=args.attack_steps,
-                                     micro_batch=self.micro_batch, own=shard)
+            attacked = attack(self.net, images, labels, self.threat, targeted=args.targeted,
+                              steps=args.attack_steps, generator=self.rng["attack"],
+                              micro_batch=self.micro_batch, shard=shard)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(args, self.step, self.steps)
         loss, correct = training_step(self.net, self.optimizer, attacked, labels[shard],
@@ -210,12 +203,12 @@ def measure(training):
              "train_robust_acc": training.accuracy(),
              "clean_acc": utils.accuracy(net, images, labels),
              **utils.robust_accuracies(net, images, labels, threat, rng, training.micro_batch),
-             "n": len(labels), "seed": args.seed, "flags": vars(args), "versions": versions(),
-             "device": device_name(data.device)}
+             "n": len(labels), "seed": args.seed, "flags": training.flags,
+             "versions": versions(), "device": device_name(data.device)}
     if args.aa_limit:
         images, labels = images[:args.aa_limit], labels[:args.aa_limit]
         with disable_bf16():
-            x_adv = attack_images(net, images, labels, threat, rng, "AA", targeted=False)
+            x_adv = attack(net, images, labels, threat, "AA", targeted=False, generator=rng)
         about |= {"aa_acc": utils.accuracy(net, x_adv, labels), "aa_n": len(x_adv)}
     return about
 
@@ -233,7 +226,7 @@ def one_network(training, path, folder, signals):
     args, start = training.args, time.perf_counter()
     if about_path(path).exists():
         saved = json.loads(about_path(path).read_text())["flags"]
-        require_same_flags(saved, vars(args), MAY_CHANGE, path, "--fresh to start over")
+        require_same_flags(saved, training.flags, MAY_CHANGE, path, "--fresh to start over")
         distributed.print_rank0(f"{path} is there already")
         return
     train(training, folder, signals)
@@ -251,14 +244,14 @@ def one_network(training, path, folder, signals):
     if args.aa_limit:
         text += f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}"
     distributed.print_rank0(f"{path}: {text}, in training {100 * training.accuracy():.2f} %; "
-                            f"{duration(time.perf_counter() - start)}")
+                            f"{format_duration(time.perf_counter() - start)}")
 
 
 # ------------------------------------------------------------------------------------------- main
 def check_flags(args, data):
     """Raise InputError where flags do not fit the data or the packages."""
     check_threat_model(args.threat_model, data)
-    utils.check_network(args.model, data)
+    network_for(data, args.model, 0)  # raises InputError where the images are too small
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the "
                          f"{len(data.labels['test'])} test images")
@@ -290,7 +283,7 @@ def print_summary(args, data):
 
 def compile_training(args, data, micro_batch):
     """Compile for the batches of this training, if they are many enough."""
-    batches = set_batches(len(data.labels["train"]), args.batch_train, args.epochs)
+    batches = training_batches(len(data.labels["train"]), args.batch_train, args.epochs)
     trained = {distributed.max_shard_size(size): work / distributed.world_size()
                for size, work in batches.items()}
     attacked, shard = {}, distributed.max_shard_size(args.batch_train)
@@ -314,7 +307,8 @@ def open_folder(args, folder, paths, held):
 def main():
     args = parse_args()
     device = get_device(distributed.init(vars(args)))
-    set_precision(resolve_precision(args, device))
+    precision = resolve_precision(args.precision, device)
+    set_precision(precision)
     micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
     data = load_dataset(args.dataset, args.data_path, device)
     distributed.print_rank0(data.describe())
@@ -333,11 +327,12 @@ def main():
     name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{attacks}_seed{args.seed}"
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
     paths = [folder.with_name(f"{name}-{k}.pth") for k in range(args.num_nets)]
+    flags = {**vars(args), "precision": precision}
     signals = SignalHandler(distributed.print_rank0)
 
     def work(k):
         with alone():
-            training = Training(args, k, data, threat, micro_batch)
+            training = Training(args, flags, k, data, threat, micro_batch)
             one_network(training, paths[k], folder / f"net{k}", signals)
 
     with contextlib.ExitStack() as held:

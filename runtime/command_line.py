@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from datasets import DATASETS, dataset_name, known_dataset
 from runtime import compilation, distributed
 from runtime.checkpoint import Interrupted
 from runtime.safe_io import InputError
@@ -21,19 +20,6 @@ def add_switch(parser, name, default, text):
                        help=f"{text}; --no_{name} turns it off")
     group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default,
                        help=argparse.SUPPRESS)
-
-
-def add_dataset_flag(parser, default="CIFAR10", text=""):
-    """--dataset: a known name, in any case, or the path of a file or folder."""
-    def dataset(given):
-        try:
-            dataset_name(given)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return known_dataset(given) or given
-    parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA",
-                        help=f"{', '.join(DATASETS)}, or a file or folder of your own "
-                             f"(docs/foreign_files.md){text}")
 
 
 def add_fast_flags(parser):

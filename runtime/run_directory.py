@@ -76,7 +76,7 @@ class RunDirectory:
     def __exit__(self, kind, error, traceback):
         try:
             if isinstance(error, Interrupted) and error.state_is_whole and not self.finished:
-                self._write_checkpoint()
+                self.save_checkpoint()
         finally:
             self._signals.restore()
             self._close()
@@ -195,10 +195,6 @@ class RunDirectory:
         return self._checkpoint.should_save(it)
 
     def save_checkpoint(self):
-        self._write_checkpoint()
-        distributed.barrier()  # a large state takes longer than a sum would wait
-
-    def _write_checkpoint(self):
         self._metrics.flush()
         experiment = self._experiment and self._experiment.state_dict()
         self._checkpoint.save({
@@ -368,11 +364,10 @@ class NullRunDirectory(RunDirectory):
         pass
 
     log = log_metrics = save_grid = write_result = write_best = _nothing
-    _should_save = _write_checkpoint = _close = _gather_parts = _remove_parts = _nothing
+    _should_save = save_checkpoint = _close = _gather_parts = _remove_parts = _nothing
 
     def finish(self):
         self.finished = True
-        self.save_checkpoint()
 
 
 def open_run(data, **arguments):
