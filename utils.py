@@ -2,7 +2,6 @@
 
 Nothing here takes a decision about one outer iteration; that stands in the two ROME scripts.
 """
-import itertools
 import json
 import math
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attacks import ATTACKS, attack_images, check_threat_model
+from attacks import attack_images, check_threat_model
 from augment import dsa_apply, dsa_draw, unpack
 from runtime import distributed
 from runtime.device import MICRO_BATCH
@@ -19,15 +18,12 @@ from runtime.compilation import forward, disable_bf16, precision
 from formats.network_file import load_into
 from runtime.cost import TRAINING_STEP
 from network_pool import FixedPool, NetworkPool
-from reporting.records import groups_of, mean_of, of_all_images
 from runtime.safe_io import InputError
 from runtime.seeding import make_generator, derive_seed
 from networks import NETWORKS, eval_pool, network_for
 from synsets import INITS, LR_SCHEDULES, class_major, label_loss, protocol, start_from, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures; all of a smaller set
-WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid; the first four are those of the targeted metrics
-QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 
 
 # --------------------------------------------------------------------------------------------- before the first iteration
@@ -318,68 +314,3 @@ def robustness_metrics(clean_acc, attacked_acc, clean_seconds, attacked_seconds,
                "CREI": crei_weight * rr + (1 - crei_weight) * attack_efficiency,
                "I-CREI": crei_weight * improved_rr + (1 - crei_weight) * attack_efficiency}
     return {name: float(100 * value) for name, value in metrics.items()}
-
-
-def metrics_of(rows, threats, crei_weight):
-    """The metrics of SPEC 3.3 for each method, threat model and form, pooled over the IPC settings that are there.
-
-    Only attacks at their default eps count, on as many images as the clean accuracy. An accuracy is the mean over the networks
-    of a setting. Each entry says what was
-    pooled, what is missing from the published grid, and which attacks raised the accuracy.
-    """
-    entries, rows = [], of_all_images(rows)
-    for name, threat in threats.items():
-        groups = groups_of([row for row in rows if row["threat_model"] == name])
-        for method in dict.fromkeys(method for method, _ in groups):
-            settings = {ipc: groups[m, ipc] for m, ipc in sorted(groups, key=lambda g: (g[0], g[1] or 0)) if m == method}
-            settings = {ipc: cells for ipc, cells in settings.items() if ("Clean", None, None) in cells}
-            for (kind, grid), targeted in itertools.product((("white-box", WHITE_BOX), ("query", QUERY)), (True, False)):
-                grid = [a for a in grid if not targeted or ATTACKS[a].targetable]
-                keys = [(a, targeted, ATTACKS[a].eps(threat) if ATTACKS[a].eps else None) for a in grid]
-                there = [(ipc, key) for ipc, cells in settings.items() for key in keys if key in cells]
-                clean = [settings[ipc]["Clean", None, None] for ipc in settings]
-                if not there or not any(mean_of(cell) for cell in clean):  # nothing pooled, or metrics not defined
-                    continue
-                attacked = [settings[ipc][key] for ipc, key in there]
-                entries.append({
-                    "dataset": rows[0]["dataset"], "method": method, "threat_model": name, "targeted": targeted, "kind": kind,
-                    "ipc": list(settings), "n": attacked[0][0]["n"], "networks": [len(cell) for cell in clean],
-                    "attacks": list(dict.fromkeys(key[0] for _, key in there)),
-                    "missing": [f"{a} at ipc {ipc}" for ipc in settings for a, key in zip(grid, keys)
-                                if (ipc, key) not in there],
-                    "raised": [f"{key[0]} at ipc {ipc}" for ipc, key in there if mean_of(settings[ipc][key])
-                               > mean_of(settings[ipc]["Clean", None, None])],
-                    **robustness_metrics([mean_of(c) for c in clean], [mean_of(a) for a in attacked],
-                                         [mean_of(c, "seconds") for c in clean],
-                                         [mean_of(a, "seconds") for a in attacked], crei_weight)})
-    return entries
-
-
-def transfer_of(rows, threats):
-    """I-RR (percent) by crafting and evaluated method, for each threat model, form and IPC setting (Figure 3 of the paper).
-
-    Of a method with itself only the white-box figures count, where each network is attacked itself.
-    """
-    entries, clean, rows = [], {}, of_all_images(rows)
-    for row in rows:
-        if row["attack"] == "Clean":
-            clean[row["threat_model"], row["evaluated_on"]] = row["accuracy"]
-    methods = {row["evaluated_on"]: (row["method"], row["ipc"]) for row in rows}
-    cells = {}
-    for row in rows:
-        spec = ATTACKS.get(row["attack"])
-        evaluated = (row["threat_model"], row["evaluated_on"])
-        if spec is None or not clean.get(evaluated) or row["crafted_on"] not in methods:
-            continue
-        if spec.eps is None or row["eps"] == spec.eps(threats[row["threat_model"]]):
-            (crafted_method, crafted_ipc), (method, ipc) = methods[row["crafted_on"]], methods[row["evaluated_on"]]
-            if crafted_ipc == ipc and (crafted_method != method or row["crafted_on"] == row["evaluated_on"]):
-                cell = cells.setdefault((row["threat_model"], row["targeted"], ipc, crafted_method, method), {})
-                cell.setdefault(row["attack"], []).append((row["accuracy"], clean[evaluated]))
-    for (threat, targeted, ipc, crafted, method), attacks in cells.items():
-        accuracy = [float(np.mean([a for a, _ in pairs])) for pairs in attacks.values()]
-        clean_acc = [float(np.mean([c for pairs in attacks.values() for _, c in pairs]))]
-        entries.append({"threat_model": threat, "targeted": targeted, "ipc": ipc, "crafted_on": crafted, "evaluated_on": method,
-                        "attacks": list(attacks),
-                        "I-RR": robustness_metrics(clean_acc, accuracy, [0.0], [0.0])["I-RR"]})
-    return entries
