@@ -42,7 +42,8 @@ def parse_args(argv=None):
     add("results", nargs="+", metavar="PATH",
         help="results.json, metrics.jsonl, or folders with them somewhere inside")
     add("--table", nargs="+", choices=("1", "2", "4", "robust"), default=[],
-        help="of the paper, or what the sets are worth under a valid attack; default: all, and more")
+        help="of the paper, or what the sets are worth under a valid attack; default: all, and "
+        "more")
     add("--figure", nargs="+", choices=("3", "4", "curves"), default=[],
         help="of the paper, or the training curves of the runs; default: all")
     add("--compare", nargs="+", default=[], metavar="NAME",
@@ -66,20 +67,22 @@ def main():
     args = parse_args()
     published = json.loads((HERE / "published.json").read_text(encoding="utf-8"))
     pools, runs, refused = read_results(args.results, args.crei_weight)
+    wanted_tables, wanted_figures = set(args.table), set(args.figure)
+    if not (args.table or args.figure or args.compare):
+        wanted_tables = {"robust", *POOL_TABLES, *RUN_TABLES}
+        wanted_figures = {"3", "4", "curves"}
+    made = make_tables(wanted_tables, args.compare, pools, runs, published)
+
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    everything = not (args.table or args.figure or args.compare)
-    wanted = {"robust", *POOL_TABLES, *RUN_TABLES} if everything else set(args.table)
-    made = make_tables(wanted, args.compare, pools, runs, published)
     for table in made:
         write_text(out / f"{table.name}.md", table.markdown())
         write_text(out / f"{table.name}.csv", table.csv())
         write_text(out / f"{table.name}.tex", table.latex())
     names = [table.name for table in made]
-    wanted = {"3", "4", "curves"} if everything else set(args.figure)
-    for name, figure in make_figures(args, wanted, pools, runs, published):
-        for ending in ("png", "pdf"):
-            plots.save_figure(figure, out / f"{name}.{ending}")
+    for name, figure in make_figures(args, wanted_figures, pools, runs, published):
+        plots.save_figure(figure, out / f"{name}.png")
+        plots.save_figure(figure, out / f"{name}.pdf")
         names.append(name)
     if args.readme:
         replace_sections(Path(args.readme), made)
@@ -90,56 +93,53 @@ def main():
 
 
 def read_results(paths, crei_weight):
-    """Pools, RunRecords, and a line for each file that cannot be used. Raises InputError if nothing
-    can."""
-    refused, evaluations, runs = [], {}, {}
-    evaluation_files, run_files = records.find_results(paths)
-    for files, read, found in ((evaluation_files, records.read_rows, evaluations),
-                               (run_files, records.read_run, runs)):
+    """Pools, RunRecords, and a line for each file that is refused. Raises InputError if no file is
+    left."""
+    refused = []
+
+    def read_all(files, read):
+        found = {}
         for path in files:
             try:
                 found[path] = read(path)
             except InputError as error:
                 refused.append(str(error))
-    rows, contradicting = records.pool_rows(evaluations)
+        return found
+    evaluation_files, run_files = records.find_results(paths)
+    evaluations = read_all(evaluation_files, records.read_rows)
+    runs = list(read_all(run_files, records.read_run).values())
+    pooled, contradicting = records.pool_rows(evaluations)
     refused += contradicting
-    if not rows and not runs:
+    if not pooled and not runs:
         raise InputError("; ".join(refused) or f"no result yet below {', '.join(paths)}")
-    pools = [Pool(dataset, n, pooled, crei_weight) for (dataset, n), pooled in rows.items()]
-    return pools, list(runs.values()), refused
+    pools = [Pool(dataset, n, rows, crei_weight) for (dataset, n), rows in pooled.items()]
+    return pools, runs, refused
 
 
 def make_tables(wanted, compare, pools, runs, published):
-    """The tables that there are results for. wanted: names; compare: of --compare."""
-    robust, compared = tables_of_sets("robust" in wanted, compare, pools, runs)
-    made = robust
-    for pool in pools:
-        made += [make(pool, published) for name, make in POOL_TABLES.items() if name in wanted]
-    made += compared
-    made += [make(runs) for name, make in RUN_TABLES.items() if name in wanted]
-    return [table for table in made if table]
-
-
-def tables_of_sets(robust, compare, pools, runs):
-    """Two lists: what the sets of each data set are worth, if `robust`, and comparisons."""
-    worth, comparisons = [], []
-    from_file = statistics.read_comparisons(Path(compare[0])) if len(compare) == 1 else []
-    datasets = dict.fromkeys([run.flags["dataset"] for run in runs] + [pool.dataset for pool in pools])
-    for dataset in datasets if robust or compare else ():
+    """The Tables that there are results for. wanted: names; compare: of --compare."""
+    robust, compared = [], []
+    comparisons = statistics.read_comparisons(Path(compare[0])) if len(compare) == 1 else []
+    datasets = dict.fromkeys([*(run.flags["dataset"] for run in runs),
+                              *(pool.dataset for pool in pools)])
+    for dataset in datasets if "robust" in wanted or compare else ():
         rows = [row for pool in pools if pool.dataset == dataset for row in pool.rows]
         own_runs = [run for run in runs if run.flags["dataset"] == dataset]
         accuracies, counts = statistics.accuracies_by_set(rows, own_runs)
-        if robust:
+        if "robust" in wanted:
             sizes = [row["num_classes"] for row in rows] + [run.num_classes for run in own_runs]
             num_classes = next(filter(None, sizes), None)
-            worth.insert(0, statistics.table_robust(dataset, accuracies, counts, num_classes))
-        if from_file:
+            robust.insert(0, statistics.table_robust(dataset, accuracies, counts, num_classes))
+        if comparisons:
             statistics.add_improved_rr(accuracies, rows)
-        asked = [entry for entry in from_file if entry.get("dataset", dataset) == dataset]
+        asked = [entry for entry in comparisons if entry.get("dataset", dataset) == dataset]
         if len(compare) > 1 and (len(datasets) == 1 or statistics.has_any(accuracies, compare)):
             asked = statistics.comparisons_of(dataset, compare, accuracies)
-        comparisons += [statistics.table_comparison(entry, accuracies) for entry in asked]
-    return worth, comparisons
+        compared += [statistics.table_comparison(entry, accuracies) for entry in asked]
+    of_pools = [make(pool, published) for pool in pools
+                for name, make in POOL_TABLES.items() if name in wanted]
+    of_runs = [make(runs) for name, make in RUN_TABLES.items() if name in wanted]
+    return list(filter(None, [*robust, *of_pools, *compared, *of_runs]))
 
 
 def make_figures(args, wanted, pools, runs, published):
@@ -148,48 +148,47 @@ def make_figures(args, wanted, pools, runs, published):
         yield "tsne", figure_tsne(args.tsne, args.data_path, args.seed)
     if args.show:
         yield "sets", figure_of_sets(args.show)
-    if "3" in wanted:
-        for pool in pools:
-            yield from plots.figure_3(pool, published)
+    for pool in pools if "3" in wanted else ():
+        yield from plots.figure_3(pool, published)
     if "4" in wanted:
         yield from plots.figure_4(runs, published)
     if "curves" in wanted:
         yield from plots.figures_of_runs(runs)
 
 
-# ------------------------------------------------------------------------------- figures of .pt files
+# ----------------------------------------------------------------------------- figures of .pt files
 def figure_tsne(path, data_path, seed):
     """t-SNE (scikit-learn) of embeddings of real, PGD-attacked and synthetic images, by a network
     that is trained on the set."""
     from sklearn.manifold import TSNE
-    synset = read_input(path, NETWORKS, is_set=True)
-    take_flags(synset)
-    meta = synset.synset.meta
-    if synset.dataset is None or synset.model is None or "threat_model" not in meta:
-        raise InputError(f"{path} does not say its data set, network and threat model; --tsne takes "
-                         "a set of a ROME script")
-    data, model = load_dataset(synset.dataset, data_path), synset.model
-    choose_normalisation([synset], data)
-    understand(synset, data)
-    print(f"{path} taken as: {synset.taken_as}")
-    for warning in synset.warnings:
-        print(f"warning: {warning}")
-    stored, pack = synset.synset.sets[0], synset.synset.pack
-    images, labels = training_set(stored, pack)
-    net = network_for(data, model, derive_seed(seed, "tsne", "init"))
-    train_on_set(net, images, labels, generator=make_generator(seed, "tsne", "train"),
+    source = read_input(path, NETWORKS, is_set=True)
+    take_flags(source)
+    meta = source.synset.meta
+    if source.dataset is None or source.model is None or "threat_model" not in meta:
+        raise InputError(f"{path} does not say its data set, network and threat model; --tsne "
+                         "takes a set of a ROME script")
+    data = load_dataset(source.dataset, data_path)
+    choose_normalisation([source], data)
+    understand(source, data)
+    warnings = (f"warning: {warning}" for warning in source.warnings)
+    print(f"{path} taken as: {source.taken_as}", *warnings, sep="\n")
+
+    stored, pack = source.synset.sets[0], source.synset.pack
+    image_syn, label_syn = training_set(stored, pack)
+    net = network_for(data, source.model, derive_seed(seed, "tsne", "init"))
+    train_on_set(net, image_syn, label_syn, generator=make_generator(seed, "tsne", "train"),
                  **protocol_of(meta))
-    real, real_labels = data.get_batch("test", slice(600))
-    threat = get_threat_model(meta["threat_model"], data)
-    attacked = attack_images(net, real, real_labels, threat, make_generator(seed, "tsne", "attack"),
-                             targeted=False)
+    img_real, labels = data.get_batch("test", slice(600))
+    img_adv = attack_images(net, img_real, labels, get_threat_model(meta["threat_model"], data),
+                            make_generator(seed, "tsne", "attack"), targeted=False)
     with torch.no_grad():
-        embeddings = [net.embed_and_classify(x)[0].numpy() for x in (real, attacked, images)]
+        embeddings = [net.embed_and_classify(images)[0].numpy()
+                      for images in (img_real, img_adv, image_syn)]
     points = TSNE(random_state=seed, init="pca").fit_transform(np.concatenate(embeddings))
-    points = np.split(points, np.cumsum([len(part) for part in embeddings])[:-1])
-    classes = [real_labels, real_labels, stored.labels.repeat(pack**2)]
-    return plots.figure_tsne(points, classes, f"t-SNE of embeddings, {data.name}, {model} trained "
-                             f"on {Path(path).name}; colour: class")
+    points = np.split(points, np.cumsum(list(map(len, embeddings)))[:-1])
+    classes = [labels, labels, stored.labels.repeat(pack**2)]
+    return plots.figure_tsne(points, classes, f"t-SNE of embeddings, {data.name}, {source.model} "
+                             f"trained on {Path(path).name}; colour: class")
 
 
 def figure_of_sets(paths):
@@ -198,16 +197,15 @@ def figure_of_sets(paths):
     for path in paths:
         synset = read_input(path, NETWORKS, is_set=True).synset
         meta = synset.meta
-        if (not {"dataset", "classes", "mean", "std"} <= set(meta) or meta.get("zca")
-                or classes not in (None, meta["classes"])):
+        known = {"dataset", "classes", "mean", "std"} <= set(meta) and not meta.get("zca")
+        if not known or classes not in (None, meta["classes"]):
             raise InputError(f"{path} does not say its data set and normalisation, is whitened, or "
                              "of another data set than the others")
-        mean, std = mean_and_std(meta)
+        classes, (mean, std) = meta["classes"], mean_and_std(meta)
         synset.normalise(lambda pixels: (pixels - mean) / std)  # noqa: B023
         about = synset.describe(meta["dataset"], meta["mean"], meta["std"], False)
         print(f"{path} taken as: {about}")
         method = meta.get("flags", {}).get("method", Path(path).stem)
-        classes = meta["classes"]
         shown[f"{method}, {meta.get('threat_model', '')}"] = synset.sets[0].images * std + mean
     return plots.figure_sets(shown, classes)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attacks import ATTACKS, THREAT_MODELS, get_threat_model
-from reporting.records import CLEAN, mean_of, of_threat, white_box_groups
+from reporting.records import CLEAN, attacked_itself, group_by, mean_of, white_box_groups
 from runtime.measures import FORMS
 from utils import robustness_metrics
 
@@ -39,7 +39,7 @@ def metrics_of(rows, threats, crei_weight):
     """
     entries, rows = [], on_most_images(rows)
     for name, threat in threats.items():
-        groups = white_box_groups(of_threat(rows, name))
+        groups = white_box_groups(rows, name)
         for method in dict.fromkeys(method for method, _ in groups):
             ipcs = sorted((ipc for m, ipc in groups if m == method), key=lambda ipc: ipc or 0)
             settings = {ipc: groups[method, ipc] for ipc in ipcs if CLEAN in groups[method, ipc]}
@@ -86,7 +86,7 @@ def transfer_of(rows, threats):
     clean = {(row["threat_model"], row["evaluated_on"]): row["accuracy"]
              for row in rows if row["attack"] == "Clean"}
     settings = {row["evaluated_on"]: (row["method"], row["ipc"]) for row in rows}
-    cells = {}  # -> {attack: [(accuracy, clean accuracy) of each pair of networks]}
+    cells = {}  # -> [(attack, accuracy, clean accuracy) of each pair of networks]
     for row in rows:
         threat, attack = row["threat_model"], row["attack"]
         clean_acc = clean.get((threat, row["evaluated_on"]))
@@ -96,18 +96,21 @@ def transfer_of(rows, threats):
         crafted_on, crafted_ipc = settings[row["crafted_on"]]
         if crafted_ipc != ipc or row["eps"] != default_eps(attack, threats[threat]):
             continue
-        if crafted_on != method or row["crafted_on"] == row["evaluated_on"]:
-            cell = cells.setdefault((threat, row["targeted"], ipc, crafted_on, method), {})
-            cell.setdefault(attack, []).append((row["accuracy"], clean_acc))
-    entries = []
-    for (threat, targeted, ipc, crafted_on, method), attacks in cells.items():
-        accuracies = [float(np.mean([acc for acc, _ in pairs])) for pairs in attacks.values()]
-        clean_acc = float(np.mean([acc for pairs in attacks.values() for _, acc in pairs]))
-        metrics = robustness_metrics([clean_acc], accuracies, [0.0], [0.0])
-        entries.append({"threat_model": threat, "targeted": targeted, "ipc": ipc,
-                        "crafted_on": crafted_on, "evaluated_on": method,
-                        "attacks": list(attacks), "I-RR": metrics["I-RR"]})
-    return entries
+        if crafted_on != method or attacked_itself(row):
+            key = threat, row["targeted"], ipc, crafted_on, method
+            cells.setdefault(key, []).append((attack, row["accuracy"], clean_acc))
+    return [{"threat_model": threat, "targeted": targeted, "ipc": ipc, "crafted_on": crafted_on,
+             "evaluated_on": method, **pool_attacks(cell)}
+            for (threat, targeted, ipc, crafted_on, method), cell in cells.items()]
+
+
+def pool_attacks(cell):
+    """I-RR over attacks. cell: [(attack, accuracy, clean accuracy)]."""
+    attacks = group_by(cell, lambda entry: entry[0])
+    accuracies = [float(np.mean([acc for _, acc, _ in pairs])) for pairs in attacks.values()]
+    clean_acc = float(np.mean([clean for pairs in attacks.values() for *_, clean in pairs]))
+    metrics = robustness_metrics([clean_acc], accuracies, [0.0], [0.0])
+    return {"attacks": list(attacks), "I-RR": metrics["I-RR"]}
 
 
 class TransferMatrix(NamedTuple):

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from attacks import ATTACKS, THREAT_MODELS
 from reporting.metrics import transfer_matrices
-from reporting.records import mean_of, of_threat, white_box_groups
+from reporting.records import mean_of, white_box_groups
 from runtime.measures import COLUMNS, CONTROLS, FORMS, attack_label
 from runtime.safe_io import write_atomically
 
@@ -19,20 +19,25 @@ def file_name(title):
     return re.sub("[^a-z0-9]+", "_", title)
 
 
+def new_axes(*size, **options):
+    """A figure of `size` inches and its axes."""
+    figure = Figure(figsize=size, **options)
+    return figure, figure.subplots()
+
+
 # -------------------------------------------------------------------------------------- evaluate.py
 def draw_results(content, folder):
     """grid_<threat>.png (bars), eps_<threat>.png (accuracy against eps) and
-    transfer_<threat>_<form>_<ipc>ipc.png (heat map). content: of results.json."""
+    transfer_<threat>_<form>_ipc_<ipc>.png (heat map). content: of results.json."""
     figures = {}
     for name in THREAT_MODELS:
-        groups = white_box_groups(of_threat(content["rows"], name))
+        groups = white_box_groups(content["rows"], name)
         if groups:
             figures[f"grid_{name}"] = figure_grid(name, groups, content["rows"][0]["n"])
             figures[f"eps_{name}"] = figure_eps(name, groups)
     for matrix in transfer_matrices(content["transfer"]):
         rows, columns = matrix.values.shape
-        figure = Figure(figsize=(2.4 + 0.9 * columns, 1.8 + 0.7 * rows))
-        ax = figure.subplots()
+        figure, ax = new_axes(2.4 + 0.9 * columns, 1.8 + 0.7 * rows)
         figure.colorbar(heat_map(ax, matrix, matrix.values))
         ax.set_title(f"I-RR (%), {matrix.title}")
         figures[f"transfer_{file_name(matrix.title)}"] = figure
@@ -45,8 +50,8 @@ def figure_grid(threat, groups, n):
     """Bars of accuracy, by attack and set. groups: of `white_box_groups`."""
     keys = list(dict.fromkeys(key for cells in groups.values() for key in cells))
     keys.sort(key=lambda key: (*CONTROLS, *ATTACKS).index(key[0]))
-    figure = Figure(figsize=(max(6.4, 0.5 * len(keys) * (1 + 0.3 * len(groups))), 4))
-    ax, width = figure.subplots(), 0.8 / len(groups)
+    figure, ax = new_axes(max(6.4, 0.5 * len(keys) * (1 + 0.3 * len(groups))), 4)
+    width = 0.8 / len(groups)
     for i, ((method, ipc), cells) in enumerate(groups.items()):
         shift = (i - (len(groups) - 1) / 2) * width
         found = [(k + shift, cells[key]) for k, key in enumerate(keys) if key in cells]
@@ -55,12 +60,11 @@ def figure_grid(threat, groups, n):
                yerr=spread, label=f"{method}, ipc {ipc}")
     ax.set_xticks(range(len(keys)), [attack_label(*key) for key in keys], rotation=45, ha="right")
     title = f"Threat model {threat}, {n} test images"
-    unbounded = [k for k, (attack, _, eps) in enumerate(keys)
-                 if attack not in CONTROLS and eps is None]
-    for k in unbounded:
-        ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0)
-    if unbounded:
-        title += "\nshaded: minimum-norm attacks, without eps"
+    note = "\nshaded: minimum-norm attacks, without eps"
+    for k, (attack, _, eps) in enumerate(keys):
+        if attack not in CONTROLS and eps is None:
+            ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0)
+            title = title.removesuffix(note) + note
     ax.set(ylabel="accuracy (%)", ylim=(0, 100), title=title)
     ax.legend()
     return figure
@@ -77,11 +81,11 @@ def figure_eps(threat, groups):
     curves = {name: sorted(curve.items()) for name, curve in curves.items() if len(curve) > 1}
     if not curves:
         return None
-    figure = Figure(figsize=(6.4, 4))
-    ax = figure.subplots()
+    figure, ax = new_axes(6.4, 4)
     for name, curve in curves.items():
         ax.plot(*zip(*curve), "o-", label=name)
-    ax.set(xlabel="eps (1/255, attack space)", ylabel="accuracy (%)", title=f"Threat model {threat}")
+    ax.set(xlabel="eps (1/255, attack space)", ylabel="accuracy (%)",
+           title=f"Threat model {threat}")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8)
     return figure
@@ -92,7 +96,8 @@ def heat_map(ax, matrix, values):
     image = ax.imshow(values, vmin=0, vmax=100, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
-            ax.text(j, i, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
+            color = "w" if value < 60 else "k"
+            ax.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
     names = matrix.evaluated_on
     turned = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
     ax.set_xticks(range(len(names)), names, **turned)
@@ -124,13 +129,11 @@ def figure_3(pool, published):
 def published_transfer(matrix, published):
     """The published I-RR of the methods of a TransferMatrix, NaN where there is none."""
     paper = published["figure3_transfer_I-RR_CIFAR10_ipc50"]
-    names, figures = paper["columns_evaluated_network"], paper[FORMS[matrix.targeted]]
-    values = np.full(matrix.values.shape, np.nan)
-    for i, crafted_on in enumerate(matrix.crafted_on):
-        for j, evaluated_on in enumerate(matrix.evaluated_on):
-            if crafted_on in names and evaluated_on in names:
-                values[i, j] = figures[names.index(crafted_on)][names.index(evaluated_on)]
-    return values
+    names, values = paper["columns_evaluated_network"], paper[FORMS[matrix.targeted]]
+    cells = {(crafted_on, evaluated_on): values[i][j] for i, crafted_on in enumerate(names)
+             for j, evaluated_on in enumerate(names)}
+    return np.array([[cells.get((crafted_on, evaluated_on), np.nan)
+                      for evaluated_on in matrix.evaluated_on] for crafted_on in matrix.crafted_on])
 
 
 def figure_4(runs, published):
@@ -143,8 +146,8 @@ def figure_4(runs, published):
             sweep = sweeps.setdefault(run.flags_without("align_weight", "num_exp", "method"), {})
             sweep[run.flags["align_weight"]] = run, final[0]
     for number, sweep in enumerate(sweep for sweep in sweeps.values() if len(sweep) > 1):
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
-        ax, weights = figure.subplots(), sorted(sweep)
+        figure, ax = new_axes(6.4, 4, layout="constrained")
+        weights = sorted(sweep)
         for key, name in (("clean_acc", "clean"), ("robust_acc", "robust")):
             error_bars(ax, weights, [sweep[weight][1][key] for weight in weights],
                        label=f"{name}, ours (bars: standard deviation over networks)")
@@ -153,7 +156,8 @@ def figure_4(runs, published):
             paper = published["figure4_alpha_sweep_accuracy_CIFAR10_ipc50_read_off_plot"]
             ax.plot([*map(float, paper)], [*paper.values()], "k--",
                     label="published (ipc 50, read off the plot)")
-        ax.set(xlabel="align_weight (the paper's alpha)", ylabel="accuracy (%)", title=run.setting())
+        ax.set(xlabel="align_weight (the paper's alpha)", ylabel="accuracy (%)",
+               title=run.setting())
         ax.legend()
         yield f"figure4_{number}", figure
 

@@ -1,6 +1,6 @@
-"""Reads what evaluate.py (results.json) and the ROME scripts (metrics.jsonl, flags.json) have written.
+"""Reads what evaluate.py (results.json) and the ROME scripts (metrics.jsonl, flags.json) wrote.
 
-A file is checked when it is read; what comes out has every key, of the right kind, in its range.
+A file is checked when it is read: all keys are there, of the right kind, in their range.
 """
 import json
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from runtime.measures import ACCURACIES, COLUMNS, CONTROLS
 from runtime.safe_io import InputError
 
 CLEAN = ("Clean", None, None)  # attack, targeted, eps
-LOSSES = ("loss_robustness", "loss_performance", "loss_pool", "w_f")
-# What two rows of the same measurement share.
-ROW_KEYS = ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted", "eps")
-# Flags that do not change what a run computes.
+DAMAGES = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged file raises
+# Rows that share these are the same measurement.
+ROW_KEYS = ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
+            "eps")
+RUN_FLAGS = {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int,
+             "Iteration": int, "align_weight": (int, float)}
 PATH_FLAGS = ("save_path", "checkpoint_path", "data_path", "save_interval", "fresh")
 
 
@@ -26,9 +28,17 @@ def chance(dataset, num_classes=None):
     return 100 / NUM_CLASSES.get(dataset, num_classes or 10)
 
 
+def group_by(items, key):
+    """{key of item: [items]}, in the order that they came."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 # ------------------------------------------------------------------------------ rows of evaluate.py
 def is_number(value, least=0.0, most=np.inf, kinds=(int, float)):
-    """Whether a value from a file is a finite number in [least, most]."""
+    """Whether a value is a finite number in [least, most]."""
     number = isinstance(value, kinds) and not isinstance(value, bool)
     return number and least <= value <= most and bool(np.isfinite(value))
 
@@ -52,7 +62,7 @@ ROW_CHECKS = {
 
 
 def check_rows(rows):
-    """Raise KeyError, TypeError or ValueError that says what is wrong with rows of results.json."""
+    """Raise KeyError, TypeError or ValueError for what is wrong with rows of results.json."""
     if not isinstance(rows, list):
         raise TypeError("rows is no list")
     for row in rows:
@@ -64,34 +74,31 @@ def check_rows(rows):
 def read_rows(path):
     """The rows of a results.json, each with the file's `num_classes` (None in older files).
 
-    Raises InputError if the file is damaged or foreign.
-    """
+    Raises InputError if the file is damaged or foreign."""
     try:
         content = json.loads(path.read_text())
         check_rows(content["rows"])
         classes = content.get("num_classes")
         if classes is not None and not is_number(classes, 2, kinds=int):
             raise ValueError(f"num_classes is {str(classes)[:60]}")
-        return [{**row, "num_classes": classes} for row in content["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is damaged or no result of evaluate.py ({reason})") from None
+    except DAMAGES as error:
+        raise InputError(f"{path} is damaged or no result of evaluate.py ({type(error).__name__}: "
+                         f"{error})") from None
+    return [{**row, "num_classes": classes} for row in content["rows"]]
 
 
-def white_box_groups(rows):
-    """{(method, ipc): {(attack, targeted, eps): [row of each network]}}, of networks that were
-    attacked themselves."""
-    groups = {}
-    for row in rows:
-        if row["crafted_on"] == row["evaluated_on"]:
-            attacks = groups.setdefault((row["method"], row["ipc"]), {})
-            key = (row["attack"], row["targeted"], row["eps"])
-            attacks.setdefault(key, []).append(row)
-    return groups
+def attacked_itself(row):
+    return row["crafted_on"] == row["evaluated_on"]
 
 
-def of_threat(rows, name):
-    return [row for row in rows if row["threat_model"] == name]
+def white_box_groups(rows, threat=None):
+    """{(method, ipc): {(attack, targeted, eps): [row of each network]}} of white-box attacks.
+
+    threat: the name of a threat model; None: all."""
+    rows = [row for row in rows if attacked_itself(row) and threat in (None, row["threat_model"])]
+    groups = group_by(rows, lambda row: (row["method"], row["ipc"]))
+    return {group: group_by(of_group, lambda row: (row["attack"], row["targeted"], row["eps"]))
+            for group, of_group in groups.items()}
 
 
 def mean_of(rows, key="accuracy"):
@@ -99,27 +106,23 @@ def mean_of(rows, key="accuracy"):
 
 
 def pool_rows(files):
-    """Rows that may be pooled, {(data set, number of test images): rows}.
+    """Rows that may be pooled, {(data set, number of test images): rows}, of {path: rows}.
 
-    files: {path: rows}. Also returns a line for each file that is left out because an earlier one
-    has another accuracy for the same attack: those are two evaluations that must not be mixed.
-    """
+    Also returns a line for each file that is left out because an earlier one has another accuracy
+    for the same attack: those are two evaluations that must not be mixed."""
     found, refused = {}, []  # found: key -> (path, row)
     for path, rows in files.items():
         keyed = {tuple(row[key] for key in ROW_KEYS): row for row in rows}
-        differing = [key for key, row in keyed.items()
-                     if key in found and found[key][1]["accuracy"] != row["accuracy"]]
-        if differing:
-            earlier, row = found[differing[0]]
-            refused.append(f"{path} and {earlier} have different figures for {row['attack']} on "
-                           f"{row['crafted_on']}; report them apart")
-            continue
         for key, row in keyed.items():
-            found.setdefault(key, (path, row))
-    pooled = {}
-    for _, row in found.values():
-        pooled.setdefault((row["dataset"], row["n"]), []).append(row)
-    return pooled, refused
+            earlier, other = found.get(key, (path, row))
+            if other["accuracy"] != row["accuracy"]:
+                refused.append(f"{path} and {earlier} have different figures for {row['attack']} "
+                               f"on {row['crafted_on']}; report them apart")
+                break
+        else:
+            found.update({key: (path, row) for key, row in keyed.items() if key not in found})
+    rows = [row for _, row in found.values()]
+    return group_by(rows, lambda row: (row["dataset"], row["n"])), refused
 
 
 # ------------------------------------------------------------------------- runs of the ROME scripts
@@ -137,71 +140,64 @@ class RunRecord:
         return [event for event in self.events if event["event"] == name]
 
     def setting(self):
-        flags = self.flags
-        return f"{flags['dataset']} {flags['model']} ipc {flags['ipc']} {flags['threat_model']}"
+        return "{dataset} {model} ipc {ipc} {threat_model}".format(**self.flags)
 
     def title(self):
         return f"{self.flags['method']} {self.setting()}"
 
     def flags_without(self, *names):
-        """The flags but these and the paths, as text: equal for runs that differ in nothing else."""
-        flags = {key: value for key, value in self.flags.items() if key not in (*names, *PATH_FLAGS)}
+        """All flags but these and the paths, as text: equal if two runs differ in nothing else."""
+        flags = {key: self.flags[key] for key in self.flags.keys() - {*names, *PATH_FLAGS}}
         flags["robust_prior"] = [Path(name).name for name in self.flags.get("robust_prior", [])]
         text = json.dumps(flags, sort_keys=True)
-        if "seed" in names:  # names of pretrained networks hold it
+        if "seed" in names:  # names of pretrained networks have it too
             text = text.replace(f"seed{self.flags.get('seed')}-", "seed-")
         return text
 
 
 def read_run(path):
     """The run of a metrics.jsonl, without a last line that is still being written."""
-    kinds = {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int,
-             "Iteration": int, "align_weight": (int, float)}
     try:
         events = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         about = json.loads(path.with_name("flags.json").read_text())
         flags = {**about["flags"], "dataset": about.get("dataset", about["flags"]["dataset"])}
-        for key, kind in kinds.items():
+        for key, kind in RUN_FLAGS.items():
             if not isinstance(flags[key], kind):
                 raise TypeError(f"the flag {key} is {flags[key]}")
         for event in events:
             check_event(event)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is damaged or not of a ROME run ({reason})") from None
+    except DAMAGES as error:
+        raise InputError(f"{path} is damaged or not of a ROME run ({type(error).__name__}: "
+                         f"{error})") from None
     device = str(about.get("device", ""))
     return RunRecord(path.parent, flags, events, device, about.get("num_classes"))
 
 
 def check_event(event):
-    """Raise KeyError, TypeError or ValueError that says what is wrong with a metrics.jsonl line."""
+    """Raise KeyError, TypeError or ValueError for what is wrong with a line of metrics.jsonl."""
     kind = event["event"]
     if kind == "iteration":
-        numbers = [event[key] for key in ("exp", "iteration", *LOSSES)]
+        numbers = [event[key] for key in ("exp", "iteration", "loss_robustness",
+                                          "loss_performance", "loss_pool", "w_f")]
     elif kind in ("evaluation", "final"):
         measured = [event[key] for key in COLUMNS if key in event or key in ACCURACIES]
-        names = [event["set"], event["model"]]
+        if not is_text(event["set"]) or not is_text(event["model"]) or not all(measured):
+            raise ValueError(f"an {kind} of {event['set']}, {event['model']}")
         numbers = [event["n"], *(value for values in measured for value in values)]
-        if not all(map(is_text, names)) or not all(measured):
-            raise ValueError(f"an {kind} of {names}")
     else:
         raise ValueError(f"an unknown event {kind}")
     if not np.isfinite(np.array(numbers, dtype=float)).all():
         raise ValueError(f"an {kind} with values that are not finite")
 
 
-# -------------------------------------------------------------------------------------------- files
 def find_results(paths):
-    """Two lists of files among and below `paths`: results.json, and metrics.jsonl."""
+    """Files among and below `paths`: two lists, of results.json and of metrics.jsonl."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        if path.is_dir():
-            names = ("results.json", "metrics.jsonl")
-            found += sorted(file for file in path.rglob("*") if file.name in names)
-        else:
-            found.append(path)
-    found = list(dict.fromkeys(found))
-    evaluations = [file for file in found if file.suffix == ".json"]
-    return evaluations, [file for file in found if file.suffix != ".json"]
+        names = ("results.json", "metrics.jsonl")
+        files = [file for file in path.rglob("*") if file.name in names]
+        found += sorted(files) if path.is_dir() else [path]
+    evaluations = [file for file in dict.fromkeys(found) if file.suffix == ".json"]
+    return evaluations, [file for file in dict.fromkeys(found) if file.suffix != ".json"]

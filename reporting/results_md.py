@@ -3,8 +3,8 @@ import numpy as np
 
 from attacks import THREAT_MODELS
 from reporting.metrics import transfer_matrices
-from reporting.records import CLEAN, chance, mean_of, of_threat, white_box_groups
-from reporting.tables import accuracy_text, ipc_text, markdown_grid, wilson
+from reporting.records import CLEAN, chance, mean_of, white_box_groups
+from reporting.tables import accuracy_text, ipc_text, markdown_grid, raised_note, wilson
 from runtime.measures import CONTROLS, FORMS, HEADLINE_EPS, attack_label
 
 METRICS = ("RR", "I-RR", "AE", "CREI", "I-CREI")
@@ -17,7 +17,7 @@ def results_markdown(content):
         return "# Robustness\n\nNo result yet.\n"
     lines = ["# Robustness", "", *introduction(content), "", *headline(content), ""]
     for name in THREAT_MODELS:
-        groups = white_box_groups(of_threat(content["rows"], name))
+        groups = white_box_groups(content["rows"], name)
         if groups:
             lines += [f"## Threat model {name}", "", *attack_grid(groups), ""]
     lines += metrics_section(content)
@@ -48,7 +48,7 @@ def introduction(content):
 def headline(content):
     """Clean accuracy and AutoAttack at 2, 4 and 8 of 255 under `pixel`; how to get them where they
     are missing."""
-    groups = white_box_groups(of_threat(content["rows"], "pixel"))
+    groups = white_box_groups(content["rows"], "pixel")
     attacks = {("AA", False, eps): f"AutoAttack {255 * eps:g}/255" for eps in HEADLINE_EPS}
     if not any(key in cells for cells in groups.values() for key in attacks):
         return ["AutoAttack under the valid threat model, the figure to quote, was not measured: "
@@ -97,7 +97,7 @@ def metrics_section(content):
         if e["missing"]:
             attacks += f"; missing: {', '.join(e['missing'])}"
         rows.append([e["threat_model"], e["kind"], FORMS[e["targeted"]], e["method"],
-                     ipc_text(e["ipc"]), *(e[name] for name in METRICS), attacks])
+                     ipc_text(e), *(e[name] for name in METRICS), attacks])
     return ["## Metrics", "", "Percent, pooled over the IPC settings named. AE depends on the "
             f"machine ({content['device']}).", "",
             *markdown_grid(["threat model", "", "form", "method", "ipc", *METRICS, "attacks"],
@@ -114,8 +114,7 @@ def warnings_of(content):
         for threat, checks in threats.items():
             lines += [f"{network}, {threat}: check '{name}' failed: {result['text']}"
                       for name, result in checks.items() if not result["passed"]]
-    return lines + [f"{e['method']}, {e['threat_model']}, {FORMS[e['targeted']]}: attacked accuracy "
-                    f"is above clean accuracy ({', '.join(e['raised'])})"
+    return lines + [f"{e['method']}, {e['threat_model']}, {FORMS[e['targeted']]}: {raised_note(e)}"
                     for e in content["metrics"] if e["raised"]]
 
 

@@ -1,4 +1,4 @@
-"""Sets of several seeds: their accuracies, the differences between them with intervals, verdicts."""
+"""Sets of several seeds: their accuracies, and the differences between them with intervals."""
 import itertools
 import json
 import re
@@ -7,7 +7,7 @@ import numpy as np
 
 from formats.inputs import NETWORK_NAME
 from reporting.metrics import THREATS, metrics_of
-from reporting.records import CLEAN, chance
+from reporting.records import CLEAN, DAMAGES, attacked_itself, chance, group_by
 from reporting.tables import Table, mean_std
 from runtime.measures import FORMS, HEADLINE_EPS, attack_label
 from runtime.safe_io import InputError
@@ -17,24 +17,26 @@ RADII = (1 / 255, *HEADLINE_EPS)
 # The attack behind each column of a run, by threat model.
 RUN_ATTACKS = {
     "published": {"robust_acc": ("PGD", True, HEADLINE_EPS[-1])},
-    "pixel": {"robust_2_acc": ("PGD20", False, HEADLINE_EPS[0]),
-              "robust_4_acc": ("PGD20", False, HEADLINE_EPS[1]),
-              "robust_acc": ("PGD20", False, HEADLINE_EPS[2])}}
-REFUTED, NOT_SUPPORTED, SUPPORTED = "refuted", "not supported", "supported"
+    "pixel": {column: ("PGD20", False, eps) for column, eps in zip(
+        ("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}}
+# What a file of comparisons holds: a list of tables, with "sets" or "pairs".
+COMPARISON = {"name": str, "title": str, "measures": list}
+COMPARED = {"sets": {"set": str, "network": str, "ipc": int},
+            "pairs": {"of": str, "than": str, "network": str, "ipc": list}}
 
 
 # --------------------------------------------------------------------------------------- accuracies
 def accuracies_by_set(rows, runs):
-    """Accuracies of all sets, {(method, network, ipc): {measure: {set: [percent of each network]}}},
-    and the numbers of test images that they were measured on, {measure: {n, ...}}.
+    """{(method, network, ipc): {measure: {set: [percent of each network]}}}, and the numbers of
+    test images that they were measured on, {measure: {n, ...}}.
 
     A measure is a threat model and an attack, such as "pixel: PGD20 untargeted 2/255". rows: of
-    evaluate.py; only networks that were attacked themselves count. runs: RunRecords. Their last figures join those of evaluate.py under `pixel`; under `published`, where
-    a grid is to come from the same networks, they stand beside it as "in the run: ...". "-hard"
-    behind a method: learned without its soft labels.
+    evaluate.py. runs: RunRecords. Their last figures join the rows under `pixel`; under
+    `published`, where a grid is to come from the same networks, they stand beside them as "in the
+    run: ...". "-hard" behind a method: learned without its soft labels.
     """
     accuracies, counts = {}, {}
-    entries = [*accuracies_of_rows(rows), *itertools.chain(*map(accuracies_of_run, runs))]
+    entries = itertools.chain(accuracies_of_rows(rows), *map(accuracies_of_run, runs))
     for group, measure, name, values, n in entries:
         of_sets = accuracies.setdefault(group, {}).setdefault(measure, {})
         of_sets.setdefault(name, []).extend(100 * value for value in values)
@@ -43,12 +45,10 @@ def accuracies_by_set(rows, runs):
 
 
 def accuracies_of_rows(rows):
-    """Yields (group, measure, set, accuracies, n)."""
-    for row in rows:
-        if row["crafted_on"] == row["evaluated_on"]:
-            measure = measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"])
-            group, name = group_and_set(row)
-            yield group, measure, name, [row["accuracy"]], row["n"]
+    """Yields (group, measure, set, accuracies, n) of networks that were attacked themselves."""
+    for row in filter(attacked_itself, rows):
+        measure = measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"])
+        yield *group_and_set(row, measure), [row["accuracy"]], row["n"]
 
 
 def accuracies_of_run(run):
@@ -73,25 +73,22 @@ def measure_name(threat, attack, targeted, eps):
     return f"{threat}: {attack_label(attack, targeted, eps)}"
 
 
-def group_and_set(row):
-    """((method, network, ipc), set) of the network of a row, from its name."""
+def group_and_set(row, measure):
+    """(method, network, ipc), measure and set of a row, by the name of its network."""
     name = row["evaluated_on"]
     network, number = NETWORK_NAME.match(name), SET_NUMBER.search(name)
     group = row["method"], network["model"] if network else "", row["ipc"]
-    return group, number[1] if number else name
+    return group, measure, number[1] if number else name
 
 
 def add_improved_rr(accuracies, rows):
     """Add I-RR of each network, by threat model and form, to `accuracies_by_set`."""
-    networks = {}
-    for row in rows:
-        if row["crafted_on"] == row["evaluated_on"]:
-            networks.setdefault(row["evaluated_on"], []).append(row)
+    networks = group_by(filter(attacked_itself, rows), lambda row: row["evaluated_on"])
     for of_network in networks.values():
-        group, name = group_and_set(of_network[0])
         for entry in metrics_of(of_network, THREATS, 0.5):  # the weight plays no part in I-RR
             if entry["kind"] == "white-box":
-                measure = f"{entry['threat_model']}: I-RR {FORMS[entry['targeted']]}"
+                group, measure, name = group_and_set(
+                    of_network[0], f"{entry['threat_model']}: I-RR {FORMS[entry['targeted']]}")
                 of_sets = accuracies[group].setdefault(measure, {})
                 of_sets.setdefault(name, []).append(entry["I-RR"])
 
@@ -111,26 +108,32 @@ def range_text(numbers):
     return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
+def count_text(cells):
+    """How many sets stand behind cells {set: values}, or None."""
+    return range_text([len(of_sets) for of_sets in cells if of_sets])
+
+
 def table_robust(dataset, accuracies, counts, num_classes):
     """What sets are worth under `pixel`, beside a constant classifier."""
     names = {measure_name("pixel", *CLEAN): "clean"}
     for attack, title in (("PGD20", "PGD-20"), ("AA", "AutoAttack")):
         for eps in RADII:
             names[measure_name("pixel", attack, False, eps)] = f"{title} {255 * eps:g}/255"
-    groups = {group: cells for group, cells in accuracies.items() if len(names.keys() & cells) > 1}
+    groups = {group: cells for group, cells in accuracies.items()
+              if len(names.keys() & cells.keys()) > 1}
     if not groups:
         return None
     names = {measure: name for measure, name in names.items()
              if any(measure in cells for cells in groups.values())}
     table = Table(
-        f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy "
-        "in percent; mean +- standard deviation over sets of several seeds, of each the mean over "
-        "its networks)", ["set", "network", "ipc", *names.values(), "sets"])
+        f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} "
+        "(accuracy in percent; mean +- standard deviation over sets of several seeds, of each the "
+        "mean over its networks)", ["set", "network", "ipc", *names.values(), "sets"])
     least = [f"{chance(dataset, num_classes):.1f}"] * len(names)
     table.rows.append(["constant classifier", "", "", *least, ""])
     for group in sorted(groups, key=lambda group: (group[1], group[2] or 0, group[0])):
         cells = [groups[group].get(measure) for measure in names]
-        table.rows.append([*group, *map(spread_text, cells), range_text([*map(len, filter(None, cells))])])
+        table.rows.append([*group, *map(spread_text, cells), count_text(cells)])
     images = "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
                        for measure, name in names.items())
     table.notes = [f"test images: {images}. PGD-20: untargeted, with a random start. Where two "
@@ -142,8 +145,8 @@ def table_robust(dataset, accuracies, counts, num_classes):
 def welch(one, other):
     """(difference of two means, low, high), the 95 % interval by Welch's method (scipy).
 
-    The interval is NaN where one of the two has a single value; where nothing varies it is the
-    difference."""
+    The interval is NaN where one of the two has a single value; the difference where nothing
+    varies."""
     from scipy import stats
     difference = float(np.mean(one) - np.mean(other))
     if min(len(one), len(other)) < 2:
@@ -156,79 +159,70 @@ def welch(one, other):
 
 def verdict(low, high):
     """What an interval says of the claim that a difference is above 0."""
-    return SUPPORTED if low > 0 else REFUTED if high < 0 else NOT_SUPPORTED
-
-
-COMPARISON = {"name": str, "title": str, "measures": list}
-COMPARISON_ENTRIES = {
-    "sets": {"set": str, "network": str, "ipc": int},
-    "pairs": {"of": str, "than": str, "network": str, "ipc": list}}
+    return "supported" if low > 0 else "refuted" if high < 0 else "not supported"
 
 
 def read_comparisons(path):
-    """The tables that a file of comparisons asks for, a list of dicts with COMPARISON's keys and
-    "sets" or "pairs", lists of dicts with the keys of COMPARISON_ENTRIES; a pair may have a "claim"
-    (text), a table "sentences": true. Raises InputError if it is something else."""
-    def check(where, kinds):
+    """The tables that a file of comparisons asks for, a list of dicts: COMPARISON, and one of
+    COMPARED with a list of such dicts. A pair may have a "claim" (text), a table "sentences": true.
+    Raises InputError if it is something else."""
+    def check(values, kinds):
         for key, kind in kinds.items():
-            if not isinstance(where.get(key), kind):
-                raise TypeError(f"{key} of {where} is no {kind.__name__}")
+            if not isinstance(values.get(key), kind):
+                raise TypeError(f"{key} of {values} is no {kind.__name__}")
     if not path.is_file():
         raise InputError(f"--compare {path}: there is no such file; give one, or the names of at "
                          "least two sets")
     try:
         tables = json.loads(path.read_text())
         for table in tables:
-            (kind,) = set(COMPARISON_ENTRIES) & set(table)
+            (kind,) = set(COMPARED) & set(table)
             check(table, {**COMPARISON, kind: list})
             for entry in table[kind]:
-                check({"claim": "", **entry}, {**COMPARISON_ENTRIES[kind], "claim": str})
+                check({"claim": "", **entry}, {**COMPARED[kind], "claim": str})
         return tables
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is damaged or no file of comparisons ({reason})") from None
-
-
-def has_any(accuracies, names):
-    """Whether one of the names, with or without "-pixel", is among the methods."""
-    stems = {name.removesuffix("-pixel") for name in names}
-    return any(method.removesuffix("-pixel") in stems for method, _, _ in accuracies)
+    except (*DAMAGES, AttributeError) as error:
+        raise InputError(f"{path} is damaged or no file of comparisons ({type(error).__name__}: "
+                         f"{error})") from None
 
 
 def comparisons_of(dataset, names, accuracies):
-    """The tables of `--compare A B ...`, as `read_comparisons` returns them: these sets, and the
-    difference of each to the last one, for each network and ipc that they have in common.
+    """The tables of `--compare A B ...`, as of `read_comparisons`: these sets, and the differences
+    to the last one, for each network and ipc that they have in common.
 
     A name may leave out "-pixel". Measures: clean accuracy and attacks under `pixel`, else all.
-    Raises InputError for a name that no result has.
-    """
+    Raises InputError for a name that no result has."""
     methods = {method for method, _, _ in accuracies}
     stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
     names = [name if name in methods or f"{name}-pixel" not in methods else f"{name}-pixel"
              for name in names]
-    unknown = [name for name in names if name not in methods]
+    asked, unknown = f"--compare {' '.join(names)}", [name for name in names if name not in methods]
     if unknown:
-        raise InputError(f"--compare {' '.join(names)}: no result of {', '.join(unknown)} on "
-                         f"{dataset}; there are {', '.join(sorted(methods))}")
-    settings = [{(model, ipc) for method, model, ipc in accuracies if method == name}
-                for name in names]
-    common = sorted(set.intersection(*settings), key=str)
+        raise InputError(f"{asked}: no result of {', '.join(unknown)} on {dataset}; there are "
+                         f"{', '.join(sorted(methods))}")
+    settings = group_by(accuracies, lambda group: group[0])
+    common = set.intersection(*({group[1:] for group in settings[name]} for name in names))
     if not common:
-        raise InputError(f"--compare {' '.join(names)}: no network and number of images a class "
-                         "that all of them have")
-    measured = {measure for model, ipc in common for name in names
-                for measure in accuracies[name, model, ipc]}
-    usual = [measure_name("pixel", *CLEAN), *(measure_name("pixel", attack, False, eps)
-                                              for attack in ("PGD20", "PGD", "AA") for eps in RADII)]
-    measures = [measure for measure in usual if measure in measured] or sorted(measured)
+        raise InputError(f"{asked}: no network and number of images a class that all of them have")
+    sets = [{"set": name, "network": model, "ipc": ipc}
+            for model, ipc in sorted(common, key=str) for name in names]
     *compared, reference = names
-    sets = [{"set": name, "network": model, "ipc": ipc} for model, ipc in common for name in names]
-    pairs = [{"of": name, "than": reference, "network": model, "ipc": [ipc]}
-             for model, ipc in common for name in compared]
+    pairs = [{**one, "of": one["set"], "than": reference, "ipc": [one["ipc"]]}
+             for one in sets if one["set"] in compared]
+    measured = {measure for one in sets for measure in accuracies[tuple(one.values())]}
+    usual = [CLEAN, *itertools.product(("PGD20", "PGD", "AA"), (False,), RADII)]
+    usual = [measure_name("pixel", *attack) for attack in usual]
+    measures = [measure for measure in usual if measure in measured] or sorted(measured)
     return [{"name": stem, "title": f"{', '.join(names)} on {dataset}", "measures": measures,
              "sets": sets},
             {"name": f"{stem}_differences", "title": f"Differences to {reference} on {dataset}",
              "measures": measures, "pairs": pairs}]
+
+
+def has_any(accuracies, names):
+    """Whether one of the methods, with or without "-pixel", is among the names."""
+    stems = {name.removesuffix("-pixel") for name in names}
+    return any(method.removesuffix("-pixel") in stems for method, _, _ in accuracies)
 
 
 def table_comparison(asked, accuracies):
@@ -239,13 +233,12 @@ def table_comparison(asked, accuracies):
 def table_sets(asked, accuracies):
     """Measures down, sets across."""
     groups, missing = {}, []
-    for entry in asked["sets"]:
-        group = entry["set"], entry["network"], entry["ipc"]
+    for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"]):
         cells = accuracies.get(group, {})
         if any(measure in cells for measure in asked["measures"]):
             groups[group] = cells
         else:
-            missing.append(f"no results of {group[0]}, {group[1]}, {group[2]} a class")
+            missing.append("no results of {}, {}, {} a class".format(*group))
     if not groups:
         return None
     names, common = [group[0] for group in groups], ""
@@ -253,15 +246,14 @@ def table_sets(asked, accuracies):
         if len(set(parts)) == 1:  # the title names it, else each column
             common += f", {parts[0]}"
         else:
-            names = [f"{name}, {part}" for name, part in zip(names, parts)]
+            names = list(map(", ".join, zip(names, parts)))
     table = Table(asked["name"], f"{asked['title']}{common} (percent; mean +- standard deviation "
                   "over sets)", ["", *names], notes=missing)
     grid = {measure: [cells.get(measure) for cells in groups.values()]
             for measure in asked["measures"]}
     grid = {measure: cells for measure, cells in grid.items() if any(cells)}
     table.rows = [[measure, *map(spread_text, cells)] for measure, cells in grid.items()]
-    numbers = [[len(cell) for cell in column if cell] for column in zip(*grid.values())]
-    table.rows.append(["sets", *map(range_text, numbers)])
+    table.rows.append(["sets", *map(count_text, zip(*grid.values()))])
     return table
 
 
@@ -274,16 +266,16 @@ def table_differences(asked, accuracies):
     missing = []
     for pair, ipc in ((pair, ipc) for pair in asked["pairs"] for ipc in pair["ipc"]):
         name = f"{pair['of']} - {pair['than']}, {pair['network']}, {ipc} a class"
-        cells, sizes = [], []
-        for measure in asked["measures"]:
-            one, other = (set_means(accuracies.get((pair[key], pair["network"], ipc), {})
-                                    .get(measure)) for key in ("of", "than"))
-            both = len(one) and len(other)
-            cells.append(difference_text(one, other, "claim" in pair) if both else None)
-            sizes += [len(one), len(other)] if both else []
-        if sizes:
+        one, other = (accuracies.get((pair[key], pair["network"], ipc), {})
+                      for key in ("of", "than"))
+        there = [measure for measure in asked["measures"] if measure in one and measure in other]
+        cells = [difference_text(set_means(one[measure]), set_means(other[measure]),
+                                 "claim" in pair) if measure in there else None
+                 for measure in asked["measures"]]
+        if there:
+            sets = count_text([cells[measure] for measure in there for cells in (one, other)])
             claim = f"{pair['claim']} ({name})" if "claim" in pair else name
-            table.rows.append([claim, *cells, range_text(sizes)])
+            table.rows.append([claim, *cells, sets])
         else:
             missing.append(name)
     if missing:
