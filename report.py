@@ -30,6 +30,7 @@ from utils import train_on_set
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+TSNE_IMAGES = 600  # real test images in the t-SNE
 POOL_TABLES = {"1": tables.table_1, "2": tables.table_2, "4": tables.table_4,
                "accuracy": tables.table_accuracy}  # (Pool, published figures) -> Table
 RUN_TABLES = {"seeds": tables.table_seeds, "runs": tables.table_runs}  # (runs) -> Table
@@ -178,7 +179,7 @@ def figure_tsne(path, data_path, seed):
     net = network_for(data, source.model, derive_seed(seed, "tsne", "init"))
     train_on_set(net, image_syn, label_syn, generator=make_generator(seed, "tsne", "train"),
                  **protocol_of(meta))
-    img_real, labels = data.get_batch("test", slice(600))
+    img_real, labels = data.get_batch("test", slice(TSNE_IMAGES))
     img_adv = attack_images(net, img_real, labels, get_threat_model(meta["threat_model"], data),
                             make_generator(seed, "tsne", "attack"), targeted=False)
     with torch.no_grad():

@@ -14,7 +14,6 @@ from conftest import ROOT, random_dataset
 import attacks
 import utils
 from attacks import get_threat_model
-from datasets import load_dataset
 from formats.synset_file import SyntheticSet
 from runtime.seeding import make_generator, derive_seed
 from networks import get_network
@@ -206,19 +205,3 @@ def test_recorded_results_agree_with_the_published_logs():
         # DeepFool on its own network leaves its examples on the boundary: see docs/earlier_results.md.
         if (attack, method) != ("Deepfool", "BACON"):
             assert abs(slow[attack, method] - logs[attack]["untargeted"][method]) <= 0.03
-
-
-def test_the_diagonal_of_the_transfer_is_white_box():
-    """Two networks a method: attacked itself, 10 %; from its sister, 30 %; from another method, 40 %."""
-    rows = []
-    for evaluated_on in ("A0", "A1", "B0", "B1"):
-        common = {"threat_model": "pixel", "n": 10, "ipc": 1, "method": evaluated_on[0], "evaluated_on": evaluated_on}
-        rows.append({**common, "attack": "Clean", "targeted": None, "eps": None, "crafted_on": evaluated_on, "accuracy": 0.5})
-        for crafted_on in ("A0", "A1", "B0", "B1"):
-            accuracy = 0.1 if crafted_on == evaluated_on else 0.3 if crafted_on[0] == evaluated_on[0] else 0.4
-            rows.append({**common, "attack": "PGD", "targeted": False, "eps": 8 / 255, "crafted_on": crafted_on,
-                         "accuracy": accuracy})
-    threats = {"pixel": get_threat_model("pixel", load_dataset("Digits", "."))}
-    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in utils.transfer_of(rows, threats)}
-    white_box, transfer = (100 * (1 - (0.5 - a) ** 2 / 0.5**2) for a in (0.1, 0.4))
-    assert cells == pytest.approx({("A", "A"): white_box, ("B", "B"): white_box, ("A", "B"): transfer, ("B", "A"): transfer})
