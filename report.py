@@ -157,7 +157,7 @@ def make_figures(args, wanted, pools, runs, published):
         yield from plots.figures_of_runs(runs)
 
 
-# ----------------------------------------------------------------------------- figures of .pt files
+# ---- figures of .pt files
 def figure_tsne(path, data_path, seed):
     """t-SNE (scikit-learn) of embeddings of real, PGD-attacked and synthetic images, by a network
     that is trained on the set."""

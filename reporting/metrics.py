@@ -31,11 +31,11 @@ def default_eps(attack, threat):
 
 
 def metrics_of(rows, threats, crei_weight):
-    """The metrics of each method, threat model, grid and form, pooled over the IPC settings.
+    """The metrics (percent) of each method, threat model, grid and form, pooled over IPC settings.
 
-    rows: of results.json. threats: {name: ThreatModel}. Only attacks at their default eps count. An
-    accuracy is the mean over the networks of a setting. Returns dicts that say what was pooled,
-    what is "missing" from the grid, which attacks "raised" the accuracy, and the metrics (percent).
+    rows: of results.json. threats: {name: ThreatModel}. Attacks count at their default eps; an
+    accuracy is the mean over the networks of a setting. The dicts also say what was pooled, what is
+    "missing" from the grid, and which attacks "raised" the accuracy.
     """
     entries, rows = [], on_most_images(rows)
     for name, threat in threats.items():
@@ -55,10 +55,8 @@ def metrics_of(rows, threats, crei_weight):
 
 
 def pool_settings(settings, keys, crei_weight):
-    """The metrics over all settings; None if there is no attack, or the clean accuracy is 0.
-
-    settings: {ipc: {(attack, targeted, eps): rows}}. keys: the attacks of the grid.
-    """
+    """The metrics over {ipc: {attack key: rows}}, of the attacks `keys`; None if there is none, or
+    the clean accuracy is 0."""
     clean = {ipc: attacks[CLEAN] for ipc, attacks in settings.items()}
     attacked = {(ipc, key): attacks[key] for ipc, attacks in settings.items()
                 for key in keys if key in attacks}
@@ -80,8 +78,8 @@ def pool_settings(settings, keys, crei_weight):
 
 
 def transfer_of(rows, threats):
-    """I-RR (percent) by crafting and evaluated method, for each threat model, form and IPC setting
-    (the paper's Figure 3). Of a method with itself only networks attacked themselves count."""
+    """I-RR (percent) by crafting and evaluated method, threat model, form and IPC setting (the
+    paper's Figure 3). Of a method with itself only networks attacked themselves count."""
     rows = on_most_images(rows)
     clean = {(row["threat_model"], row["evaluated_on"]): row["accuracy"]
              for row in rows if row["attack"] == "Clean"}
@@ -129,15 +127,11 @@ class TransferMatrix(NamedTuple):
 
 
 def transfer_matrices(entries):
-    """A TransferMatrix for each threat model, form and ipc that has any transfer.
-
-    entries: of `transfer_of`."""
-    groups = {}
-    for entry in entries:
-        group = groups.setdefault((entry["threat_model"], entry["targeted"], entry["ipc"]), {})
-        group[entry["crafted_on"], entry["evaluated_on"]] = entry["I-RR"]
+    """A TransferMatrix for each threat model, form and ipc of `transfer_of` that has transfer."""
     matrices = []
-    for setting, cells in groups.items():
+    groups = group_by(entries, lambda e: (e["threat_model"], e["targeted"], e["ipc"]))
+    for setting, group in groups.items():
+        cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in group}
         if any(crafted_on != evaluated_on for crafted_on, evaluated_on in cells):
             crafted_on, evaluated_on = (list(dict.fromkeys(names)) for names in zip(*cells))
             values = [[cells.get((c, e), np.nan) for e in evaluated_on] for c in crafted_on]

@@ -25,10 +25,9 @@ def new_axes(*size, **options):
     return figure, figure.subplots()
 
 
-# -------------------------------------------------------------------------------------- evaluate.py
+# ---- evaluate.py
 def draw_results(content, folder):
-    """grid_<threat>.png (bars), eps_<threat>.png (accuracy against eps) and
-    transfer_<threat>_<form>_ipc_<ipc>.png (heat map). content: of results.json."""
+    """Bars of all attacks, accuracy against eps, transfer. content: of results.json."""
     figures = {}
     for name in THREAT_MODELS:
         groups = white_box_groups(content["rows"], name)
@@ -106,10 +105,9 @@ def heat_map(ax, matrix, values):
     return image
 
 
-# ---------------------------------------------------------------------------------------- report.py
+# ---- report.py
 def figure_3(pool, published):
-    """Transfer heat maps, the published ones beside ours where there are some. Yields (name,
-    figure)."""
+    """Transfer heat maps, the published ones beside ours. Yields (name, figure)."""
     for matrix in transfer_matrices(pool.transfer):
         panels = {f"ours, {pool.n} images": matrix.values}
         if (pool.dataset, matrix.threat_model, matrix.ipc) == ("CIFAR10", "published", 50):
@@ -137,8 +135,8 @@ def published_transfer(matrix, published):
 
 
 def figure_4(runs, published):
-    """Accuracy against --align_weight, of runs that differ in nothing else but their name and
-    number of sets. Yields (name, figure)."""
+    """Accuracy against --align_weight, of runs that are otherwise the same. Yields (name,
+    figure)."""
     sweeps = {}
     for run in runs:
         final = [e for e in run.events_of("final") if e["set"] == run.flags["method"]]

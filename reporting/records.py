@@ -18,7 +18,7 @@ DAMAGES = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged f
 # Rows that share these are the same measurement.
 ROW_KEYS = ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
             "eps")
-RUN_FLAGS = {"method": str, "dataset": str, "model": str, "threat_model": str, "ipc": int,
+RUN_FLAGS = {**dict.fromkeys(("method", "dataset", "model", "threat_model"), str), "ipc": int,
              "Iteration": int, "align_weight": (int, float)}
 PATH_FLAGS = ("save_path", "checkpoint_path", "data_path", "save_interval", "fresh")
 
@@ -36,7 +36,7 @@ def group_by(items, key):
     return groups
 
 
-# ------------------------------------------------------------------------------ rows of evaluate.py
+# ---- rows of evaluate.py
 def is_number(value, least=0.0, most=np.inf, kinds=(int, float)):
     """Whether a value is a finite number in [least, most]."""
     number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -72,9 +72,7 @@ def check_rows(rows):
 
 
 def read_rows(path):
-    """The rows of a results.json, each with the file's `num_classes` (None in older files).
-
-    Raises InputError if the file is damaged or foreign."""
+    """The rows of a results.json, each with the file's `num_classes` (None in older files)."""
     try:
         content = json.loads(path.read_text())
         check_rows(content["rows"])
@@ -106,10 +104,8 @@ def mean_of(rows, key="accuracy"):
 
 
 def pool_rows(files):
-    """Rows that may be pooled, {(data set, number of test images): rows}, of {path: rows}.
-
-    Also returns a line for each file that is left out because an earlier one has another accuracy
-    for the same attack: those are two evaluations that must not be mixed."""
+    """{(data set, number of test images): rows} of {path: rows}, and a line for each file that is
+    left out: one that contradicts an earlier one is another evaluation, not to be mixed with it."""
     found, refused = {}, []  # found: key -> (path, row)
     for path, rows in files.items():
         keyed = {tuple(row[key] for key in ROW_KEYS): row for row in rows}
@@ -125,7 +121,7 @@ def pool_rows(files):
     return group_by(rows, lambda row: (row["dataset"], row["n"])), refused
 
 
-# ------------------------------------------------------------------------- runs of the ROME scripts
+# ---- runs of the ROME scripts
 @dataclass
 class RunRecord:
     """What a ROME script has written so far. events: a dict for each line of metrics.jsonl."""
@@ -146,7 +142,7 @@ class RunRecord:
         return f"{self.flags['method']} {self.setting()}"
 
     def flags_without(self, *names):
-        """All flags but these and the paths, as text: equal if two runs differ in nothing else."""
+        """The other flags but paths, as text: equal if two runs differ in nothing else."""
         flags = {key: self.flags[key] for key in self.flags.keys() - {*names, *PATH_FLAGS}}
         flags["robust_prior"] = [Path(name).name for name in self.flags.get("robust_prior", [])]
         text = json.dumps(flags, sort_keys=True)
@@ -192,12 +188,11 @@ def check_event(event):
 
 def find_results(paths):
     """Files among and below `paths`: two lists, of results.json and of metrics.jsonl."""
-    found = []
+    found = {}
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        names = ("results.json", "metrics.jsonl")
-        files = [file for file in path.rglob("*") if file.name in names]
-        found += sorted(files) if path.is_dir() else [path]
-    evaluations = [file for file in dict.fromkeys(found) if file.suffix == ".json"]
-    return evaluations, [file for file in dict.fromkeys(found) if file.suffix != ".json"]
+        files = [file for file in path.rglob("*") if file.name in ("results.json", "metrics.jsonl")]
+        found |= dict.fromkeys(sorted(files) if path.is_dir() else [path])
+    return ([file for file in found if file.suffix == ".json"],
+            [file for file in found if file.suffix != ".json"])

@@ -25,15 +25,14 @@ COMPARED = {"sets": {"set": str, "network": str, "ipc": int},
             "pairs": {"of": str, "than": str, "network": str, "ipc": list}}
 
 
-# --------------------------------------------------------------------------------------- accuracies
+# ---- accuracies
 def accuracies_by_set(rows, runs):
     """{(method, network, ipc): {measure: {set: [percent of each network]}}}, and the numbers of
     test images that they were measured on, {measure: {n, ...}}.
 
-    A measure is a threat model and an attack, such as "pixel: PGD20 untargeted 2/255". rows: of
-    evaluate.py. runs: RunRecords. Their last figures join the rows under `pixel`; under
-    `published`, where a grid is to come from the same networks, they stand beside them as "in the
-    run: ...". "-hard" behind a method: learned without its soft labels.
+    A measure: "pixel: PGD20 untargeted 2/255". rows: of evaluate.py. runs: RunRecords. Their last
+    figures join the rows under `pixel`; under `published`, where a grid is to come from the same
+    networks, their measure is "in the run: ...". "-hard" behind a method: without its soft labels.
     """
     accuracies, counts = {}, {}
     entries = itertools.chain(accuracies_of_rows(rows), *map(accuracies_of_run, runs))
@@ -103,14 +102,10 @@ def spread_text(of_sets):
     return mean_std(set_means(of_sets), 1, ddof=1) if of_sets else None
 
 
-def range_text(numbers):
-    """'1 to 3', or '3' where they are all the same."""
-    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
-
-
 def count_text(cells):
-    """How many sets stand behind cells {set: values}, or None."""
-    return range_text([len(of_sets) for of_sets in cells if of_sets])
+    """How many sets stand behind cells: '1 to 3', or '3' where they are all the same."""
+    numbers = {len(of_sets) for of_sets in cells if of_sets}
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def table_robust(dataset, accuracies, counts, num_classes):
@@ -141,12 +136,10 @@ def table_robust(dataset, accuracies, counts, num_classes):
     return table
 
 
-# -------------------------------------------------------------------------------------- comparisons
+# ---- comparisons
 def welch(one, other):
-    """(difference of two means, low, high), the 95 % interval by Welch's method (scipy).
-
-    The interval is NaN where one of the two has a single value; the difference where nothing
-    varies."""
+    """The difference of two means and its 95 % interval by Welch's method (scipy): NaN where one
+    has a single value, the difference itself where nothing varies."""
     from scipy import stats
     difference = float(np.mean(one) - np.mean(other))
     if min(len(one), len(other)) < 2:
@@ -163,9 +156,8 @@ def verdict(low, high):
 
 
 def read_comparisons(path):
-    """The tables that a file of comparisons asks for, a list of dicts: COMPARISON, and one of
-    COMPARED with a list of such dicts. A pair may have a "claim" (text), a table "sentences": true.
-    Raises InputError if it is something else."""
+    """The tables that a file asks for: dicts of COMPARISON and a list of one of COMPARED. A pair
+    may have a "claim" (text), a table "sentences": true. Raises InputError for anything else."""
     def check(values, kinds):
         for key, kind in kinds.items():
             if not isinstance(values.get(key), kind):
@@ -187,11 +179,9 @@ def read_comparisons(path):
 
 
 def comparisons_of(dataset, names, accuracies):
-    """The tables of `--compare A B ...`, as of `read_comparisons`: these sets, and the differences
-    to the last one, for each network and ipc that they have in common.
-
-    A name may leave out "-pixel". Measures: clean accuracy and attacks under `pixel`, else all.
-    Raises InputError for a name that no result has."""
+    """What `--compare A B ...` asks for, like `read_comparisons`: these sets and their differences
+    to the last one, for each network and ipc that all have. Measures: clean and attacks under
+    `pixel`, else all. A name may leave out "-pixel"."""
     methods = {method for method, _, _ in accuracies}
     stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
     names = [name if name in methods or f"{name}-pixel" not in methods else f"{name}-pixel"
@@ -258,8 +248,7 @@ def table_sets(asked, accuracies):
 
 
 def table_differences(asked, accuracies):
-    """Differences between sets. Where a pair has a claim, namely that `of` is above `than`, each
-    says whether it supports it."""
+    """Differences between sets; a claim is that `of` is above `than`."""
     table = Table(asked["name"], f"{asked['title']} (percentage points, with the 95 % interval by "
                   "Welch's method over sets)", ["", *asked["measures"], "sets"],
                   sentences=bool(asked.get("sentences")))
@@ -284,7 +273,7 @@ def table_differences(asked, accuracies):
 
 
 def difference_text(one, other, claimed):
-    """'+9.0 [5.1, 12.9]: supported'; the verdict for a claim only, no interval for single sets."""
+    """'+9.0 [5.1, 12.9]: supported'; a verdict for a claim, no interval for single sets."""
     difference, low, high = welch(one, other)
     if np.isnan(low):
         return f"{difference:+.1f}"

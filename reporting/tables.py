@@ -124,14 +124,14 @@ def raised_note(entry):
     return f"attacked accuracy is above clean accuracy ({', '.join(entry['raised'])})"
 
 
-# ------------------------------------------------------------------------------ tables of the paper
+# ---- tables of the paper
 def paper_table(pool, number, title, columns):
     return Table(f"table{number}_{pool.dataset}_{pool.n}",
                  f"Table {number}, {pool.dataset}, {pool.n} test images: {title}", columns)
 
 
 def entries_of(pool, kind):
-    """{(method, targeted, threat model): entry of `metrics_of`} of an attack grid."""
+    """{(method, targeted, threat model): entry of `metrics_of`} of a grid."""
     return {(entry["method"], entry["targeted"], entry["threat_model"]): entry
             for entry in pool.metrics if entry["kind"] == kind}
 
@@ -255,7 +255,7 @@ def table_4(pool, published):
     return table
 
 
-# ------------------------------------------------------------------------------------ other tables
+# ---- other tables
 def table_accuracy(pool, published=None):
     """Accuracy per attack, with the controls, published threat model beside pixel."""
     groups = {(*group, threat): cells for threat in THREAT_MODELS

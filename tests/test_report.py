@@ -99,7 +99,7 @@ def lines_of(tmp_path):
     return read
 
 
-# ------------------------------------------------------------------------------ tables of the paper
+# ---- tables of the paper
 def test_published_figures_are_those_of_the_source():
     if not SHARED.exists():
         pytest.skip("no ../shared here")
@@ -208,7 +208,7 @@ def test_the_diagonal_of_the_transfer_is_white_box():
                                    ("B", "A"): other})
 
 
-# --------------------------------------------------------------------------------------------- runs
+# ---- runs
 def test_runs_finished_and_going_and_the_sweep(tmp_path, run_report):
     write_run(tmp_path / "in" / "a")
     write_run(tmp_path / "in" / "b", align_weight=0.8, method="another name", num_exp=3)
@@ -252,7 +252,7 @@ def test_over_seeds(tmp_path, run_report, lines_of):
     assert difference["clean"] == "+0.00 +- 0.00" and lines["ROME"]["robust 2/255"] == ""
 
 
-# ------------------------------------------------------------------------------- sets of many seeds
+# ---- sets of many seeds
 def rows_of_sets(method, accuracies, threat, attacks, ipc=50):
     """Rows of a network on each set of a file. attacks: (attack, targeted, eps, accuracy)."""
     for k, clean in enumerate(accuracies):
@@ -403,7 +403,7 @@ def test_verdicts():
     assert 0.9 < np.mean([low <= 2 <= high for low, high in intervals]) < 0.99
 
 
-# -------------------------------------------------------------------------------------------- files
+# ---- files
 PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md"))
          if f"\n{report.END}" in path.read_text()]
 
@@ -480,7 +480,7 @@ def test_a_section_of_a_page_is_replaced(tmp_path, run_report):
         run_report("--table", "1", "--readme", other)
 
 
-# ----------------------------------------------------------------------------- figures of .pt files
+# ---- figures of .pt files
 def test_sets_side_by_side(tmp_path, run_report):
     """A row for each class, in its colours; a set that does not say what it is, is refused."""
     colours = torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(0))
