@@ -1,12 +1,12 @@
 # make demo            install into .venv and distil the embedded digits (about 4 minutes on two CPU cores)
-# make demo-table      the demo for five seeds on each kind of processor (two hours), and the table over the seeds; with
-#                      LABELS=hard without the labels of the robust networks (an hour)
+# make demo-table      the demo for five seeds on each kind of processor (two hours), and the table over the seeds;
+#                      LABELS=hard: without the labels of the robust networks (an hour)
 # make test            install into .venv and run the tests
 # make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
 # make test-machines   the tests on each kind of processor, with two threads, with the lowest and the newest torch (an hour)
 PYTHON ?= python3
 VENV ?= .venv
-LABELS ?= prior
+LABELS ?= stored
 BIN = $(VENV)/bin
 
 .PHONY: demo demo-table test test-slow test-machines clean
@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/python pretrain.py --seed 0 $(DEMO_PRIOR)
 	$(BIN)/python ROME_cifar10.py --seed 0 $(DEMO_FLAGS) --robust_prior checkpoints/$(DEMO_NETWORKS)_seed0-*.pth
 
-# Two runs at a time, of one thread each. Each line: capability, seed.
+# Two runs at a time, one thread each. An input line of xargs is a capability and a seed.
 demo-table: $(VENV)/installed
 	for capability in $(CAPABILITIES); do for seed in 0 1 2 3 4; do echo $$capability $$seed; done; done | \
 	OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'out=result/demo/$$0/seed$$1; \
@@ -41,7 +41,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# torchattacks and ddranking pin old packages that the tests never need: installed without their dependencies, and for tests only.
+# torchattacks and ddranking pin old packages that the tests do not need: installed without dependencies.
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
@@ -50,8 +50,8 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 clean:
 	rm -rf $(VENV) .venv-torch-*
 
-# Small enough for two CPU cores: a robust prior of four networks, 100 iterations, small batches, 3 networks an evaluation, the valid
-# threat model. The last set is kept: with one evaluation there is nothing to select.
+# Small enough for two CPU cores: four robust networks, 100 iterations, small batches, three networks an evaluation,
+# the valid threat model. The last set is kept: with one evaluation there is nothing to select.
 DEMO_NETWORKS = full_ConvNetW32_Digits_142_PGD-pixel
 DEMO_PRIOR = --dataset Digits --model ConvNetW32 --threat_model pixel --num_nets 4 --epochs 4 --attack_steps 3 --batch_train 64 \
 	--lr_net 0.1 --test_limit 50 --aa_limit 0

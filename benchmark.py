@@ -1,46 +1,48 @@
-"""How fast the scripts are on this machine, and how near to what it can do.
+"""How fast the scripts are on this machine.
 
-    python benchmark.py                         full ConvNet, CIFAR-10 ipc 10 flags, smaller batches; 25 min on two cores
-    python benchmark.py --quick                 ConvNetW32, once: 3 min
-    python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     at the published sizes
-    torchrun --nproc_per_node 2 benchmark.py                                         two processes against one of them
+    python benchmark.py               ConvNet, CIFAR-10 ipc 10, smaller batches; 25 min on two cores
+    python benchmark.py --quick       ConvNetW32, once: 3 min
+    python benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10     published sizes
+    torchrun --nproc_per_node 2 benchmark.py                  the same, shared by two processes
 
-Measures, as medians of --repeats runs, the plain loop (class by class, eager, glibc's malloc as it is) and the fast one in fp32
-(tf32 on a GPU) and, where there are instructions for it, in bf16, in turn in the same process. Random images: speed does not
-depend on them. Writes one table and --out as JSON.
-Distributed under the MIT licence.
+Medians of --repeats runs: the plain loop (the same code, class by class, not compiled, glibc's
+malloc as it is) and the fast one in fp32 (tf32 on a GPU) and, where the device has instructions for
+it, in bf16, in turn in one process. Random images: speed does not depend on them. Writes a table
+and --out as JSON. Distributed under the MIT licence.
 """
 import argparse
-import resource
-import runpy
-import subprocess
 import sys
-import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import utils
-from attacks import attack_images, get_threat_model
-from augment import dsa_apply, dsa_draw, unpack
+import rome
+from attacks import attack, get_threat_model
+from datasets import DATASETS, Dataset
+from networks import NETWORKS, network_for
 from runtime import compilation, distributed
 from runtime.command_line import add_switch, at_least, run_script
-from datasets import DATASETS, Dataset
-from runtime.device import device_name, get_device, has_bf16, synchronise, versions
+from runtime.cost import TRAINING_STEP, IterationCost, forward_flops, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
-from runtime.cost import TRAINING_STEP, convolution_rate, forward_flops, set_batches
+from runtime.device import (choose_micro_batch, device_name, get_device, has_bf16,
+                            keep_freed_memory, synchronise, versions)
 from runtime.safe_io import write_json
 from runtime.seeding import make_generator
-from networks import NETWORKS, network_for
+from synsets import TrainConfig, initial_set
+from utils import train_on_set
 
-SCRIPT = Path(__file__).with_name("ROME_cifar10.py")
-rome = SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # the functions that are measured
+# The published flags of CIFAR-10 at 10 images a class that rome.py reads, but for the sizes.
+METHOD = dict(
+    seed=0, pack=2, lr_img=0.2, optim="sgd", momentum_img=0.5, align_weight=0.2, ce_weight=0.1,
+    align_distance="tv", syn_ce=True, ce_only_while_wrong=True, real_kept=2560, embed_last=1000,
+    dsa_strategy="color_crop_cutout_flip_scale_rotate", attack_prior=True, attack_pool=True,
+    attack_eps=8.0, attack_step_size=None, attack_steps=10, lr_net=0.01, net_decay=True,
+    net_num=100, net_start=2, net_slice_min=10)
 
 
 def parse_args(argv=None):
@@ -49,98 +51,63 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL")
     add("--ipc", type=at_least(1), default=10, help="images per class")
-    add("--batch_real", type=at_least(1), default=64, help="real images of each class per update (published: 256)")
-    add("--trained_bs", type=at_least(1), default=64, help="real images in a step of pool training (published: 256)")
-    add("--model_train_steps", type=at_least(0), default=2, help="steps for each of 2 networks (published: 10)")
+    add("--batch_real", type=at_least(1), default=64, help="real images of a class")
+    add("--trained_bs", type=at_least(1), default=64, help="real images in a pool training step")
+    add("--model_train_steps", type=at_least(0), default=2, help="for each of 2 networks")
     add("--threat_model", choices=("published", "pixel"), default="published")
-    add("--train_ipc", type=at_least(1), nargs="*", default=[1, 10, 50], help="sets on which evaluation training is measured")
-    add("--train_epochs", type=at_least(1), default=2, help="epochs that are measured; 100 are reported")
+    add("--train_ipc", type=at_least(1), nargs="*", default=[1, 10, 50],
+        help="sets on which evaluation training is measured")
+    add("--train_epochs", type=at_least(1), default=2, help="epochs measured; 100 are reported")
     add("--repeats", type=at_least(1), default=5, help="runs of which the median is taken")
-    add("--quick", action="store_true", help="ConvNetW32, batches of 32, ipc 10, a single repeat")
+    add("--quick", action="store_true", help="ConvNetW32, batches of 32, ipc 10, one repeat")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", default="./result/benchmark.json", metavar="FILE")
     add_switch(parser, "compile", True, "torch.compile for the fast loop")
     args = parser.parse_args(argv)
     if args.quick:
-        args.model, args.batch_real, args.trained_bs, args.train_ipc, args.repeats = "ConvNetW32", 32, 32, [10], 1
+        args.model, args.repeats, args.train_ipc = "ConvNetW32", 1, [10]
+        args.batch_real = args.trained_bs = 32
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------- the plain loop
-def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, args, rng):
-    """Steps 3 and 4 of an outer iteration, as one would first write them: every class by itself, every batch at once, eager.
-
-    The reference of the fast path: with the same random streams it ends at the same images and networks, up to rounding.
-    image_syn: (C*ipc, 3, H, W), changed in place. member: the pool network to match on; trained: those to train.
-    """
-    for c in range(data.num_classes):
-        img_real = data.sample_class(c, args.batch_real, rng["data"])
-        draw = dsa_draw(args.dsa_strategy, data.size, rng["dsa"])
-        label_real = torch.full((len(img_real),), c, device=data.device)
-        img_adv = attack_images(member.net, dsa_apply(img_real, draw), label_real, threat, rng["attack"], micro_batch=len(img_real))
-        img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
-        emb_syn, logits = member.net.embed_and_classify(dsa_apply(unpack(img_syn, args.pack), draw))
-        with torch.no_grad():
-            emb_adv = member.net.embed_and_classify(img_adv)[0].mean(0)
-        loss = (args.align_weight * rome.robustness_aligned_loss(emb_syn, emb_adv) + (1 - args.align_weight) * args.ce_weight
-                * member.running_accuracy() * rome.performance_aligned_loss(logits, c, False))
-        optimizer_img.zero_grad()
-        loss.backward()
-        optimizer_img.step()
-    for member in trained:
-        for _ in range(args.model_train_steps):
-            img_real, label_real = data.sample(args.trained_bs, rng["data"])
-            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], micro_batch=len(img_real))
-            logits = member.net(img_adv)
-            member.optimizer.zero_grad()
-            F.cross_entropy(logits, label_real).backward()
-            member.optimizer.step()
-            member.record((logits.argmax(1) == label_real).sum(), len(label_real))
-
-
 class Bench:
-    """What both loops work on: random images in place of CIFAR-10, a pool, a synthetic set, and the flags of the script."""
+    """What both loops work on: random images, and the flags of the method."""
 
-    def __init__(self, args):
-        self.args, self.device = args, get_device(args.device)
-        self.precisions = ["tf32", *(["bf16"] if has_bf16(self.device) and distributed.world_size() == 1 else [])]
+    def __init__(self, args, device):
+        self.args, self.device = args, get_device(device)
+        self.micro_batch = choose_micro_batch(self.device)
+        self.precisions = ["tf32", "bf16"] if has_bf16(self.device) else ["tf32"]
         rng = np.random.default_rng(0)
         labels = torch.arange(10).repeat(max(args.batch_real, 4 * args.ipc))
-        images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8))
+        images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), np.uint8))
                   for split in ("train", "test")}
-        self.data = Dataset("random", images, {"train": labels, "test": labels}, "0123456789", device=self.device,
-                            **DATASETS["CIFAR10"])
-        self.pgd_batch = min(self.data.micro_batch, len(labels))
+        self.data = Dataset("random", images, {"train": labels, "test": labels}, "0123456789",
+                            device=self.device, **DATASETS["CIFAR10"])
         self.threat = get_threat_model(args.threat_model, self.data)
-        # The published flags of CIFAR-10 at 10 images a class, but for the sizes asked for.
-        self.flags = rome.parse_args([
-            "--aug", "--lr_img", "0.2", "--net_decay", "--embed_last", "1000", "--syn_ce", "--ce_weight", "0.1",
-            "--train_net_num", "1", *(word for name in ("model", "ipc", "batch_real", "trained_bs", "model_train_steps")
-                                      for word in (f"--{name}", str(getattr(args, name))))])
-        self.flags.compile = args.compile
-        self.flops = 2 * forward_flops(self.network(0), 3, (32, 32))  # of an image-gradient
-        trained = 2 * args.model_train_steps * args.trained_bs
-        self.images = 10 * args.batch_real + trained  # of an outer iteration
-        self.work = 10 * self.images + TRAINING_STEP * trained  # its image-gradients
+        sizes = ("model", "ipc", "batch_real", "trained_bs", "model_train_steps")
+        self.flags = SimpleNamespace(**METHOD, **{name: getattr(args, name) for name in sizes})
+        self.attacked = min(self.micro_batch, len(labels))  # images of a PGD step
 
-    def network(self, seed):
+    def network(self, seed=0):
         return network_for(self.data, self.args.model, seed)
 
-    def start(self):
-        """(images, their optimiser, a pool of two, random streams), the same at every call."""
-        image_syn, _ = rome.initial_set(self.flags, self.data, make_generator(0, "init"), "real", 2)
-        pool = utils.new_pool(self.flags, 0, self.data, None)
-        del pool.members[2:]
-        rng = {name: make_generator(0, name, device=self.device if name == "attack" else "cpu")
-               for name in ("data", "dsa", "pool", "attack")}
-        return image_syn.requires_grad_(), rome.image_optimizer(self.flags, image_syn), pool, rng
+    def begin(self):
+        """(images, their optimizer, a pool of two, generators), the same at every call."""
+        image_syn, _ = initial_set(self.data, self.flags.ipc, self.flags.pack, "real",
+                                   make_generator(0, "init"))
+        optimizer_img = rome.image_optimizer(self.flags, image_syn.requires_grad_())
+        pool = rome.make_pool(self.flags, 0, self.data, None)
+        return image_syn, optimizer_img, pool, rome.make_generators(self.flags, 0, self.device)
 
-    def iterate(self, parts, record=True):
-        """One outer iteration as the script makes it. parts: of `start`. record: CUDA graphs, on a GPU."""
+    def iterate(self, parts, plain=False):
+        """One outer iteration; plain: class by class, every batch at once. parts: of `begin`."""
         image_syn, optimizer_img, pool, rng = parts
-        with use_cuda_graphs(record and self.device.type == "cuda"):
-            rome.matching_step(image_syn, optimizer_img, pool.members[0], self.data, self.threat, self.flags, rng)
-            rome.pool_step(pool.sample(2, rng["pool"]), self.data, self.threat, self.flags, rng)
+        whole = max(self.flags.batch_real, self.flags.trained_bs)
+        common = (self.data, self.threat, self.flags, rng, whole if plain else self.micro_batch)
+        with use_cuda_graphs(not plain and self.device.type == "cuda"):
+            rome.matching_step(image_syn, optimizer_img, pool.members[0], *common,
+                               classes_at_once=1 if plain else None)
+            rome.pool_step(pool.sample(2, rng["pool"]), *common)
 
     def seconds(self, call):
         """Wall time of call(), with the device waited for."""
@@ -150,62 +117,73 @@ class Bench:
         synchronise(self.device)
         return time.perf_counter() - start
 
-    def compare(self, plain, fast_one):
-        """Median seconds of both, measured in turn after a warm-up: [plain, fast, fast in bf16 (if the device has it)]."""
+    def compare(self, plain, fast):
+        """Median seconds, measured in turn after a warm-up: [plain, fast, fast in bf16]."""
         times = []
         for _ in range(1 + self.args.repeats):
             with plain_mode():
-                one = [self.seconds(plain)]
+                row = [self.seconds(plain)]
             for precision in self.precisions:
                 compilation.set_precision(precision)
-                one.append(self.seconds(fast_one))
-            times.append(one)
+                row.append(self.seconds(fast))
+            times.append(row)
         return np.median(times[1:], axis=0).tolist()
 
 
-class plain_mode:
-    """Inside: no compilation, float32, and glibc's malloc as a process has it that has run for a while: its threshold of what
-    is returned to the system has risen to the limit, 32 MiB (mallopt(3))."""
-
-    def __enter__(self):
-        self.kept = compilation._ready.copy(), compilation._precision
-        compilation._ready.clear()
-        compilation.set_precision("fp32")
-        compilation.reuse_freed_memory(32 << 20, 64 << 20)
-
-    def __exit__(self, *error):
-        compilation._ready.update(self.kept[0])
-        compilation.set_precision(self.kept[1])
-        compilation.reuse_freed_memory()
-
-
-# ------------------------------------------------------------------------------------------------------------ measurements
-def ceilings(bench):
-    """(a) GFLOP/s of a large matrix product and of `convolution_rate`, on as many images as are attacked at a time."""
-    size = 4096 if bench.device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=bench.device)
-    repeats = max(bench.args.repeats, 5)
-    best = {"matrix product": 2 * size**3 / np.median([bench.seconds(lambda: a @ b) for _ in range(repeats + 1)][1:])}
-    count = 2048 if bench.device.type == "cuda" else bench.data.micro_batch
-    for dtype in (torch.float32, torch.bfloat16)[:len(bench.precisions)]:
-        best["convolution" if dtype == torch.float32 else "convolution, bf16"] = convolution_rate(bench.device, dtype, count,
-                                                                                                  repeats)
-    return {name: rate / 1e9 for name, rate in best.items()}
+@contextmanager
+def plain_mode():
+    """Inside: nothing compiled, float32, and glibc's malloc as in a process that has run for a
+    while: it returns blocks of more than 32 MiB to the system (mallopt(3))."""
+    precision = compilation.precision()
+    compilation.set_precision("fp32")
+    keep_freed_memory(32 << 20, 64 << 20)
+    try:
+        with compilation.eager_mode():
+            yield
+    finally:
+        compilation.set_precision(precision)
+        keep_freed_memory()
 
 
+def compile_all(bench):
+    """Compile what is measured, in each precision. Seconds that it took; 0 if it failed."""
+    args, micro_batch = bench.args, bench.micro_batch
+    images = distributed.max_shard_size(10 * args.batch_real)
+    pool_batch = distributed.max_shard_size(args.trained_bs)
+    attacked = {bench.attacked, min(pool_batch, micro_batch), images % micro_batch} - {0}
+    trained = {args.trained_bs, pool_batch}
+    for ipc in args.train_ipc:
+        trained |= set(training_batches(40 * ipc, 256, 1)) - {0}
+    start = time.perf_counter()
+    for precision in bench.precisions:
+        compilation.set_precision(precision)
+        with compilation.eager_mode():  # nothing counts as compiled in this precision yet
+            problem = compilation.compile_batches(
+                bench.network(), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
+                matched=[micro_batch], embedded=[micro_batch], last=1000)
+            keys = compilation.compiled_keys()
+        compilation.compiled_keys().update(keys)
+        if problem:
+            distributed.print_rank0(problem)
+            return 0.0
+    return time.perf_counter() - start
+
+
+# ----------------------------------------------------- what is measured: (images, seconds, passes)
 def pgd_step(bench):
-    """(b) One PGD step on a micro_batch of images."""
-    images, labels = bench.data.get_batch("train", slice(bench.pgd_batch))
-    net, rng = bench.network(0), torch.Generator(bench.device).manual_seed(0)
+    """One PGD step on a micro-batch of images."""
+    images, labels = bench.data.get_batch("train", slice(bench.attacked))
+    net, generator = bench.network(), make_generator(0, device=bench.device)
 
-    def attack():
-        attack_images(net, images, labels, bench.threat, rng, steps=10, micro_batch=len(images))
-    return len(images), [seconds / 10 for seconds in bench.compare(attack, attack)], len(images)
+    def ten_steps():
+        attack(net, images, labels, bench.threat, generator=generator, steps=10,
+               micro_batch=len(images))
+    return len(images), [s / 10 for s in bench.compare(ten_steps, ten_steps)], len(images)
 
 
-def pool_step(bench):
-    """(c) One training step of a pool network, without the attack."""
-    member = bench.start()[2].members[0]
+def pool_training_step(bench):
+    """One training step of a pool network, without the attack."""
+    member = bench.begin()[2].members[0]
     images, labels = bench.data.get_batch("train", slice(bench.args.trained_bs))
 
     def step():
@@ -215,170 +193,71 @@ def pool_step(bench):
     return len(images), bench.compare(step, step), TRAINING_STEP * len(images)
 
 
-def whole_iteration(bench):
-    """(d) One outer iteration: update of the synthetic images, training of two pool networks."""
-    flags = bench.flags
-    plain_parts, fast_parts = bench.start(), bench.start()
-
-    def plain():
-        image_syn, optimizer_img, pool, rng = plain_parts
-        plain_iteration(image_syn, optimizer_img, pool.members[0], pool.members, bench.data, bench.threat, flags, rng)
-
-    return bench.images, bench.compare(plain, lambda: bench.iterate(fast_parts)), bench.work
-
-
-def processes(bench):
-    """One outer iteration by the first process alone, while the others sleep, and by all together, in turn.
-
-    Returns median seconds of both, (alone, together)."""
-    alone, together, times = bench.start(), bench.start(), []
-    for _ in range(1 + bench.args.repeats):
-        one = 0.0
-        if distributed.is_main_process():
-            with distributed.single_process():
-                one = bench.seconds(lambda: bench.iterate(alone))
-        one = distributed.all_gather_object(one)[0]
-        times.append((one, max(distributed.all_gather_object(bench.seconds(lambda: bench.iterate(together))))))
-    return np.median(times[1:], axis=0).tolist()
+def outer_iteration(bench):
+    """A matching step, and the training of two pool networks."""
+    args, plain, fast = bench.args, bench.begin(), bench.begin()
+    trained = 2 * args.model_train_steps * args.trained_bs
+    passes = IterationCost(10 * args.batch_real, 10, 1, trained, 10).passes
+    seconds = bench.compare(lambda: bench.iterate(plain, plain=True), lambda: bench.iterate(fast))
+    return (10 * args.batch_real + trained, seconds, passes + (TRAINING_STEP - 1) * trained)
 
 
 def evaluation_training(bench, ipc):
-    """(e) 100 epochs of training on a packed set of `ipc` images a class."""
+    """100 epochs of training on a 2x2 packed set of `ipc` images a class."""
     count, epochs = 40 * ipc, bench.args.train_epochs
-    images, labels = torch.randn(count, 3, 32, 32, device=bench.device), torch.arange(10, device=bench.device).repeat(4 * ipc)
+    images = torch.randn(count, 3, 32, 32, device=bench.device)
+    labels = torch.arange(10, device=bench.device).repeat(4 * ipc)
 
     def train():
-        utils.train_on_set(bench.network(0), images, labels, epochs=epochs, lr_net=0.01, batch_train=256,
-                           dsa_strategy=bench.flags.dsa_strategy, generator=make_generator(0))
-    share = 100 / (epochs + 1)  # `epochs` + 1 are run
-    return 100 * count, [seconds * share for seconds in bench.compare(train, train)], TRAINING_STEP * 100 * count
+        train_on_set(bench.network(), images, labels, TrainConfig(epochs), make_generator(0))
+    seconds = [s * 100 / (epochs + 1) for s in bench.compare(train, train)]
+    return 100 * count, seconds, TRAINING_STEP * 100 * count
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts what is computed inside, eagerly: operations that are not mere views, each a kernel on a GPU, and the bytes that
-    they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.bytes = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func._schema.name not in ("aten::detach", "aten::_to_copy", "aten::empty"):
-            self.operations += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t))
-        return out
+def measurements(args):
+    found = {"PGD step": pgd_step, "pool training step": pool_training_step,
+             "outer iteration": outer_iteration}
+    for ipc in args.train_ipc:
+        found[f"100 epochs of training, ipc {ipc}"] = (
+            lambda bench, ipc=ipc: evaluation_training(bench, ipc))
+    return {"outer iteration": outer_iteration} if distributed.world_size() > 1 else found
 
 
-def on_a_gpu(bench):
-    """What an outer iteration would cost on an H100, from counts: the eager one, all classes in one micro_batch, TF32. Nothing of it
-    is measured; the longest of memory traffic, launches and arithmetic is taken. Returns a dict, with `text`."""
-    bandwidth, launch, arithmetic = 3.35e12, 8e-6, 495e12  # bytes/s and TF32 FLOP/s of its data sheet; seconds of a launch
-    parts, micro_batch = bench.start(), bench.data.micro_batch
-    bench.data.micro_batch = 4096
-    with plain_mode(), OperationCounter() as counter:
-        bench.iterate(parts, record=False)
-    bench.data.micro_batch, flops = micro_batch, bench.flops * bench.work
-    limits = {"memory": counter.bytes / bandwidth, "launches": counter.operations * launch, "arithmetic": flops / arithmetic}
-    slowest = max(limits, key=limits.get)
-    return {"operations": counter.operations, "bytes": counter.bytes, "flops": flops, "seconds": limits,
-            "text": f"{counter.operations} kernels, {counter.bytes / 2**30:.1f} GiB, {flops / 1e12:.2f} TFLOP; "
-                    + ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in limits.items()) + f": {slowest} decides"}
-
-
-def start_up():
-    """(f) Seconds from the command to the moment before the first iteration, apart from compilation; None without the data."""
-    if not Path("data/cifar10.npz").exists():
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        command = [sys.executable, "-u", SCRIPT, "--no_compile", "--no_baseline", "--save_path", f"{folder}/result",
-                   "--checkpoint_path", f"{folder}/states"]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            for line in run.stdout:
-                if line.startswith("an iteration:"):  # the last line of the plan
-                    return time.perf_counter() - start
-        finally:
-            run.kill()
-            run.wait()
-    raise RuntimeError("ROME_cifar10.py did not come to its first iteration")
-
-
-def peak_memory(device):
-    """(g) GiB: of the device, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def compile_all(bench):
-    """Compile what the rows use, in each precision. Returns the seconds that it took, or 0 with a line that says why not."""
-    args, micro_batch = bench.args, bench.data.micro_batch
-    images, pool_batch = map(distributed.max_shard_size, (10 * args.batch_real, args.trained_bs))
-    attacked, trained = {bench.pgd_batch, min(pool_batch, micro_batch), images % micro_batch} - {0}, {args.trained_bs, pool_batch}
-    if distributed.world_size() == 1:
-        trained |= {size for ipc in args.train_ipc for size in set_batches(40 * ipc, 256, 1) if size}
-    start, ready = time.perf_counter(), set()
-    for precision in bench.precisions:
-        compilation.set_precision(precision)
-        compilation._ready.clear()
-        problem = compilation.compile_batches(bench.network(0), (3, 32, 32), sorted(attacked), sorted(trained), matched=[micro_batch],
-                                       embedded=[micro_batch], last=1000)
-        if problem:
-            distributed.print_rank0(problem)
-            return 0.0
-        ready |= compilation._ready
-    seconds = time.perf_counter() - start
-    distributed.print_rank0(f"compiled {len(ready)} kinds of batches in {' and '.join(bench.precisions)} in {seconds:.0f} s")
-    return seconds
+def measure_rows(bench):
+    """Measure every row and print it as a line of a Markdown table."""
+    flops, rows = 2 * forward_flops(bench.network(), 3, (32, 32)), []
+    say = distributed.print_rank0
+    say("| | plain s |" + "".join(f" {p} s | speed-up | GFLOP/s |" for p in bench.precisions))
+    say("|---|---|" + "---|---|---|" * len(bench.precisions))
+    for name, measure in measurements(bench.args).items():
+        images, (plain, *fast), passes = measure(bench)
+        row = {"what": name, "images": images, "plain_seconds": plain}
+        cells = f"| {name} | {plain:.3g} |"
+        for precision, seconds in zip(bench.precisions, fast):
+            row[precision] = {"seconds": seconds, "speed_up": plain / seconds,
+                              "gflops": passes * flops / seconds / 1e9}
+            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {row[precision]['gflops']:.0f} |"
+        rows.append(row)
+        say(cells)
+    return rows
 
 
 def main():
     args = parse_args()
-    args.device = distributed.init(args)
+    bench = Bench(args, distributed.init(vars(args)))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
     compile_seconds = compile_all(bench) if args.compile else 0.0
-    if distributed.world_size() > 1:
-        alone, together = processes(bench)
-        return distributed.print_rank0(
-            f"outer iteration, {device_name(bench.device)}, {args.model}, ipc {args.ipc}, batch_real {args.batch_real}, "
-            f"trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}; medians of {args.repeats}: one process "
-            f"{alone:.3g} s, {distributed.world_size()} processes {together:.3g} s: {alone / together:.2f} times as fast")
-    ceiling = ceilings(bench)
-    peaks = [ceiling["convolution"], ceiling.get("convolution, bf16")]
-    measurements = {f"PGD step, {bench.pgd_batch} images": pgd_step, f"pool training step, {args.trained_bs} images": pool_step,
-                    "outer iteration": whole_iteration}
-    measurements |= {f"100 epochs of training, ipc {ipc}": lambda bench, ipc=ipc: evaluation_training(bench, ipc)
-                     for ipc in args.train_ipc}
-    print(f"{device_name(bench.device)}, torch {torch.__version__}, {args.model}, ipc {args.ipc}, batch_real "
-          f"{args.batch_real}, trained_bs {args.trained_bs}, model_train_steps {args.model_train_steps}, {args.threat_model}; "
-          f"medians of {args.repeats}\n\n"
-          + "\n".join(f"{name}: {rate:.0f} GFLOP/s" for name, rate in ceiling.items())
-          + ("" if has_bf16(bench.device) else "\nno instructions for bf16")
-          + "\n\n| | plain s |" + "".join(f" {p} s | speed-up | of the convolution |" for p in bench.precisions)
-          + "\n|---|---|" + "---|---|---|" * len(bench.precisions))
-    rows = []
-    for name, measure in measurements.items():
-        images, (plain, *quick), work = measure(bench)
-        row, cells = {"what": name, "images": images, "plain_seconds": plain}, f"| {name} | {plain:.3g} |"
-        for precision, seconds, peak in zip(bench.precisions, quick, peaks):
-            rate = work * bench.flops / seconds / 1e9
-            row[precision] = {"seconds": seconds, "speed_up": plain / seconds, "images_per_second": images / seconds,
-                              "gflops": rate, "share_of_convolution": rate / peak}
-            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {100 * rate / peak:.0f} % |"
-        rows.append(row)
-        print(cells, flush=True)
-    on_paper = on_a_gpu(bench)
-    print("\nan outer iteration at these sizes on an H100, on paper: " + on_paper["text"])
-    startup, memory = start_up(), peak_memory(bench.device)
-    print(f"start-up to the first iteration: {'no data/cifar10.npz here' if startup is None else f'{startup:.1f} s'}; "
-          f"peak memory {memory:.1f} GiB")
-    write_json(Path(args.out), {
-        "command": " ".join(sys.argv), "flags": vars(args), "device": device_name(bench.device),
-        "versions": versions(), "ceilings_gflops": ceiling, "compile_seconds": compile_seconds, "rows": rows,
-        "on_paper": on_paper, "start_up_seconds": startup, "peak_memory_gib": memory})
+    names = ("ipc", "batch_real", "trained_bs", "model_train_steps")
+    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+    distributed.print_rank0(
+        f"{device_name(bench.device)}, {distributed.world_size()} process(es), torch "
+        f"{torch.__version__}, {args.model}, {sizes}, {args.threat_model}; compiled in "
+        f"{compile_seconds:.0f} s; medians of {args.repeats}\n")
+    rows = measure_rows(bench)
+    if distributed.is_main_process():
+        write_json(Path(args.out), {
+            "command": " ".join(sys.argv), "flags": vars(args), "versions": versions(),
+            "device": device_name(bench.device), "compile_seconds": compile_seconds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from runtime.command_line import add_dataset_flag, add_switch, at_least, fractio
 from datasets import dataset_name, load_dataset
 from runtime.device import device_name, get_device, synchronise
 from runtime.compilation import PRECISIONS, resolve_precision, disable_bf16, set_precision, stop_compiling
-from formats.inputs import choose_dataset, choose_normalisation, read_inputs, understand
+from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from runtime.tasks import Job, PassCounter, Results, run_tasks, warm_up
 from reporting.plots import draw_results
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--aa_limit", type=at_least(0), default=0, metavar="N", help="AA on the first N test images only; 0: on all")
     add("--queries", type=at_least(1), default=5000, help="of Square, alone and in AutoAttack")
     add("--attack_precision", choices=("fp32", "bf16"), default="fp32", help="what attacks compute in; accuracies "
-        "are judged in fp32 (docs/robustness.md)")
+        "are judged in fp32 (docs/evaluate.md)")
     add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
     add_switch(attack, "sanity", True, "check every network for signs of a broken evaluation")
 
@@ -220,7 +220,8 @@ def main():
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
                          "with --no_sanity")
     resolve_precision(args, device := get_device(distributed.init(args)))
-    inputs = read_inputs(args, NETWORKS)
+    inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset, args.model,
+                         args.packed)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
     data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random numbers on CUDA
@@ -241,14 +242,14 @@ def main():
         if not one.synset:
             targets.append(target_from_network(one, data))
             one.warnings += check_normalisation(targets[-1], data)
-        understand(one, data, args.images)
-        for line in (f"{one.path} taken as: {one.taken_as}", *(f"warning: {warning}" for warning in one.warnings)):
+        check_and_normalise(one, data, args.images)
+        for line in (f"{one.path} taken as: {one.description}", *(f"warning: {warning}" for warning in one.warnings)):
             distributed.print_rank0(line)
 
     flags = {**vars(args), "dataset": data.name}
     with closing(Results(args, flags, device, MAY_CHANGE, check_rows)) as results:  # nothing is written before here
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
-            str(one.path): {"taken_as": one.taken_as, "warnings": one.warnings} for one in inputs}}
+            str(one.path): {"taken_as": one.description, "warnings": one.warnings} for one in inputs}}
         try:
             run(args, inputs, targets, data, results)
         except (KeyboardInterrupt, Interrupted):

@@ -1,21 +1,27 @@
-"""The pool of networks that the robust prior is made with: who is in it, who leaves, what a saved state has of it."""
+"""The pool of networks that the synthetic images are matched on. Source: SPEC 1.1."""
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from formats.network_file import load_into
+from networks import network_for
+from runtime.safe_io import InputError
 
 
 @dataclass
 class PoolMember:
-    """A network of the pool, its optimiser, and its running count of right answers on the batches it was trained on."""
+    """A network, its optimizer, and how many images of its training batches it got right."""
 
     net: torch.nn.Module
     optimizer: torch.optim.Optimizer
     correct: torch.Tensor  # () float, on the device
     seen: int = 0
 
-    def record(self, right, seen):
-        """Count the right answers to one training batch. right: a () tensor, of `seen` images."""
-        self.correct += right
+    def count(self, correct, seen):
+        """Add a training batch of `seen` images, of which `correct`, a () tensor, were right."""
+        self.correct += correct
         self.seen += seen
 
     def running_accuracy(self):
@@ -24,34 +30,37 @@ class PoolMember:
 
 
 class NetworkPool:
-    """The networks that the robust prior is made with: at most `limit`, the oldest leave first. Source: SPEC 1.1.
+    """Networks that are trained on the way: at most `limit`, the oldest leave first.
 
-    make_net: int (how many were made before) -> network; make_optimizer: network -> optimiser.
+    make_net: how many were made before -> network. make_optimizer: network -> optimizer.
+    start: networks at the beginning. slice_min: see `sample`.
     """
 
-    fixed = False
+    is_trained = True
 
-    def __init__(self, make_net, make_optimizer, limit, start=3):
-        self.make_net, self.make_optimizer, self.limit = make_net, make_optimizer, limit
-        self.members, self.made = [], 0
+    def __init__(self, make_net, make_optimizer, limit, start=3, slice_min=10):
+        self.make_net, self.make_optimizer = make_net, make_optimizer
+        self.limit, self.slice_min = limit, slice_min
+        self.members, self.num_created = [], 0
         self.push(start)
 
     def push(self, count):
         """Add `count` fresh networks and drop the oldest beyond the limit."""
         for _ in range(count):
-            net = self.make_net(self.made)
-            device = next(net.parameters()).device
-            self.members.append(PoolMember(net, self.make_optimizer(net), torch.zeros((), device=device)))
-            self.made += 1
+            net = self.make_net(self.num_created)
+            correct = torch.zeros((), device=next(net.parameters()).device)
+            self.members.append(PoolMember(net, self.make_optimizer(net), correct))
+            self.num_created += 1
         del self.members[:-self.limit]
 
     def sample(self, count, generator, begin=0, end=None):
-        """`count` different members at random (all, shuffled, if there are fewer).
+        """`count` different members in random order, or all of them if there are fewer.
 
-        begin, end: choose from this slice of the pool, oldest first, if it holds more than 10 members.
+        begin, end: sample from this slice, oldest first, if more than `slice_min` are in it.
         """
-        sliced = self.members[begin:end]
-        candidates = sliced if len(sliced) > 10 else self.members
+        candidates = self.members[begin:end]
+        if len(candidates) <= self.slice_min:
+            candidates = self.members
         order = torch.randperm(len(candidates), generator=generator)[:count]
         return [candidates[i] for i in order.tolist()]
 
@@ -61,14 +70,14 @@ class NetworkPool:
             member.seen = 0
 
     def state_dict(self):
-        """The whole pool, as plain values and tensors."""
-        return {"made": self.made, "members": [{"net": m.net.state_dict(), "optimizer": m.optimizer.state_dict(),
-                                                "correct": m.correct, "seen": m.seen} for m in self.members]}
+        members = [{"net": member.net.state_dict(), "optimizer": member.optimizer.state_dict(),
+                    "correct": member.correct, "seen": member.seen} for member in self.members]
+        return {"num_created": self.num_created, "members": members}
 
     def load_state_dict(self, state):
-        """Become the pool of a `state_dict`."""
-        self.members, self.made = [], state["made"] - len(state["members"])
-        self.push(len(state["members"]))
+        count = len(state["members"])
+        self.members, self.num_created = [], state["num_created"] - count
+        self.push(count)
         for member, saved in zip(self.members, state["members"]):
             member.net.load_state_dict(saved["net"])
             member.optimizer.load_state_dict(saved["optimizer"])
@@ -76,17 +85,19 @@ class NetworkPool:
             member.seen = saved["seen"]
 
 
-class FixedPool(NetworkPool):
-    """Networks that are used as they are: no push, no training, and a running accuracy that stays.
+class PretrainedPool(NetworkPool):
+    """The networks of --robust_prior: never renewed, never trained, with a fixed accuracy.
 
-    networks: (network, its robust training accuracy as a fraction) each.
+    networks: (network, its robust training accuracy, a fraction) each.
     """
 
-    fixed = True
+    is_trained = False
 
-    def __init__(self, networks):
-        self.members = [PoolMember(net, None, torch.tensor(accuracy, device=next(net.parameters()).device), seen=1)
-                        for net, accuracy in networks]
+    def __init__(self, networks, slice_min=10):
+        self.slice_min = slice_min
+        self.members = [
+            PoolMember(net, None, torch.tensor(accuracy, device=next(net.parameters()).device), 1)
+            for net, accuracy in networks]
 
     def push(self, count):
         pass
@@ -99,3 +110,48 @@ class FixedPool(NetworkPool):
 
     def load_state_dict(self, state):
         pass
+
+
+# ------------------------------------------------------------------------ files of pretrain.py
+def load_prior_networks(paths, model, data, threat_name):
+    """Networks of pretrain.py, frozen and in eval mode, each with the `.json` beside it.
+
+    Returns [(network, robust training accuracy), ...] and a line on each of them. Raises InputError
+    that names a network of another architecture, data set, class count or threat model, or one
+    whose `.json` is missing or damaged.
+    """
+    networks, lines = [], []
+    expected = {"model": model, "dataset": data.name, "num_classes": data.num_classes,
+                "threat_model": threat_name, "mean": list(data.mean), "std": list(data.std)}
+    for path in map(Path, paths):
+        about, accuracy = read_prior_record(path)
+        for key, value in expected.items():
+            if about.get(key, value) != value:  # older versions do not say mean and std
+                raise InputError(f"--robust_prior {path}: its {key} is {about[key]}, "
+                                 f"this run's {value}")
+        notes = []
+        net = load_into(network_for(data, model, 0), path, notes).eval().requires_grad_(False)
+        networks.append((net, accuracy))
+        lines.append(", ".join([f"{path} taken as: {data.name}", model, threat_name,
+                                f"{100 * accuracy:.2f} % on its training batches", *notes]))
+    return networks, lines
+
+
+def read_prior_record(path):
+    """What the `.json` beside a network says, and its robust training accuracy, a fraction."""
+    record_path = path.with_name(path.name + ".json")
+    if not path.is_file():
+        raise InputError(f"--robust_prior {path} does not exist or is a folder")
+    try:
+        about = json.loads(record_path.read_text())
+        missing = {"model", "dataset", "num_classes", "threat_model"} - set(about)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+        accuracy = float(about["train_robust_acc"])
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"train_robust_acc is {accuracy}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--robust_prior {path}: {record_path.name}, which says how it was "
+                         f"trained, is missing or damaged ({type(error).__name__}: {error}); "
+                         "pretrain.py writes it") from None
+    return about, accuracy

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attacks import attack_images, get_threat_model
+from attacks import attack, get_threat_model
 from datasets import load_dataset
-from formats.inputs import choose_normalisation, read_input, take_flags, understand
+from formats.inputs import check_and_normalise, choose_normalisation, read_input, take_flags
 from formats.synset_file import mean_and_std
 from networks import NETWORKS, network_for
 from reporting import plots, records, statistics, tables
@@ -25,7 +25,7 @@ from reporting.metrics import Pool
 from runtime.command_line import at_least, fraction, run_script
 from runtime.safe_io import InputError, write_text
 from runtime.seeding import derive_seed, make_generator
-from synsets import protocol_of, training_set
+from synsets import TrainConfig, training_set
 from utils import train_on_set
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def parse_args(argv=None):
         help="of the paper, or the training curves of the runs; default: all")
     add("--compare", nargs="+", default=[], metavar="NAME",
         help="figures of these sets and their differences to the last one: --compare ROME Random; "
-        "or, for more, a JSON file that says which (docs/robustness.md)")
+        "or, for more, a JSON file that says which (docs/evaluate.md)")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", metavar="FILE",
         help=f"replace what stands between {BEGIN} and {END} in this file by the tables; or in "
@@ -170,18 +170,18 @@ def figure_tsne(path, data_path, seed):
                          "takes a set of a ROME script")
     data = load_dataset(source.dataset, data_path)
     choose_normalisation([source], data)
-    understand(source, data)
+    check_and_normalise(source, data)
     warnings = (f"warning: {warning}" for warning in source.warnings)
-    print(f"{path} taken as: {source.taken_as}", *warnings, sep="\n")
+    print(f"{path} taken as: {source.description}", *warnings, sep="\n")
 
     stored, pack = source.synset.sets[0], source.synset.pack
     image_syn, label_syn = training_set(stored, pack)
     net = network_for(data, source.model, derive_seed(seed, "tsne", "init"))
-    train_on_set(net, image_syn, label_syn, generator=make_generator(seed, "tsne", "train"),
-                 **protocol_of(meta))
+    train_on_set(net, image_syn, label_syn, TrainConfig.from_meta(meta),
+                 make_generator(seed, "tsne", "train"))
     img_real, labels = data.get_batch("test", slice(TSNE_IMAGES))
-    img_adv = attack_images(net, img_real, labels, get_threat_model(meta["threat_model"], data),
-                            make_generator(seed, "tsne", "attack"), targeted=False)
+    img_adv = attack(net, img_real, labels, get_threat_model(meta["threat_model"], data),
+                     targeted=False, generator=make_generator(seed, "tsne", "attack"))
     with torch.no_grad():
         embeddings = [net.embed_and_classify(images)[0].numpy()
                       for images in (img_real, img_adv, image_syn)]

@@ -1,7 +1,9 @@
-"""Synthetic sets: what they start as, the controls beside them, their soft labels, and how to train on them (the recipe).
+"""Synthetic sets: what they start as, the baselines beside them, soft labels, how to train on them.
 
-Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.5 (what a file says of them).
+Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.1 (training), 3.5 (what a file says).
 """
+import argparse
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -12,78 +14,184 @@ import torch.nn.functional as F
 
 from augment import pack, parse_dsa_strategy, unpack
 from datasets import DATASETS
-from runtime.device import MICRO_BATCH
-from formats.inputs import read_input, same_normalisation, take_flags, understand
-from runtime.safe_io import InputError, sha256
-from runtime.seeding import make_generator
+from formats.inputs import check_and_normalise, read_input, same_normalisation, take_flags
 from formats.synset_file import SyntheticSet, mean_and_std
 from networks import NETWORKS
+from runtime.device import MICRO_BATCH
+from runtime.safe_io import InputError, sha256
+from runtime.seeding import make_generator
 
-
-# ---------------------------------------------------------------------------------------------- the first set, the controls
 INITS = ("real", "noise")
+LR_SCHEDULES = ("step", "cosine")
 
 
-def initial_set(args, data, generator, init, pack_by, exp=0):
-    """Class-major images (C*ipc, 3, H, W), normalised, and labels (C*ipc,).
+# ------------------------------------------------------------------------- how to train on a set
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained on a synthetic set; the defaults are those of SPEC 3.1.
 
-    init: "real" for random training images, pack_by*pack_by to a stored image; "noise" for standard normal values; or the path
-    of a set, whose images are taken. Raises InputError where that is of another size, packing or order.
+    epochs: `epochs` + 1 are run, as published. lr_net: of SGD, momentum 0.9, weight decay 5e-4.
+    dsa_strategy: operations of augment.py joined by "_". temperature: of soft labels.
+    lr_schedule: "step", a tenth after half of the epochs; "cosine", to 0, step by step.
     """
-    label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(args.ipc)
+
+    epochs: int = 1000
+    lr_net: float = 0.01
+    batch_train: int = 256
+    dsa_strategy: str = "color_crop_cutout_flip_scale_rotate"
+    temperature: float = 1.0
+    lr_schedule: str = "step"
+
+    @classmethod
+    def from_meta(cls, meta, **given):
+        """What is `given` and not None; else what the recipe in the meta of a file says.
+
+        Raises InputError if that names an unknown augmentation or schedule.
+        """
+        recipe = meta.get("recipe", {})
+        values = {}
+        for field in dataclasses.fields(cls):
+            for value in (given.get(field.name), recipe.get(field.name)):
+                if value is not None:
+                    values[field.name] = value
+                    break
+        config = cls(**values)
+        try:
+            parse_dsa_strategy(config.dsa_strategy)
+        except ValueError as error:
+            raise InputError(f"the recipe of the set: {error}") from None
+        if config.lr_schedule not in LR_SCHEDULES:
+            raise InputError(f"the recipe of the set has the learning rate schedule "
+                             f"{config.lr_schedule!r}; known are {', '.join(LR_SCHEDULES)}")
+        return config
+
+
+def training_set(synset, pack):
+    """What a network trains on: unpacked images (M, C, H, W), and their labels.
+
+    Labels: (M,) int64, or soft ones as logits (M, num_classes). M = N * pack * pack.
+    """
+    labels = synset.labels.repeat(pack**2) if synset.soft_labels is None else synset.soft_labels
+    return unpack(synset.images, pack), labels
+
+
+def label_loss(logits, labels, temperature=1.0):
+    """Cross-entropy of logits (N, num_classes) with labels, a () tensor.
+
+    labels: (N,) classes; or soft labels, logits (N, num_classes): both are then divided by
+    `temperature` and the loss is multiplied by its square. Source: Hinton et al. 2015; SPEC 1.6.
+    """
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    targets = F.softmax(labels / temperature, dim=1)
+    return F.cross_entropy(logits / temperature, targets) * temperature**2
+
+
+def load_synset(path, index=0, *, packed=1, images=None):
+    """A synthetic set in any layout, ready for `utils.train_on_set`.
+
+    path: a file or folder (formats/layouts.py). index: which set of the file. packed: K, if it
+    holds K x K sub-images and does not say so. images: "normalised" or "pixels", if its values
+    leave that open.
+    Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or logits
+    (M, num_classes); and a TrainConfig. Raises InputError for what cannot be understood.
+    """
+    source = read_input(path, NETWORKS, is_set=True, packed=packed)
+    file = source.synset
+    if index >= len(file.sets):
+        raise InputError(f"{path} has {len(file.sets)} set(s), from 0; there is no {index}")
+
+    def normalize(pixels):
+        constants = file.meta if {"mean", "std"} <= set(file.meta) else DATASETS.get(source.dataset)
+        if constants is None or file.declared_zca():
+            raise InputError(f"{path} does not say how its pixels are normalised")
+        mean, std = mean_and_std(constants)
+        return (pixels - mean) / std
+
+    file.normalise(normalize, images, bool(file.declared_zca()))
+    for warning in source.warnings + file.warnings:
+        warnings.warn(warning, stacklevel=2)
+    config = TrainConfig.from_meta(file.meta)
+    return *training_set(file.sets[index], file.pack), config
+
+
+# -------------------------------------------------------------------------- starts and baselines
+def init_flag(text):
+    """An argparse type: one of INITS, or the path of a set."""
+    if text not in INITS and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} is no file, nor {' or '.join(INITS)}")
+    return text
+
+
+def labels_flag(text):
+    """An argparse type: "hard" or "stored"; "prior" is what older commands call "stored"."""
+    if text not in ("hard", "stored", "prior"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of hard, stored (or prior, its old name)")
+    return "hard" if text == "hard" else "stored"
+
+
+def initial_set(data, ipc, pack_by, init, generator, exp=0):
+    """Class-major images (C*ipc, C, H, W), normalised, and labels (C*ipc,).
+
+    init: "real", random training images, pack_by * pack_by in each stored one; "noise", standard
+    normal values; or the path of a set. Raises InputError if that does not fit.
+    """
+    label_syn = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
     if init not in INITS:
-        sets = start_from(init, data, args.ipc, pack_by).synset.sets
+        sets = load_initial_sets(init, data, ipc, pack_by).synset.sets
         return sets[exp % len(sets)].images.to(data.device), label_syn
     if init == "noise":
-        return torch.randn(len(label_syn), data.channel, *data.size, generator=generator).to(data.device), label_syn
-    images = [data.sample_class(c, args.ipc * pack_by**2, generator) for c in range(data.num_classes)]
+        shape = (len(label_syn), data.channel, *data.size)
+        return torch.randn(shape, generator=generator).to(data.device), label_syn
+    images = [data.sample_class(c, ipc * pack_by**2, generator) for c in range(data.num_classes)]
     return torch.cat([pack(img_c, pack_by) for img_c in images]), label_syn
 
 
-def start_from(path, data, ipc, pack):
-    """The sets of --init, as an Input (formats.inputs). Raises InputError if they are of another data set, normalisation,
-    size, packing or order than this run's."""
-    one = read_input(path, NETWORKS, is_set=True, packed=pack)
-    one.unknown.pop("network", None)  # the set is trained on --model
-    take_flags(one, dataset=data.name if one.unknown.get("data set", "").lower() == data.name.lower() else None)
-    same_normalisation(one, data)
-    size = (ipc * data.num_classes, data.channel, *data.size)
+def load_initial_sets(path, data, ipc, pack_by):
+    """The sets of --init FILE, as an Input. Raises InputError if they are not like this run's."""
+    source = read_input(path, NETWORKS, is_set=True, packed=pack_by)
+    source.unknown.pop("model", None)  # the set is trained on --model
+    same_name = source.unknown.get("dataset", "").lower() == data.name.lower()
+    take_flags(source, dataset=data.name if same_name else None)
+    same_normalisation(source, data)
+    shape = (ipc * data.num_classes, data.channel, *data.size)
     order = torch.arange(data.num_classes).repeat_interleave(ipc)
-    for found in one.synset.sets:
-        theirs = tuple(found.images.shape), one.synset.pack, one.dataset or data.name
-        if theirs != (size, pack, data.name) or not torch.equal(found.labels, order):
-            raise InputError(f"--init {path}: images {theirs[0]}, packing {theirs[1]}, of {theirs[2]}; this run has {size}, "
-                             f"{pack}, {data.name}, class after class")
-    understand(one, data)
-    return one
+    expected = shape, pack_by, data.name
+    for synset in source.synset.sets:
+        found = tuple(synset.images.shape), source.synset.pack, source.dataset or data.name
+        if found != expected or not torch.equal(synset.labels, order):
+            raise InputError(f"--init {path}: images {found[0]}, packing {found[1]}, of {found[2]};"
+                             f" this run has {shape}, {pack_by}, {data.name}, class after class")
+    check_and_normalise(source, data)
+    return source
 
 
-def baseline_packs(args):
-    """The controls beside a distilled set, {name: how it is packed}: random real images, and packed ones if that is."""
+def baseline_packs(pack_by):
+    """The baselines beside a distilled set: {name: how it is packed}."""
     packs = {"random real": 1}
-    if args.pack > 1:
-        packs[f"random real, {args.pack}x{args.pack} packed"] = args.pack
-    return packs if args.baseline else {}
+    if pack_by > 1:
+        packs[f"random real, {pack_by}x{pack_by} packed"] = pack_by
+    return packs
 
 
-def baseline_sets(args, exp, data):
-    """The controls of experiment `exp`, with as many stored images as the distilled set: {name: (SyntheticSet, how packed)}."""
-    return {name: (SyntheticSet(*initial_set(args, data, make_generator(args.seed, exp, name), "real", pack_by)), pack_by)
-            for name, pack_by in baseline_packs(args).items()}
+def baseline_set(name, pack_by, data, ipc, seed, exp):
+    """Random real images, as many stored ones as the distilled set of experiment `exp` has."""
+    generator = make_generator(seed, exp, name)
+    return SyntheticSet(*initial_set(data, ipc, pack_by, "real", generator))
 
 
 def class_major(unpacked, stored):
-    """Sub-images, or their labels, in the order of `unpack` -> all those of a stored image, and so of a class, together.
-
-    unpacked: (stored*k*k, ...).
-    """
+    """(stored*k*k, ...) in the order of `unpack` -> all sub-images of a stored image together."""
     return torch.stack(unpacked.split(stored), dim=1).flatten(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ soft labels
+# ----------------------------------------------------------------------------------- soft labels
 @torch.no_grad()
 def soft_labels(networks, images, micro_batch=MICRO_BATCH):
-    """The mean logits of `networks`, in eval mode, on normalised images (M, C, H, W): (M, num_classes). Source: SPEC 1.6."""
+    """Mean logits (M, num_classes) of networks in eval mode on normalised images (M, C, H, W).
+
+    Source: SPEC 1.6.
+    """
     total = 0
     for net in networks:
         was_training = net.training
@@ -93,117 +201,30 @@ def soft_labels(networks, images, micro_batch=MICRO_BATCH):
     return total / len(networks)
 
 
-def training_set(one, pack):
-    """What a network trains on: the sub-images of a SyntheticSet, (M, C, H, W), M = N*pack*pack, and their labels: (M,)
-    int64, or, if the set has soft ones, logits (M, num_classes)."""
-    labels = one.labels.repeat(pack**2) if one.soft_labels is None else one.soft_labels
-    return unpack(one.images, pack), labels
-
-
-def load_synset(path, index=0, *, packed=1, images=None):
-    """A synthetic set in any layout, ready to train on: (images, labels, recipe), for `utils.train_on_set`.
-
-    path: a file or a folder, see formats.layouts. index: which set of the file. packed: K, if it holds K x K sub-images in each
-    image and does not say so. images: "normalised" or "pixels", if its values leave that open.
-    Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or, if they are soft, logits (M, classes); and
-    the options of `utils.train_on_set`. Raises InputError for what cannot be understood.
-    """
-    one = read_input(path, NETWORKS, is_set=True, packed=packed)
-    meta = one.synset.meta
-    if index >= len(one.synset.sets):
-        raise InputError(f"{path} has {len(one.synset.sets)} set(s), from 0; there is no {index}")
-
-    def normalize(pixels):
-        said = meta if {"mean", "std"} <= set(meta) else DATASETS.get(one.dataset)
-        if said is None or one.synset.says_zca():
-            raise InputError(f"{path} does not say how its pixels are normalised")
-        mean, std = mean_and_std(said)
-        return (pixels - mean) / std
-    one.synset.normalise(normalize, images, bool(one.synset.says_zca()))
-    for warning in one.warnings + one.synset.warnings:
-        warnings.warn(warning, stacklevel=2)
-    return *training_set(one.synset.sets[index], one.synset.pack), protocol_of(meta)
-
-
-def label_loss(logits, labels, temperature=1.0):
-    """Cross-entropy of logits (N, num_classes) against labels (N,), or against soft ones, logits (N, num_classes), both then
-    divided by `temperature` and the loss multiplied by its square (Hinton et al. 2015). A () tensor; Source: SPEC 1.6."""
-    if labels.dim() == 1:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits / temperature, F.softmax(labels / temperature, dim=1)) * temperature**2
-
-
-def with_soft_labels(image_syn, label_syn, pool, args, exp, data):
-    """A set with its labels, and with --labels prior those of the controls too: mean logits of the networks of the pool.
-
-    Returns plain values for the saved state: set, [images, labels, soft labels or None]; controls, {name: soft labels};
-    teachers, what is known of the networks.
-    """
-    if args.labels == "hard":
-        return {"set": [image_syn, label_syn, None], "controls": {}, "teachers": []}
-    networks = [member.net for member in pool.members]
-
-    def soft(images, pack_by):
-        return soft_labels(networks, unpack(images, pack_by), data.micro_batch)
-    return {"set": [image_syn, label_syn, soft(image_syn, args.pack)],
-            "controls": {name: soft(one.images, pack_by) for name, (one, pack_by) in baseline_sets(args, exp, data).items()},
-            "teachers": describe_teachers(args, pool)}
-
-
-# ------------------------------------------------------------------------------------------------------------- the recipe
-# What is said of a network that gave labels, fractions of n (aa_n) test images.
+# What is said of a network that gave labels: fractions of n (aa_n) test images.
 TEACHER_FIGURES = ("clean_acc", "robust_2_acc", "robust_4_acc", "robust_acc", "n", "aa_acc", "aa_n")
 
 
-def describe_teachers(args, pool):
-    """What is known of the networks that gave the labels: of files of pretrain.py their accuracies (clean, PGD, AutoAttack), of
-    a pool the running accuracy. [{"model", "threat_model", "sha256", ...}, ...]"""
-    if args.robust_prior:
-        about = [json.loads(Path(f"{path}.json").read_text()) for path in args.robust_prior]
-        return [{"file": Path(path).name, "model": said["model"], "threat_model": said["threat_model"], "sha256": sha256(path),
-                 **{key: said[key] for key in TEACHER_FIGURES if key in said}}
-                for path, said in zip(args.robust_prior, about)]
-    return [{"file": None, "model": args.model, "threat_model": args.threat_model, "sha256": _sha256_of(member.net),
-             "running_acc": member.running_accuracy().item() / 100} for member in pool.members]
+def describe_prior_networks(paths):
+    """What the files beside networks of pretrain.py say: [{"file", "model", "sha256", ...}]."""
+    teachers = []
+    for path in paths:
+        about = json.loads(Path(f"{path}.json").read_text())
+        figures = {key: about[key] for key in TEACHER_FIGURES if key in about}
+        teachers.append({"file": Path(path).name, "model": about["model"],
+                         "threat_model": about["threat_model"], "sha256": sha256(path), **figures})
+    return teachers
 
 
-def _sha256_of(net):
-    """Of all parameters, in order."""
+def describe_pool_networks(members, model, threat_name):
+    """The same of the networks of a pool, with their running accuracy."""
+    return [{"file": None, "model": model, "threat_model": threat_name,
+             "sha256": sha256_of_parameters(member.net),
+             "running_acc": member.running_accuracy().item() / 100} for member in members]
+
+
+def sha256_of_parameters(net):
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
-
-
-# How a set is trained on that says nothing of it: the options of utils.train_on_set. Source: SPEC 3.1.
-PROTOCOL = {"epochs": 1000, "lr_net": 0.01, "batch_train": 256, "dsa_strategy": "color_crop_cutout_flip_scale_rotate",
-            "temperature": 1.0, "lr_schedule": "step"}
-LR_SCHEDULES = ("step", "cosine")
-
-
-def protocol(args):
-    """How the flags of a script say that a set is trained on: the options of utils.train_on_set, None where they do not."""
-    return {"epochs": args.epoch_eval_train, "lr_net": args.lr_net, "batch_train": args.batch_train,
-            "dsa_strategy": args.dsa_strategy, "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
-
-
-def protocol_of(meta, given=None):
-    """How to train on the sets of a file: as `given` says (of `protocol`), where it says nothing as the recipe in `meta` does,
-    else as SPEC 3.1. Raises InputError if the recipe names an unknown augmentation or schedule."""
-    said = meta.get("recipe", {})
-    found = {key: next(x for x in ((given or {}).get(key), said.get(key), value) if x is not None)
-             for key, value in PROTOCOL.items()}
-    try:
-        parse_dsa_strategy(found["dsa_strategy"])
-    except ValueError as error:
-        raise InputError(f"the recipe of the set: {error}") from None
-    if found["lr_schedule"] not in LR_SCHEDULES:
-        raise InputError(f"the recipe of the set has the learning rate schedule {found['lr_schedule']!r}; known are "
-                         f"{', '.join(LR_SCHEDULES)}")
-    return found
-
-
-def recipe(args, teachers):
-    """How to train on the sets of a file, for its meta. teachers: of `describe_teachers`, an entry for each experiment."""
-    return {**protocol(args), "optimizer": "SGD", "momentum": 0.9, "weight_decay": 5e-4, "labels": args.labels,
-            "pack": args.pack, "model": args.model, "teachers": teachers}

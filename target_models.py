@@ -98,7 +98,7 @@ def targets_from_synset(args, source, data, folder):
     }
     if args.images:
         training["images"] = args.images
-    if file.derived and "own" not in args.labels:
+    if file.labels_from_soft and "own" not in args.labels:
         raise InputError(
             f"{source.path} has soft labels alone, no classes of its own; leave out --labels hard"
         )
@@ -108,7 +108,7 @@ def targets_from_synset(args, source, data, folder):
             SyntheticSet(*(x if x is None else x.to(data.device) for x in one)),
         )
         variants = {source.method: one} if "own" in args.labels or one.soft_labels is None else {}
-        if "hard" in args.labels and one.soft_labels is not None and not file.derived:
+        if "hard" in args.labels and one.soft_labels is not None and not file.labels_from_soft:
             variants[f"{source.method}-hard"] = one._replace(soft_labels=None)
         for (method, variant), threat_name, i in itertools.product(
             variants.items(), args.threat_model if args.adv_train else [None], range(args.num_eval)

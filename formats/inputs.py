@@ -1,121 +1,104 @@
-"""Sets and networks that a user names: what their names and their meta say, and whether they fit
-the data set.
+"""Sets and networks that a user gives: what their names and meta declare, how they fit the data.
 
-What a file says of itself is believed; a flag says what it does not. What contradicts is a warning,
-what cannot be is refused. `Input.taken_as` is the line that says how a file was understood,
-docs/foreign_files.md the whole of it.
+What a file declares is believed; a flag adds what it does not declare. A contradiction is a
+warning; what cannot be is refused. The rules: docs/foreign_files.md.
 """
 
 import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from datasets import DATASETS, known_dataset
-from runtime.safe_io import InputError
 from formats.synset_file import SynsetFile, read_synset
+from runtime.safe_io import InputError
 
 NETWORK_NAME = re.compile(
     r"(?P<method>.+?)_(?P<model>[A-Za-z0-9]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<ipc>\d+)_"
-    r"(?P<trained>[^_]+)"
-    r"(_.*)?\.(pth|pt)$"
+    r"(?P<trained>[^_]+)(_.*)?\.(pth|pt)$"
 )
 SET_NAME = re.compile(
     r"res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc"
 )
-# Data sets of the field that a name may speak of and that are none of ours.
-OTHER_DATASETS = (
-    "SVHN",
-    "MNIST",
-    "FashionMNIST",
-    "KMNIST",
-    "EMNIST",
-    "STL10",
-    "CINIC10",
-    "CUB200",
-    "TinyImageNet",
-    "ImageNet",
-    "ImageNette",
-    "ImageWoof",
-    "CelebA",
-    "Places365",
-)
-ASSUMED = {"dataset": "CIFAR10", "model": "ConvNet"}  # where nothing says so
+OTHER_DATASETS = (  # of the field, as words of file names; none of ours
+    "SVHN MNIST FashionMNIST KMNIST EMNIST STL10 CINIC10 CUB200 TinyImageNet ImageNet ImageNette "
+    "ImageWoof CelebA Places365"
+).split()
+DEFAULTS = {"dataset": "CIFAR10", "model": "ConvNet"}
 
 
 @dataclass
 class Input:
-    """A file that a user gave, and what it is taken as.
+    """A file that a user gives, and what it is taken as.
 
-    dataset, model, ipc: None where nothing says so. trained: how a network was trained, as its name
-    says. synset: of a set. unknown: names that are none of ours, {"data set": ..., "network": ...}.
-    taken_as, warnings: for the reader.
+    dataset, model, ipc: None where nothing declares them. trained: how a network was, by its name.
+    synset: the content of a set. unknown: {"dataset" or "model": a name that is none of ours}.
+    assumed: which of the two nothing declares. notes, of networks: on how they were read.
     """
 
     path: Path
     method: str
     dataset: str = None
     model: str = None
-    dataset_given: bool = False  # by a flag
-    model_assumed: bool = False
     ipc: int = None
     trained: str = None
     synset: SynsetFile = None
     unknown: dict = field(default_factory=dict)
+    assumed: set = field(default_factory=set)
     notes: list = field(default_factory=list)
-    taken_as: str = ""
+    description: str = ""
     warnings: list = field(default_factory=list)
 
-    def describe(self):
+    def marker(self, key):
+        return " (assumed)" if key in self.assumed else ""
+
+    def __str__(self):
         dataset = self.dataset or "data set unknown"
         return f"{self.path} ({self.method}, {dataset}, {self.ipc or '?'} images per class)"
 
 
+# ------------------------------------------------------------------------------------- names, flags
 def read_input(path, models, is_set, packed=1):
-    """One set or network, with what its name and its meta say. models: the names of the networks
-    that there are.
+    """Read one set or network as an Input.
+
+    models: the names of the architectures. packed: of a set that does not declare it.
     """
     path = Path(path)
     if not path.exists() or path.is_dir() and not is_set:
-        raise InputError(f"{path} does not exist" + (" or is a folder" if not is_set else ""))
-    match = (SET_NAME.search if is_set else NETWORK_NAME.match)(path.name)
-    named = match.groupdict() if match else {}
-    said = {"dataset": named.get("dataset") or _dataset_in(path.name), "model": named.get("model")}
-    method = named.get("method", path.stem if path.suffix else path.name)
-    one = Input(
-        path,
-        method,
-        ipc=int(named["ipc"]) if "ipc" in named else None,
-        trained=named.get("trained"),
-    )
+        raise InputError(f"{path} does not exist" + ("" if is_set else " or is a folder"))
+    match = SET_NAME.search(path.name) if is_set else NETWORK_NAME.match(path.name)
+    parts = match.groupdict() if match else {}
+    entry = Input(path, parts.get("method", path.stem), trained=parts.get("trained"))
+    entry.ipc = int(parts["ipc"]) if match else None
+    names = {"dataset": parts.get("dataset") or _dataset_in(path.name), "model": parts.get("model")}
     if is_set:
-        one.synset = read_synset(path, packed)
-        meta = one.synset.meta
-        method = meta.get("flags", {}).get("method")
-        if not named and isinstance(method, str):
-            one.method = method
+        entry.synset = read_synset(path, packed)
+        meta = entry.synset.meta
+        flags = meta.get("flags", {})
+        if not match and isinstance(flags.get("method"), str):
+            entry.method = flags["method"]
         if meta.get("threat_model", "published") != "published":
-            one.method += f"-{meta['threat_model']}"
-        in_meta = {"dataset": meta.get("dataset"), "model": meta.get("flags", {}).get("model")}
-        for key, value in in_meta.items():
-            if value and said[key] and _plain(value) != _plain(said[key]):
-                one.warnings.append(
-                    f"{path}: its name says {said[key]}, its meta {value}; the meta is believed"
-                )
-            said[key] = value or said[key]
-    plain_models = {_plain(model): model for model in models}
-    for what, key, known in (
-        ("data set", "dataset", known_dataset),
-        ("network", "model", lambda x: plain_models.get(_plain(x))),
-    ):
-        if said[key] is not None:
-            setattr(one, key, known(said[key]))
-            if getattr(one, key) is None:
-                one.unknown[what] = said[key]
-    return one
+            entry.method += f"-{meta['threat_model']}"
+        _prefer_meta(entry, names, {"dataset": meta.get("dataset"), "model": flags.get("model")})
+    known_models = {_plain(model): model for model in models}
+    entry.dataset = known_dataset(names["dataset"])
+    entry.model = known_models.get(_plain(names["model"]))
+    entry.assumed = {key for key, name in names.items() if name is None}
+    entry.unknown = {key: x for key, x in names.items() if x and getattr(entry, key) is None}
+    return entry
+
+
+def _prefer_meta(entry, names, declared):
+    """Let the meta of a set replace what its file name declares."""
+    for key, value in declared.items():
+        if value and names[key] and _plain(value) != _plain(names[key]):
+            warning = f"its name says {names[key]}, its meta {value}; the meta is believed"
+            entry.warnings.append(f"{entry.path}: {warning}")
+        names[key] = value or names[key]
 
 
 def _plain(name):
@@ -123,216 +106,191 @@ def _plain(name):
 
 
 def _dataset_in(name):
-    """The data set that a file's name speaks of, as one of its words."""
-    names = {_plain(known): known for known in (*DATASETS, *OTHER_DATASETS)}
-    words = (names.get(_plain(word)) for word in re.split(r"[_.\s]|-(?!\d)", name))
-    return next((word for word in words if word), None)
+    """The data set that is a word of a file's name, or None."""
+    known = {_plain(dataset): dataset for dataset in (*DATASETS, *OTHER_DATASETS)}
+    words = map(_plain, re.split(r"[_.\s]|-(?!\d)", name))
+    return next((known[word] for word in words if word in known), None)
 
 
-def read_inputs(args, models):
-    """The files of --synset and --networks. Two of one name, or sets that could not be told apart
-    in a table, are refused.
+def read_inputs(synsets, networks, models, methods=(), dataset=None, model=None, packed=1):
+    """Read files of sets and of networks as Inputs.
+
+    models: the names of the architectures. methods: a name for each file. dataset, model, packed:
+    of files that do not declare them. Raises InputError for names that results cannot keep apart.
     """
-    inputs = []
-    for i, path in enumerate(args.synset + args.networks):
-        one = read_input(path, models, is_set=i < len(args.synset), packed=args.packed)
-        if args.method:
-            one.method = args.method[i]
-        take_flags(one, args.dataset, args.model)
-        one.model_assumed = one.model is None
-        one.model = one.model or ASSUMED["model"]
-        inputs.append(one)
+    inputs = [read_input(path, models, is_set=True, packed=packed) for path in synsets]
+    inputs += [read_input(path, models, is_set=False) for path in networks]
+    for entry, method in itertools.zip_longest(inputs, methods):
+        entry.method = method or entry.method
+        take_flags(entry, dataset, model)
+        entry.model = entry.model or DEFAULTS["model"]
     for one, other in itertools.combinations(inputs, 2):
         if one.path.name == other.path.name and not (one.synset and other.synset):
-            raise InputError(
-                f"{one.path} and {other.path} have the same name; results are kept by file name: "
-                "rename one"
-            )
-        if one.synset and other.synset:
-            pooled = one.method == other.method and len(one.synset.sets[0][1]) == len(
-                other.synset.sets[0][1]
-            )
-        else:
-            pooled = (one.method, one.ipc) == (other.method, other.ipc) and (
-                one.model,
-                one.trained,
-                bool(one.synset),
-            ) != (other.model, other.trained, bool(other.synset))
-        if pooled:
-            raise InputError(
-                f"{one.describe()} and {other.describe()} would be pooled: tell them apart with "
-                "--method"
-            )
+            both = f"{one.path} and {other.path} have the same name"
+            raise InputError(f"{both}; results are kept by file name: rename one")
+        if _are_pooled(one, other):
+            raise InputError(f"{one} and {other} would be pooled: tell them apart with --method")
     return inputs
 
 
-def take_flags(one, dataset=None, model=None):
-    """What an unknown name is taken as: the flags say so, or the file is refused."""
-    for what, flag, value in (("data set", "dataset", dataset), ("network", "model", model)):
-        if what in one.unknown and not value:
-            choices = (
-                ", ".join(DATASETS) + ", or the file of its data"
-                if flag == "dataset"
-                else "--help lists them"
-            )
-            raise InputError(
-                f"{one.path} is of the {what} {one.unknown[what]!r}, which is none of those here; "
-                f"say what to take it for with --{flag} ({choices})"
-            )
-        if what in one.unknown and _plain(one.unknown[what]) != _plain(Path(str(value)).stem):
-            one.warnings.append(
-                f"{one.path} says {one.unknown[what]}, taken as {Path(str(value)).stem} as "
-                f"--{flag} says"
-            )
-    one.model, one.dataset_given = model or one.model, bool(dataset)
+def _are_pooled(one, other):
+    """Whether tables would take different inputs for runs of one thing."""
+    if one.synset and other.synset:
+        counts = {len(entry.synset.sets[0].labels) for entry in (one, other)}
+        return one.method == other.method and len(counts) == 1
+    kinds = {(entry.model, entry.trained, bool(entry.synset)) for entry in (one, other)}
+    return (one.method, one.ipc) == (other.method, other.ipc) and len(kinds) == 2
 
 
-def choose_dataset(given, inputs):
-    """The data set: --dataset, or what the files say, which must not contradict it; CIFAR10 where
-    nothing says so.
+def take_flags(entry, dataset=None, model=None):
+    """Let --dataset and --model declare what a file does not.
+
+    Raises InputError for an unknown name without its flag.
     """
-    name = given or next((one.dataset for one in inputs if one.dataset), ASSUMED["dataset"])
-    for one in inputs:
-        if one.dataset not in (None, name):
+    choices = {
+        "dataset": ("data set", f"{', '.join(DATASETS)}, or the file of its data"),
+        "model": ("network", "--help lists them"),
+    }
+    for key, value in (("dataset", dataset), ("model", model)):
+        name, chosen = entry.unknown.get(key), Path(str(value)).stem
+        if name and not value:
+            kind, choice = choices[key]
             raise InputError(
-                f"{one.describe()} is not of {name}: evaluate each data set in a run of its own"
+                f"{entry.path} is of the {kind} {name!r}, which is none of those here; say what to "
+                f"take it for with --{key} ({choice})"
             )
+        if name and _plain(name) != _plain(chosen):
+            entry.warnings.append(f"{entry.path} says {name}, taken as {chosen} as --{key} says")
+        if value:
+            entry.assumed.discard(key)
+    entry.model = model or entry.model
+
+
+def choose_dataset(flag, inputs):
+    """The data set of --dataset, else of the files, else CIFAR10. Refuses files of another one."""
+    declared = (entry.dataset for entry in inputs if entry.dataset)
+    name = flag or next(declared, DEFAULTS["dataset"])
+    for entry in inputs:
+        if entry.dataset not in (None, name):
+            raise InputError(f"{entry} is not of {name}: evaluate each data set by itself")
     return name
 
 
 # ------------------------------------------------------------------------------------ normalisation
-def normalisation_of(one, default, zca=False, network=None):
-    """What the images of an input went through: (mean, std, whether ZCA-whitened).
+class Normalisation(NamedTuple):
+    """How images are normalised: by the mean and std of each channel, or by ZCA whitening."""
 
-    default: (mean, std) of the data set, for what says nothing. zca: whether --zca says so of what
-    does not. network: (mean, std) of --network_mean, --network_std. Raises InputError if a file
-    contradicts --zca.
-    """
-    if one.synset is None:
-        mean, std = network or default
-        return tuple(mean), tuple(std), zca
-    meta = one.synset.meta
-    says = one.synset.says_zca()
-    if zca and says is False:
-        raise InputError(f"{one.path} says that it is not ZCA-whitened; leave out --zca")
-    whitened = zca if says is None else says
-    if whitened:
-        return (0.0,) * len(default[0]), (1.0,) * len(default[0]), True
-    mean, std = (tuple(meta.get(key, value)) for key, value in zip(("mean", "std"), default))
-    if len(mean) != len(default[0]) or len(std) != len(default[0]):
-        raise InputError(
-            f"{one.path} is normalised with mean {list(mean)}, std {list(std)}; images here have "
-            f"{len(default[0])} channel(s)"
-        )
-    return mean, std, False
+    mean: tuple
+    std: tuple
+    zca: bool = False
+
+    def matches(self, other):
+        return self.zca == other.zca and np.allclose(self[:2], other[:2], atol=1e-4)
+
+    def __str__(self):
+        if self.zca:
+            return "ZCA-whitened"
+        return f"normalised with mean {list(self.mean)}, std {list(self.std)}"
+
+
+def _normalisation_of(entry, data, zca, network=None):
+    """The Normalisation of an input. For the arguments see `choose_normalisation`."""
+    if entry.synset is None:
+        mean, std = network or (data.mean, data.std)
+        return Normalisation(tuple(mean), tuple(std), zca)
+    meta, declared = entry.synset.meta, entry.synset.declared_zca()
+    if zca and declared is False:
+        raise InputError(f"{entry.path} says that it is not ZCA-whitened; leave out --zca")
+    channels = len(data.mean)
+    if zca or declared:
+        return Normalisation((0.0,) * channels, (1.0,) * channels, True)
+    own = Normalisation(tuple(meta.get("mean", data.mean)), tuple(meta.get("std", data.std)))
+    if {len(own.mean), len(own.std)} != {channels}:
+        raise InputError(f"{entry.path} is {own}; images here have {channels} channel(s)")
+    return own
 
 
 def choose_normalisation(inputs, data, zca=False, network=None):
-    """Let `data` normalise as the inputs are normalised. Raises InputError where they differ: of a
-    run of several, each network must see what it was made for. zca, network: see
-    `normalisation_of`.
+    """Let `data` normalise as the inputs are normalised, all of them in the same way.
+
+    zca: what declares nothing is whitened. network: (mean, std) of networks. Raises InputError.
     """
-    chosen = [normalisation_of(one, (data.mean, data.std), zca, network) for one in inputs]
-    for one, its in zip(inputs, chosen):
-        first = chosen[0]
-        if its[2] != first[2] or not np.allclose(its[:2], first[:2], atol=1e-4):
+    found = [_normalisation_of(entry, data, zca, network) for entry in inputs]
+    first = found[0]
+    for entry, own in zip(inputs, found):
+        if not own.matches(first):
+            hint = " (--zca says it of networks)" if own.zca != first.zca else ""
             raise InputError(
-                f"{inputs[0].path} is {_normalised(*first)}, {one.path} is {_normalised(*its)}: "
-                "evaluate them in "
-                "runs of their own" + (" (--zca says it of networks)" if its[2] != first[2] else "")
+                f"{inputs[0].path} is {first}, {entry.path} is {own}: evaluate them in runs of "
+                f"their own{hint}"
             )
-    mean, std, whitened = chosen[0]
-    if whitened:
+    if first.zca:
         data.fit_zca()
-    elif not np.allclose((mean, std), (data.mean, data.std), atol=1e-4):
-        data.set_normalisation(mean, std)
+    elif not first.matches(Normalisation(data.mean, data.std)):
+        data.set_normalisation(first.mean, first.std)
 
 
-def _normalised(mean, std, zca):
-    return "ZCA-whitened" if zca else f"normalised with mean {list(mean)}, std {list(std)}"
-
-
-def same_normalisation(one, data):
+def same_normalisation(entry, data):
     """Raise InputError if a set is not normalised as `data` is, for --init."""
-    mean, std, zca = normalisation_of(one, (data.mean, data.std), data.zca)
-    if zca != data.zca or not np.allclose((mean, std), (data.mean, data.std), atol=1e-4):
-        raise InputError(
-            f"--init {one.path} is {_normalised(mean, std, zca)}, this run's images are "
-            f"{_normalised(data.mean, data.std, data.zca)}"
-        )
+    ours = Normalisation(data.mean, data.std, data.zca)
+    theirs = _normalisation_of(entry, data, data.zca)
+    if not theirs.matches(ours):
+        raise InputError(f"--init {entry.path} is {theirs}, this run's images are {ours}")
 
 
 # --------------------------------------------------------------------------------------- the checks
-def understand(one, data, images=None):
-    """Check an input against a data set, bring its images into normalised units, and write its line
-    `taken_as`.
+def check_and_normalise(entry, data, images=None):
+    """Check an input against a data set, normalise its images, and write its description.
 
-    images: what the user says that the images of sets are, see SynsetFile.normalise.
+    images: of SPACES, what the images of sets are; see SynsetFile.normalise. Raises InputError.
     """
-    said = one.dataset or one.dataset_given or "data set" in one.unknown
-    name = data.name if said or data.name not in DATASETS else f"{data.name} (assumed)"
-    if one.synset is None:
-        model = f"{one.model} (assumed)" if one.model_assumed else one.model
-        takes = f"for images {_normalised(data.mean, data.std, data.zca)}"
-        one.taken_as = ", ".join([name, model, takes, *one.notes, "ZCA" if data.zca else "no ZCA"])
+    name = data.name + entry.marker("dataset")
+    if entry.synset is None:
+        space = f"for images {Normalisation(data.mean, data.std, data.zca)}"
+        parts = [name, entry.model + entry.marker("model"), space, *entry.notes]
+        entry.description = ", ".join([*parts, "ZCA" if data.zca else "no ZCA"])
         return
-    check_set(one, data)
-    one.synset.normalise(data.normalize, images, data.zca)
-    one.warnings += one.synset.warnings
-    one.taken_as = one.synset.describe(name, data.mean, data.std, data.zca)
+    for one in entry.synset.sets:
+        if problem := _misfit(one, data, entry.synset.labels_from_soft):
+            raise InputError(f"{entry.path}: {problem}")
+    _match_classes(entry, data)
+    entry.synset.normalise(data.normalize, images, data.zca)
+    entry.warnings += entry.synset.warnings
+    entry.description = entry.synset.describe(name, data.mean, data.std, data.zca)
 
 
-def check_set(one, data):
-    """Whether the sets of a file are images and labels of this data set, with the same number of
-    images a class (but where the classes are only the largest of soft labels).
-    """
-    for images, labels, soft_labels in one.synset.sets:
-        if images.shape[1:] != (data.channel, *data.size):
-            raise InputError(
-                f"{one.path}: images are {tuple(images.shape[1:])}, {data.name} has "
-                f"{(data.channel, *data.size)}"
-            )
-        if int(labels.min()) < 0 or int(labels.max()) >= data.num_classes:
-            raise InputError(
-                f"{one.path}: labels from {int(labels.min())} to {int(labels.max())}; {data.name} "
-                f"has 0 to {data.num_classes - 1}"
-            )
-        if soft_labels is not None and soft_labels.shape[1] != data.num_classes:
-            raise InputError(
-                f"{one.path}: soft labels of {soft_labels.shape[1]} classes; {data.name} has "
-                f"{data.num_classes}"
-            )
-        counts = labels.bincount(minlength=data.num_classes)
-        if counts.min() != counts.max() and not one.synset.derived:
-            raise InputError(
-                f"{one.path}: the classes have {int(counts.min())} to {int(counts.max())} images "
-                "each; the same number is expected"
-            )
-    _match_classes(one, data)
+def _misfit(one, data, labels_from_soft):
+    """Why a SyntheticSet does not fit the data set, or None."""
+    shape, wanted = tuple(one.images.shape[1:]), (data.channel, *data.size)
+    if shape != wanted:
+        return f"images are {shape}, {data.name} has {wanted}"
+    low, high, classes = int(one.labels.min()), int(one.labels.max()), data.num_classes
+    if low < 0 or high >= classes:
+        return f"labels from {low} to {high}; {data.name} has 0 to {classes - 1}"
+    if one.soft_labels is not None and one.soft_labels.shape[1] != classes:
+        return f"soft labels of {one.soft_labels.shape[1]} classes; {data.name} has {classes}"
+    counts = one.labels.bincount(minlength=classes)
+    low, high = int(counts.min()), int(counts.max())
+    if low != high and not labels_from_soft:  # the largest soft labels may be of any class
+        return f"the classes have {low} to {high} images each; the same number is expected"
+    return None
 
 
-def _match_classes(one, data):
-    """Number the classes of a set as `data` does, where it names them; a warning where the names
-    are others.
-    """
-    theirs = [str(name).lower() for name in one.synset.meta.get("classes", data.classes)]
+def _match_classes(entry, data):
+    """Number the classes of a set as `data` does, where it names them; warn of other names."""
+    synset = entry.synset
+    theirs = [str(name).lower() for name in synset.meta.get("classes", data.classes)]
     ours = [str(name).lower() for name in data.classes]
     if theirs == ours:
         return
     if sorted(theirs) != sorted(ours):
-        one.warnings.append(
-            f"{one.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} "
+        entry.warnings.append(
+            f"{entry.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} "
             f"{', '.join(ours[:3])} ...; taken in this order"
         )
         return
     number = torch.tensor([ours.index(name) for name in theirs])
-    columns = number.argsort()
-    one.synset.sets = [
-        type(part)(
-            part.images,
-            number[part.labels],
-            None if part.soft_labels is None else part.soft_labels[:, columns],
-        )
-        for part in one.synset.sets
-    ]
-    one.synset.notes.append("classes numbered by their names")
+    for i, one in enumerate(synset.sets):
+        soft = None if one.soft_labels is None else one.soft_labels[:, number.argsort()]
+        synset.sets[i] = one._replace(labels=number[one.labels], soft_labels=soft)
+    synset.notes.append("classes numbered by their names")

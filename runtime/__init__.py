@@ -1,8 +1,19 @@
-"""What keeps a run alive, fast and safe. Nothing here decides about the method; nothing here imports a file from upstairs.
+"""What a run needs beside the method. Imports nothing from outside this package.
 
-Data and networks   datasets, pool, turns (of the classes), streams (of random numbers), formats (of files)
-A run               command_line, device, plan (what it costs), timer, run_folder (what it writes), saved_state, parallel
-Speed               fast (compilation, precision, memory)
-Safety              safe_io (reading what others wrote, writing whole files), audit (of an attack), autoattack (the package)
-Results             results (what the files hold), sources and jobs (input and work of evaluate.py), tables, pictures
+| Module | Content |
+|---|---|
+| seeding | random generators, all derived from --seed |
+| command_line | argument types, groups of flags, errors in one line |
+| device | CPU or GPU, micro batch size, versions |
+| compilation, cuda_graphs | torch.compile, precision, CUDA graphs |
+| distributed | processes of torchrun: shards, sums, barriers, a queue of tasks |
+| training | a training step on a batch that processes share |
+| checkpoint | saved states, signals, locks |
+| run_directory | all that a ROME script writes |
+| cost, progress | forward-backward passes and hours that a run takes |
+| safe_io | reading untrusted files, writing files whole |
+| perturbation | check that adversarial images are valid and within eps |
+| autoattack | AutoAttack and Square of the package pyautoattack |
+| tasks | tasks of evaluate.py and their results.json |
+| measures | names of the accuracies in files and tables |
 """

@@ -60,7 +60,7 @@ def add_run_flags(parser):
     add("--deterministic", action="store_true", help="CUDA: refuse operations that are not repeatable (CPU always is)")
     add("--parallel", choices=("batch", "experiments"), default="batch", help="what the processes of torchrun share: the "
         "images of every batch, or whole experiments (--num_exp), each with its own saved state")
-    add_switch(group, "cuda_graphs", True, "CUDA: record what the networks do to a batch, and play it (docs/speed.md)")
+    add_switch(group, "cuda_graphs", True, "CUDA: record what the networks do to a batch, and play it (docs/performance.md)")
     add_fast_flags(group)
 
 

@@ -1,4 +1,4 @@
-"""What a run of a ROME script writes, and what it goes on from after a kill."""
+"""All that a run of a ROME script writes, and how it goes on after a kill."""
 import json
 import math
 import os
@@ -8,191 +8,215 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from runtime import distributed
-from runtime.progress import duration
+from runtime.checkpoint import (CheckpointFile, Interrupted, SignalHandler, lock,
+                                require_same_flags)
 from runtime.device import device_name, versions
-from runtime.measures import COLUMNS, by_model, percent
+from runtime.distributed import write_line
+from runtime.progress import ProgressTimer, format_duration
 from runtime.safe_io import InputError, read_tensors, sha256, write_atomically, write_json
-from runtime.checkpoint import Interrupted, SignalHandler, CheckpointFile, lock, require_same_flags
-from formats.synset_file import SyntheticSet, save_synset
 
-NO_EFFECT = ("fresh", "save_interval", "parallel")  # on the result
-# Flags that a run that goes on may change.
 MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
-STATE = ("flags", "versions", "device", "data", "chunk", "progress", "experiment", "seconds", "metrics_bytes",
-         "finished")  # what a saved state holds; and, of a finished run, `written`
+STATE_KEYS = ("flags", "versions", "device", "data", "micro_batch", "progress", "experiment",
+              "seconds", "metrics_bytes", "finished")
 
 
-class Run:
-    """What one run writes, and what it goes on from.
+class RunDirectory:
+    """What one run writes, and what it goes on from. A context manager.
 
-    <save_path>/<run>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, grids as PNG
-    <save_path>/<run>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: the distilled sets, at the end
-    <save_path>/ROME_res_<method>_<dataset>_<model>_<ipc>ipc.pt: a copy; one of another run is moved aside
-    <checkpoint_path>/<run>/best_exp<k>.pt: the best set of experiment k so far
-    <checkpoint_path>/<run>/state.pt, state.previous.pt: the last two saved states
-    <checkpoint_path>/<run>/finished/: copies of the results, from which a finished run restores what is missing
+    <save_path>/<name>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, PNG grids
+    <save_path>/<name>/<result_name>: the distilled sets, at the end
+    <save_path>/<result_name>: a copy; one of another run is moved aside
+    <checkpoint_path>/<name>/best_exp<k>.pt: the best set of experiment k so far
+    <checkpoint_path>/<name>/state.pt, state.previous.pt: the last two checkpoints
+    <checkpoint_path>/<name>/finished/: copies of the results, to restore what is missing
 
-    A context manager: SIGINT and SIGTERM inside it save the state and raise `Interrupted`. With a saved state the run goes on
-    from it; `progress` and `experiment` then hold what was saved. Without one, or with --fresh, a folder of that name is
-    kept beside the new one as <run>.1, <run>.2, ...
-    progress: dict of plain values and tensors that is saved as it is. experiment: the part that `watch` described, or None.
+    SIGINT and SIGTERM save a checkpoint and raise `Interrupted`. Where there is a checkpoint, the
+    run goes on from it; with `fresh` the old folder is kept beside as <name>.1, <name>.2, ...
 
-    part: with --parallel experiments, the experiment that this is the run of. Its states are in exp<k>/ of the checkpoints,
-    its lines in metrics.exp<k>.jsonl and log.exp<k>.txt, until the whole run has them.
+    flags: {name: value}, recorded and compared. micro_batch: of this device; a checkpoint's
+    counts, since another one draws other random starts on CUDA. part: the number of the experiment
+    that this is the run of, with --parallel experiments.
+
+    progress: a dict of plain values and tensors that is saved as it is. saved_experiment: the
+    state of the experiment under way, or None. timer: a ProgressTimer.
     """
 
-    def __init__(self, args, data, part=None):
-        self.args, self.data, self.part = args, data, part
-        self.name = f"{args.method}_{data.name}_{args.model}_{args.ipc}ipc_{args.threat_model}_seed{args.seed}"
-        self.folder = Path(args.save_path) / self.name
-        self.checkpoint_folder = Path(args.checkpoint_path) / self.name
+    def __init__(self, name, result_name, save_path, checkpoint_path, flags, data, micro_batch,
+                 save_interval=0, fresh=False, part=None):
+        self._arguments = {key: value for key, value in locals().items()
+                           if key not in ("self", "part", "__class__")}
+        self.name, self.flags, self.data, self.part = name, flags, data, part
+        self.timer, self._experiment = ProgressTimer(), None
+        self.folder = Path(save_path) / name
+        self.checkpoint_folder = Path(checkpoint_path) / name
         if self.folder.resolve() == self.checkpoint_folder.resolve():
-            raise InputError(f"--save_path and --checkpoint_path are both {args.save_path}; choose two folders: the one of an "
-                             "earlier run is moved aside, and its saved state must not be")
-        result_name = f"ROME_res_{args.method}_{data.name}_{args.model}_{args.ipc}ipc.pt"
-        self.result_file, self.published_file = self.folder / result_name, Path(args.save_path) / result_name
-        states, self._kind = self.checkpoint_folder, ""
-        if part is not None:
-            states, self._kind = self._part_folder(part), f".exp{part}"
-        for flag, folder in (("save_path", self.folder.parent), ("checkpoint_path", states)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot write to --{flag} {getattr(args, flag)} ({error}); choose another folder") from None
-        # The second one stands beside the run folder, which may be moved.
-        self._locks = [lock(states)] + ([lock(self.folder.parent, f".{self.name}.lock")] if part is None else [])
-        self._state_file = CheckpointFile(states, args.save_interval)
-        self._same = {"flags": vars(args), "versions": versions(), "device": device_name(data.device),
-                      "data": data.fingerprint()}
-        fresh = args.fresh and part is None and not distributed.is_restart()
-        saved, damage = (None, None) if fresh else self._state_file.load(STATE)
-        if saved:
-            self._check_saved(saved)
-            data.micro_batch = saved["chunk"]  # another one draws other random starts on CUDA, and free memory changes
-        else:
-            self._state_file.remove()
-            self._remove_parts()
-            shutil.rmtree(self.checkpoint_folder / "finished", ignore_errors=True)
-        saved = saved or {"progress": {}, "experiment": None, "seconds": 0.0, "metrics_bytes": 0, "finished": False}
-        self._written = saved.get("written", {})  # {name: SHA-256} of a finished run
-        self.progress, self.experiment, self.finished = saved["progress"], saved["experiment"], saved["finished"]
-        self._describe = None
-        self._open(saved)
-        if damage:
-            self.log(damage)
-
-    def _to_device(self):
-        """A state is read into the memory of the CPU."""
-        best = self.experiment and self.experiment["best"]
-        if best:
-            best["set"] = [part if part is None else part.to(self.data.device) for part in best["set"]]
-            best["controls"] = {name: soft.to(self.data.device) for name, soft in best["controls"].items()}
-
-    def _check_saved(self, saved):
-        where = f"the run saved in {self.checkpoint_folder}"
-        require_same_flags({"parallel": "batch", "cuda_graphs": True, **saved["flags"]}, vars(self.args), MAY_CHANGE, where,
-                           "--fresh to start over, or another --checkpoint_path")
-        if saved["data"] != self._same["data"]:
-            raise InputError(f"{where} began with other data than {self.args.data_path} holds now")
-        if saved["device"].split("(")[0] != self._same["device"].split("(")[0]:
-            raise InputError(f"{where} ran on {saved['device']}, whose random streams {self._same['device']} does not have; go "
-                             "on there, or start over with --fresh")
-        if saved["progress"].get("sets") and saved["flags"]["Iteration"] != self.args.Iteration:
-            raise InputError(f"--Iteration {self.args.Iteration}: {where} has finished experiments of "
-                             f"{saved['flags']['Iteration']} iterations, and all of its sets are to be alike")
-        if saved["experiment"] and saved["experiment"]["it"] > self.args.Iteration:
-            raise InputError(f"--Iteration {self.args.Iteration}: {where} is at iteration {saved['experiment']['it']} already")
-
-    def _open(self, saved):
-        """Begin, or go on with, the files of the run folder."""
-        going_on = bool(saved.get("flags"))
-        earlier = _set_aside(self.folder) if self.folder.exists() and not going_on and self.part is None else None
-        self.folder.mkdir(exist_ok=True)
-        self._log = open(self.folder / f"log{self._kind}.txt", "a", encoding="utf-8", errors="backslashreplace")
-        if self.finished:
-            self._restore_results()
-        self._metrics = open(self.folder / f"metrics{self._kind}.jsonl", "a", encoding="utf-8")
-        if not self.finished:
-            self._metrics.truncate(min(saved["metrics_bytes"], os.fstat(self._metrics.fileno()).st_size))  # later come again
-        self._metrics.seek(0, os.SEEK_END)  # truncation leaves the position, which the next state records, where it was
-        self.start = time.perf_counter() - saved["seconds"]
-        if self.finished:
-            other = saved["flags"]["Iteration"] != self.args.Iteration
-            self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; "
-                     + (f"--Iteration {self.args.Iteration} does not prolong it; " if other else "") + "--fresh starts over")
-            return
-        about = {"command": shlex.join(sys.argv), **{k: self._same[k] for k in ("flags", "versions", "device")},
-                 "dataset": self.data.name, "num_classes": self.data.num_classes}
-        if self.part is None:
-            write_json(self.folder / "flags.json", about)
-        if going_on:
-            where = f"experiment {len(self.progress.get('sets', [])) if self.part is None else self.part}"
-            where += f", iteration {self.experiment['it']}" if self.experiment else ""
-            self.log(f"going on with {self.name} at {where}, after {duration(saved['seconds'])}")
-            if saved["versions"] != self._same["versions"] or saved["device"] != self._same["device"]:
-                self.log(f"the saved part ran with {saved['versions']} on {saved['device']}, this is {self._same['versions']} "
-                         f"on {self._same['device']}: the result may differ in the last bits from that of an undisturbed run")
-        if earlier:
-            self.log(f"{self.folder} held an earlier run, now in {earlier}")
-        owner = self._owner_of_published() if self.part is None else None
-        if owner not in (None, self.name):
-            self.log(f"{self.published_file} is {owner}'s and will be moved aside at the end")
+            raise InputError(f"--save_path and --checkpoint_path are both {save_path}; choose two "
+                             "folders: a run folder is moved aside, its checkpoint must not be")
+        self.result_file = self.folder / result_name
+        self.published_file = Path(save_path) / result_name
+        states = self.checkpoint_folder if part is None else self._part_folder(part)
+        _make_folder("save_path", save_path, self.folder.parent)
+        _make_folder("checkpoint_path", checkpoint_path, states)
+        self._locks = [lock(states)]
+        if part is None:  # beside the run folder, which may be moved
+            self._locks.append(lock(self.folder.parent, f".{name}.lock"))
+        self._checkpoint = CheckpointFile(states, save_interval)
+        self._identity = {"flags": flags, "versions": versions(),
+                          "device": device_name(data.device), "data": data.fingerprint()}
+        saved, message = self._load(fresh and part is None and not distributed.is_restart())
+        self.micro_batch = saved.get("micro_batch", micro_batch)
+        self._written = saved.get("written", {})  # {file name: SHA-256} of a finished run
+        self.progress, self.finished = saved.get("progress", {}), saved.get("finished", False)
+        self.saved_experiment = saved.get("experiment")
+        self._open_files(saved)
+        if message:
+            self.log(message)
 
     def __enter__(self):
-        self._to_device()
-        self._interrupts = SignalHandler(self.log)
+        self._signals = SignalHandler(self.log)
         return self
 
     def __exit__(self, kind, error, traceback):
         try:
-            if isinstance(error, Interrupted) and error.whole and not self.finished:
-                self.save_state()
+            if isinstance(error, Interrupted) and error.state_is_whole and not self.finished:
+                self._write_checkpoint()
         finally:
-            self._interrupts.restore()
+            self._signals.restore()
             self._close()
 
     def _close(self):
         for file in (self._log, self._metrics, *self._locks):
             file.close()
 
-    # ------------------------------------------------------------------------------------------------------ saved state
-    def register_state(self, describe):
-        """From now on a saved state has `describe()` as its `experiment`; None: no experiment is under way."""
-        self._describe, self.experiment = describe, None
+    # ------------------------------------------------------------------------- beginning
+    def _load(self, start_over):
+        """The checkpoint, or {}, and a line on what was damaged, or None."""
+        saved, message = (None, None) if start_over else self._checkpoint.load(STATE_KEYS)
+        if saved:
+            self._check_saved(saved)
+            return saved, message
+        self._checkpoint.remove()
+        self._remove_parts()
+        shutil.rmtree(self.checkpoint_folder / "finished", ignore_errors=True)
+        return {}, message
+
+    def _check_saved(self, saved):
+        where, iterations = f"the run saved in {self.checkpoint_folder}", self.flags["Iteration"]
+        require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where,
+                           "--fresh to start over, or another --checkpoint_path")
+        if saved["data"] != self._identity["data"]:
+            raise InputError(f"{where} began with other data than {self.flags['data_path']} "
+                             "holds now")
+        device = self._identity["device"]
+        if saved["device"].split("(")[0] != device.split("(")[0]:
+            raise InputError(f"{where} ran on {saved['device']}, whose random numbers {device} "
+                             "does not have; go on there, or start over with --fresh")
+        if saved["progress"].get("sets") and saved["flags"]["Iteration"] != iterations:
+            raise InputError(f"--Iteration {iterations}: {where} has finished experiments of "
+                             f"{saved['flags']['Iteration']} iterations, and all of its sets are "
+                             "to be alike")
+        if saved["experiment"] and saved["experiment"]["it"] > iterations:
+            raise InputError(f"--Iteration {iterations}: {where} is at iteration "
+                             f"{saved['experiment']['it']} already")
+
+    def _open_files(self, saved):
+        """Begin the files of the run folder, or go on with them."""
+        suffix = "" if self.part is None else f".exp{self.part}"
+        moved = None
+        if self.folder.exists() and not saved and self.part is None:
+            moved = _move_aside(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        self._log = open(self.folder / f"log{suffix}.txt", "a", encoding="utf-8",
+                         errors="backslashreplace")
+        if self.finished:
+            self._restore_results()
+        self._metrics = open(self.folder / f"metrics{suffix}.jsonl", "a", encoding="utf-8")
+        if not self.finished:  # lines after the checkpoint will come again
+            size = os.fstat(self._metrics.fileno()).st_size
+            self._metrics.truncate(min(saved.get("metrics_bytes", 0), size))
+        self._metrics.seek(0, os.SEEK_END)
+        self.start = time.perf_counter() - saved.get("seconds", 0.0)
+        if self.finished:
+            self._report_finished(saved)
+            return
+        if self.part is None:
+            about = {key: self._identity[key] for key in ("flags", "versions", "device")}
+            write_json(self.folder / "flags.json", {
+                "command": shlex.join(sys.argv), **about, "dataset": self.data.name,
+                "num_classes": self.data.num_classes})
+        if saved:
+            self._report_resumed(saved)
+        if moved:
+            self.log(f"{self.folder} held an earlier run, now in {moved}")
+        owner = self._owner_of_published() if self.part is None else None
+        if owner not in (None, self.name):
+            self.log(f"{self.published_file} is {owner}'s and will be moved aside at the end")
+
+    def _report_finished(self, saved):
+        iterations = self.flags["Iteration"]
+        longer = ""
+        if saved["flags"]["Iteration"] != iterations:
+            longer = f"--Iteration {iterations} does not prolong it; "
+        self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; {longer}"
+                 "--fresh starts over")
+
+    def _report_resumed(self, saved):
+        exp = len(self.progress.get("sets", [])) if self.part is None else self.part
+        where = f"experiment {exp}"
+        if self.saved_experiment:
+            where += f", iteration {self.saved_experiment['it']}"
+        self.log(f"going on with {self.name} at {where}, "
+                 f"after {format_duration(saved['seconds'])}")
+        before, now = ({key: about[key] for key in ("versions", "device")}
+                       for about in (saved, self._identity))
+        if before != now:
+            self.log(f"the saved part ran with {before['versions']} on {before['device']}, this is "
+                     f"{now['versions']} on {now['device']}: the result may differ in the last "
+                     "bits from that of an undisturbed run")
+
+    # ------------------------------------------------------------------------- checkpoints
+    def register_state(self, experiment):
+        """From now on checkpoints hold `experiment.state_dict()`; None: no experiment is under way.
+
+        An interrupted experiment's state is first loaded into it. Returns whether there was one.
+        """
+        saved, self.saved_experiment, self._experiment = self.saved_experiment, None, experiment
+        if experiment is not None and saved:
+            experiment.load_state_dict(saved)
+        return bool(experiment is not None and saved)
 
     def delay_signals(self):
         """A context in which signals wait, because the state of the run is not whole."""
-        return self._interrupts.delay_signals()
+        return self._signals.delay_signals()
 
-    def checkpoint(self, it):
-        """Before iteration `it`, with the state whole: save it if it is time to, or stop if a signal asked for it."""
-        if self._interrupts.check(due=self._due(it)):
-            self.save_state()
+    def save_if_due(self, it):
+        """Before iteration `it`: save if it is time to, or raise Interrupted if a signal came."""
+        if self._signals.check(save_due=self._should_save(it)):
+            self.save_checkpoint()
 
-    def _due(self, it):
-        return self._state_file.should_save(it)
+    def _should_save(self, it):
+        return self._checkpoint.should_save(it)
 
-    def save_state(self, finished=False):
-        self._write_state(finished)
-        distributed.barrier()  # a large state takes longer than the others would wait for a sum
+    def save_checkpoint(self):
+        self._write_checkpoint()
+        distributed.barrier()  # a large state takes longer than a sum would wait
 
-    def _write_state(self, finished):
+    def _write_checkpoint(self):
         self._metrics.flush()
-        self._state_file.save({**self._same, "chunk": self.data.micro_batch, "progress": self.progress,
-                               "experiment": self._describe and self._describe(),
-                               "seconds": time.perf_counter() - self.start, "metrics_bytes": self._metrics.tell(),
-                               "finished": finished, "written": self._written})
+        experiment = self._experiment and self._experiment.state_dict()
+        self._checkpoint.save({
+            **self._identity, "micro_batch": self.micro_batch, "progress": self.progress,
+            "experiment": experiment, "seconds": time.perf_counter() - self.start,
+            "metrics_bytes": self._metrics.tell(), "finished": self.finished,
+            "written": self._written})
 
-    # ------------------------------------------------------------------------------------------------- the finished run
+    # ------------------------------------------------------------------------- the finished run
     def _result_files(self):
-        """What report.py and others read of a finished run."""
         return self.result_file, self.folder / "metrics.jsonl", self.folder / "flags.json"
 
     def _owner_of_published(self):
-        """The run that the file of the published name is of; None if there is no such file."""
+        """The run that the published file belongs to; None if there is no such file."""
         if not self.published_file.exists():
             return None
         try:
@@ -200,196 +224,197 @@ class Run:
         except (InputError, KeyError, TypeError, AttributeError):
             return "another program"
 
-    def _publish(self):
-        """Copy the result to its published name, which has no seed; one of another run is moved aside. Says so."""
-        with lock(self.published_file.parent, ".ROME_res.lock", wait=True):
+    def publish(self):
+        """Copy the result to its published name, which has no seed; another run's is kept."""
+        held = lock(self.published_file.parent, ".ROME_res.lock", wait=True)
+        try:
             owner = self._owner_of_published()
             if owner not in (None, self.name):
-                self.log(f"{self.published_file} was {owner}'s and is now {_set_aside(self.published_file)}")
-            write_atomically(self.published_file, lambda partial: shutil.copyfile(self.result_file, partial))
-
-    def _restore_results(self):
-        """Bring back from the checkpoints what a finished run has written and what is missing or another file now. Raises
-        InputError where that cannot be done."""
-        if not self._written:
-            raise InputError(f"{self.name} was finished by an earlier version, as {self.published_file} unless that was "
-                             "replaced; --fresh starts over")
-        for path in self._result_files():
-            wanted = self._written.get(path.name)
-            if wanted is None or path.exists() and sha256(path) == wanted:
-                continue
-            kept = self.checkpoint_folder / "finished" / path.name
-            if not kept.exists() or sha256(kept) != wanted:
-                raise InputError(f"{self.name} is finished, but {path} is missing or another file, and so is {kept}; --fresh "
-                                 "starts over")
-            if path.exists():
-                self.log(f"{path} is not what this run has written; it is now {_set_aside(path)}")
-            write_atomically(path, lambda partial: shutil.copyfile(kept, partial))  # noqa: B023
-            self.log(f"{path} restored from {kept}")
-        owner = self._owner_of_published()
-        if owner in (None, self.name) and not _same_file(self.published_file, self.result_file):
-            self._publish()
-            self.log(f"{self.published_file} restored from {self.result_file}")
-        elif owner != self.name:
-            self.log(f"{self.published_file} is {owner}'s; the result of {self.name} is {self.result_file}")
+                moved = _move_aside(self.published_file)
+                self.log(f"{self.published_file} was {owner}'s and is now {moved}")
+            _copy(self.result_file, self.published_file)
+        finally:
+            held.close()
 
     def finish(self):
-        """The results are written: only the fact, and what they are, stays in the saved state."""
-        self.progress, self._describe, self.finished = {}, None, True
+        """The results are written. Keep copies, and only the fact in the checkpoint."""
+        self.progress, self._experiment, self.finished = {}, None, True
         self._metrics.flush()
-        kept = self.checkpoint_folder / "finished"
-        kept.mkdir(exist_ok=True)
+        copies = self.checkpoint_folder / "finished"
+        copies.mkdir(exist_ok=True)
         for path in self._result_files():
-            write_atomically(kept / path.name, lambda partial: shutil.copyfile(path, partial))  # noqa: B023
+            _copy(path, copies / path.name)
             self._written[path.name] = sha256(path)
-        self.save_state(finished=True)
-        self._state_file.forget_previous()
+        self.save_checkpoint()
+        self._checkpoint.remove_previous()
         self._remove_parts()
 
-    # ------------------------------------------------------------------------------------------------- several processes
+    def _restore_results(self):
+        """Bring back what a finished run has written and what is missing or changed now.
+
+        Raises InputError where that cannot be done.
+        """
+        copies = self.checkpoint_folder / "finished"
+        for path in self._result_files():
+            expected, copy = self._written.get(path.name), copies / path.name
+            if expected is None or path.exists() and sha256(path) == expected:
+                continue
+            if not copy.exists() or sha256(copy) != expected:
+                raise InputError(f"{self.name} is finished, but {path} is missing or another file, "
+                                 f"and so is {copy}; --fresh starts over")
+            if path.exists():
+                moved = _move_aside(path)
+                self.log(f"{path} is not what this run has written; it is now {moved}")
+            _copy(copy, path)
+            self.log(f"{path} restored from {copy}")
+        owner = self._owner_of_published()
+        if owner not in (None, self.name):
+            self.log(f"{self.published_file} is {owner}'s; the result of {self.name} is "
+                     f"{self.result_file}")
+        elif owner is None or sha256(self.published_file) != sha256(self.result_file):
+            self.publish()
+            self.log(f"{self.published_file} restored from {self.result_file}")
+
+    # ------------------------------------------------------------------------- several processes
     def map_dynamic(self, count, work):
-        """`distributed.map_dynamic`; of several processes, a signal to one stops all, and the work is done again later."""
+        """`distributed.map_dynamic`; a signal to one of several processes stops all of them."""
         if distributed.world_size() == 1:
             return distributed.map_dynamic(count, work)
-        with self._interrupts.allow_signals():
+        with self._signals.allow_signals():
             return distributed.map_dynamic(count, work)
 
-    def map_experiments(self, work):
-        """--parallel experiments: work(k, its Run) for each experiment, by whichever process is free; then the progress of
-        all of them is that of this run, in order."""
-        self.save_state()  # from here on there is something to go on with
+    def map_experiments(self, count, work):
+        """--parallel experiments: work(k, its own run), by whichever process is free.
 
-        def one(exp):
-            with distributed.single_process(), Run(self.args, self.data, part=exp) as part:
+        Then the progress of all of them is that of this run, in order.
+        """
+        self.save_checkpoint()  # from here on there is something to go on with
+
+        def run_one(exp):
+            with distributed.single_process(), \
+                    RunDirectory(**self._arguments, part=exp) as part:
+                part.micro_batch = self.micro_batch
                 if not part.progress.get("sets"):
                     work(exp, part)
-                    part.save_state()
-                    part._interrupts.check()
-        self.map_dynamic(self.args.num_exp, one)
+                    part.save_checkpoint()
+                    part._signals.check()
+        self.map_dynamic(count, run_one)
         if distributed.is_main_process():
-            self._gather()
+            self._gather_parts(count)
 
-    def _gather(self):
+    def _gather_parts(self, count):
         self.progress.update({"table": {}, "sets": [], "teachers": []})
-        for exp in range(self.args.num_exp):
-            saved, _ = CheckpointFile(self._part_folder(exp)).load(STATE)
-            for name, rows in saved["progress"]["table"].items():
+        for exp in range(count):
+            progress = CheckpointFile(self._part_folder(exp)).load(STATE_KEYS)[0]["progress"]
+            for name, rows in progress["table"].items():
                 self.progress["table"].setdefault(name, []).extend(rows)
             for key in ("sets", "teachers"):
-                self.progress[key] += saved["progress"][key]
-            for stem, ending, file in (("log", "txt", self._log), ("metrics", "jsonl", self._metrics)):
-                file.write((self.folder / f"{stem}.exp{exp}.{ending}").read_text(encoding="utf-8"))
+                self.progress[key] += progress[key]
+            for stem, ending, file in (("log", "txt", self._log),
+                                       ("metrics", "jsonl", self._metrics)):
+                text = (self.folder / f"{stem}.exp{exp}.{ending}").read_text(encoding="utf-8")
+                file.write(text)
 
     def _part_folder(self, exp):
         return self.checkpoint_folder / f"exp{exp}"
 
     def _remove_parts(self):
-        """Forget the experiments that were runs of their own: this run has all of them, or begins anew."""
-        if self.part is None:
-            for folder in self.checkpoint_folder.glob("exp[0-9]*"):
-                shutil.rmtree(folder)
-            for path in (*self.folder.glob("log.exp*.txt"), *self.folder.glob("metrics.exp*.jsonl")):
+        """Experiments that were runs of their own: this run has them now, or begins anew."""
+        if self.part is not None:
+            return
+        for folder in self.checkpoint_folder.glob("exp[0-9]*"):
+            shutil.rmtree(folder)
+        for pattern in ("log.exp*.txt", "metrics.exp*.jsonl"):
+            for path in self.folder.glob(pattern):
                 path.unlink()
 
-    # ------------------------------------------------------------------------------------------------------------ reports
+    # ------------------------------------------------------------------------- what is written
     def log(self, text):
-        """A line for the reader: on the screen, above a progress bar if there is one, and in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        print(text, file=self._log, flush=True)
+        """A line for the reader: on the screen and in log.txt."""
+        write_line(text)
+        self._log.write(text + "\n")
+        self._log.flush()
 
-    def metric(self, event, **values):
+    def log_metrics(self, event, **values):
         """A line for programs, in metrics.jsonl."""
-        line = {"event": event, "seconds": round(time.perf_counter() - self.start, 2), **values}
-        print(json.dumps(line), file=self._metrics, flush=True)
-
-    def report_iteration(self, exp, it, losses, timer):
-        """losses: loss_robustness, loss_performance, loss_pool, w_f (percent), as floats."""
-        self.metric("iteration", exp=exp, iteration=it, **losses)
-        self.log(f"exp {exp} it {it}/{self.args.Iteration}  robustness-aligned {losses['loss_robustness']:.4g}  "
-                 f"performance-aligned {losses['loss_performance']:.4g}  w_f {losses['w_f']:.2f} %  "
-                 f"pool {losses['loss_pool']:.4g}  {timer}")
-
-    def report_evaluation(self, rows, **values):
-        """Rows of an Evaluator, for each network name: one line on the screen, one in metrics.jsonl."""
-        where = " ".join(name if value is True else f"{name} {value}" for name, value in values.items() if value is not False)
-        for model, columns in by_model(rows).items():
-            self.metric("evaluation", **values, model=model, **columns)
-            self.log(f"{where}, {model}: " + "  ".join(f"{name} {percent(columns[key])}" for key, name in
-                                                       {**COLUMNS, "select_acc": "select"}.items() if key in columns))
+        seconds = round(time.perf_counter() - self.start, 2)
+        self._metrics.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
+        self._metrics.flush()
 
     def save_grid(self, name, images):
-        """A PNG of class-major images (C*n, 3, H, W), normalised: a row a class or several, or ten images if n is 1."""
+        """A PNG of class-major images (C*n, C, H, W), normalised: a row a class, or several."""
         classes = self.data.num_classes
         per_class = len(images) // classes
         per_row = per_class * max(1, math.isqrt(classes // per_class)) if per_class > 1 else 10
         save_grid(self.folder / f"{name}.png", images, self.data, per_row)
 
-    def _meta(self, **more):
-        args, data = self.args, self.data
-        return {"run": self.name, "dataset": data.name, "classes": data.classes, "mean": list(data.mean), "std": list(data.std),
-                "packed": args.aug, "pack": args.pack, "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed,
-                "flags": {name: value for name, value in vars(args).items() if name not in NO_EFFECT},
-                "versions": versions(), "device": device_name(data.device), **more}
+    def write_result(self, write):
+        """write(path) makes the file of the final sets; then it gets its published name too."""
+        write(self.result_file)
+        self.publish()
 
-    def save_best(self, exp, best, recipe):
-        """best: dict of set (the parts of a SyntheticSet), iteration, rows. recipe: how to train on it."""
-        save_synset(self.checkpoint_folder / f"best_exp{exp}.pt", [SyntheticSet(*best["set"])], best["rows"],
-                    self._meta(iteration=best["iteration"], recipe=recipe))
-
-    def save_result(self, constant, recipe):
-        """The final file and the final table, from the progress: sets, those of each experiment; table, {set name: rows}.
-        constant: the row of a constant classifier."""
-        table, sets = self.progress["table"], [SyntheticSet(*one) for one in self.progress["sets"]]
-        save_synset(self.result_file, sets, table[self.args.method], self._meta(recipe=recipe))
-        self._publish()
-        args = self.args
-        measured, wide = [key for key in COLUMNS if key in table[args.method][0]], max(24, *map(len, table))
-        self.log(f"\n{self.data.name}, {args.ipc} image(s) per class, threat model {args.threat_model}, {args.num_exp} set(s) "
-                 f"x {args.num_eval} network(s), {table[args.method][0]['n']} test images; accuracy in percent, mean +- std\n"
-                 f"{'set':<{wide}} {'network':<12} " + " ".join(f"{COLUMNS[key]:>15}" for key in measured))
-        for name, rows in {"constant classifier": constant, **table}.items():
-            for model, columns in by_model(rows).items():
-                self.metric("final", set=name, model=model, **columns)
-                self.log(f"{name:<{wide}} {model:<12} " + " ".join(f"{percent(columns[key]):>15}" for key in measured))
-        self.log(f"\nset: {self.result_file}, also as {self.published_file}\nrun: {self.folder}")
+    def write_best(self, exp, write):
+        """write(path) makes the file of the best set of an experiment so far."""
+        write(self.checkpoint_folder / f"best_exp{exp}.pt")
 
 
-def open_run(args, data):
-    """The Run of a script: to be written by the first of several processes, the others have a `NullRunDirectory`."""
-    runs = []
+class NullRunDirectory(RunDirectory):
+    """A run as the other processes see it: the same state, and nothing is written."""
 
-    def begin():
-        runs.append(Run(args, data))
-        return {**{name: getattr(runs[0], name) for name in ("progress", "experiment", "finished")},
-                "chunk": data.micro_batch, "data": data.fingerprint()}  # the first process's micro_batch: another draws other noise on CUDA
-    said = distributed.run_on_rank0(begin)
-    return runs[0] if runs else NullRunDirectory(args, data, said)
-
-
-class NullRunDirectory(Run):
-    """A run as a process sees it that is not the first one: it goes on from the same state, and writes and says nothing."""
-
-    def __init__(self, args, data, said):
-        self.args, self.data, self.part, self._describe, self.name = args, data, None, None, "the run"
-        self.progress, self.experiment, self.finished = (said[name] for name in ("progress", "experiment", "finished"))
-        data.micro_batch = said["chunk"]
-        if said["data"] != data.fingerprint():
-            raise InputError(f"process {distributed.rank()} has other data in --data_path {args.data_path} than process 0")
+    def __init__(self, arguments, shared):
+        self._arguments, self.data, self.part = arguments, arguments["data"], None
+        self.name, self.flags = arguments["name"], arguments["flags"]
+        self.timer, self._experiment = ProgressTimer(), None
+        for key in ("progress", "saved_experiment", "finished", "micro_batch"):
+            setattr(self, key, shared[key])
+        if shared["data"] != self.data.fingerprint():
+            raise InputError(f"process {distributed.rank()} has other data in --data_path "
+                             f"{self.flags['data_path']} than process 0")
 
     def _nothing(self, *args, **options):
         pass
 
-    log = metric = report_iteration = report_evaluation = save_grid = save_best = save_result = _nothing
-    _due = _write_state = _close = _gather = _remove_parts = _nothing
+    log = log_metrics = save_grid = write_result = write_best = _nothing
+    _should_save = _write_checkpoint = _close = _gather_parts = _remove_parts = _nothing
 
     def finish(self):
         self.finished = True
-        self.save_state()
+        self.save_checkpoint()
 
 
-def _set_aside(path):
-    """Rename a file or folder to the first free of NAME.1, NAME.2, ...: before the ending of a file. Returns the new path."""
+def open_run(**arguments):
+    """The RunDirectory of a script; the other processes get a NullRunDirectory."""
+    opened = []
+
+    def begin():
+        run = RunDirectory(**arguments)
+        opened.append(run)
+        keys = ("progress", "saved_experiment", "finished", "micro_batch")
+        return {**{key: getattr(run, key) for key in keys}, "data": run.data.fingerprint()}
+    shared = distributed.run_on_rank0(begin)
+    return opened[0] if opened else NullRunDirectory(arguments, shared)
+
+
+def save_grid(path, images, data, per_row):
+    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, about 1000 pixels wide."""
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)
+    factor = max(1, min(math.ceil(960 / grid.shape[2]), 1200 // grid.shape[1]))
+    grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    write_atomically(path, lambda partial: save_image(grid, partial))
+
+
+def _make_folder(flag, value, folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to --{flag} {value} ({error}); choose another "
+                         "folder") from None
+
+
+def _move_aside(path):
+    """Rename to the first free of NAME.1, NAME.2, ... (before a file's ending); the new path."""
     stem, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     number = 1
     while (target := path.with_name(f"{stem}.{number}{ending}")).exists():
@@ -398,15 +423,5 @@ def _set_aside(path):
     return target
 
 
-def _same_file(one, other):
-    """Whether two files are there, with the same content."""
-    return one.exists() and other.exists() and one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
-
-
-def save_grid(path, images, data, per_row):
-    """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, enlarged to about 1000 pixels."""
-    from torchvision.utils import make_grid, save_image
-    grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)  # (C, H', W')
-    factor = max(1, min(math.ceil(960 / grid.shape[2]), 1200 // grid.shape[1]))
-    grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    write_atomically(path, lambda partial: save_image(grid, partial))
+def _copy(source, target):
+    write_atomically(target, lambda partial: shutil.copyfile(source, partial))

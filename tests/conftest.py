@@ -84,7 +84,7 @@ def cifar10_npz(tmp_path_factory):
     if (ROOT / "data" / "cifar10.npz").exists():
         return ROOT / "data"
     if not (SHARED / "data" / "unpack.py").exists():
-        pytest.advance("no data/cifar10.npz and no ../shared/data here")
+        pytest.skip("no data/cifar10.npz and no ../shared/data here")
     import subprocess
     folder = tmp_path_factory.mktemp("cifar10")
     subprocess.run([sys.executable, SHARED / "data" / "unpack.py", "--out", folder, "--dataset", "cifar10"], check=True)

@@ -5,42 +5,52 @@ import pytest
 import torch
 from conftest import random_dataset
 
-import ROME_cifar10 as rome
+import experiment
+import ROME_cifar10
+import utils
 from attacks import get_threat_model
-from runtime.progress import ProgressTimer
-from runtime.cost import forward_flops, planned_batches
 from networks import get_network
+from runtime.cost import forward_flops
+from runtime.progress import ProgressTimer
 
 
-def test_planned_batches():
-    """By hand: ipc 1 unpacked, 80 training images of each class, 500 iterations; a test set of 800 in chunks of 64."""
+def batches(data, threat_name, *flags):
+    """(batches to compile, passes of an outer iteration) of a run."""
+    args = ROME_cifar10.parse_args(["--ipc", "3", "--batch_real", "64", *flags])
+    threat = get_threat_model(threat_name, data)
+    setup = experiment.Setup(data, threat, [], utils.Evaluator(args, data, threat), None, None, 64)
+    return (experiment.batches_to_compile(args, setup),
+            experiment.iteration_cost(args, data).passes)
+
+
+def test_batches_and_passes_by_hand():
+    """3 images a class, 80 training images of each class, 800 test images in batches of 64."""
     data = random_dataset(per_class=80)
-    args = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--trained_bs", "200", "--model_train_steps", "2", "--num_eval",
-                            "2", "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"])
-    planned = planned_batches(args, data, get_threat_model("published", data))
-    attacked, trained = planned["attacked"], planned["trained"]
-    # 640 images an update = 10 x 64; 200 pool images = 3 x 64 + 8, 4 steps; 800 test images = 12 x 64 + 32, two networks
+    flags = ["--trained_bs", "200", "--model_train_steps", "2", "--num_eval", "2",
+             "--epoch_eval_train", "9", "--batch_train", "20", "--train_net_num", "1"]
+    work, passes = batches(data, "published", *flags)
+    attacked, trained = work["attacked"], work["trained"]
+    # 640 images an update; 200 pool images = 3 x 64 + 8, 4 steps; 800 test images = 12 x 64 + 32
     assert attacked[64] == 10 * (500 * 640 + 500 * 4 * 192 + 2 * 768)
     assert attacked[8] == 10 * 500 * 4 * 8 and attacked[32] == 10 * 2 * 32
-    assert trained[200] == 1.5 * 500 * 4 * 200  # and 30 synthetic images = 20 + 10, ten epochs, two networks
+    assert trained[200] == 1.5 * 500 * 4 * 200  # 30 synthetic images = 20 + 10, ten epochs, twice
     assert trained[20] == 1.5 * 10 * 2 * 20 and trained[10] == 1.5 * 10 * 2 * 10
-    assert planned["matched"] == {64: 0, 30: 500 * 30} and planned["embedded"][64] == pytest.approx(0.45 * 500 * 640)
-    more = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "7"])
-    less = rome.parse_args(["--ipc", "3", "--batch_real", "64", "--Iteration", "70000"])
-    published, pixel = (get_threat_model(name, data) for name in ("published", "pixel"))
-    assert planned_batches(more, data, published) == planned_batches(less, data, published)
-    judged = planned_batches(args, data, pixel)["attacked"]
-    assert judged[32] == 3 * 20 * 2 * 32  # 20 steps at three radii
+    assert work["matched"][30] == 500 * 30 and work["matched"][64] == 0
+    assert work["embedded"][64] == pytest.approx(0.45 * 500 * 640)
+    assert passes == 10 * 640 + (10 + 1) * 4 * 200
+    assert batches(data, "pixel", *flags)[0]["attacked"][32] == 3 * 20 * 2 * 32  # three radii
+    assert batches(data, "published", "--Iteration", "7")[0] == batches(
+        data, "published", "--Iteration", "70000")[0]
 
 
-def test_network_is_the_same_after_the_cost_estimate():
+def test_the_network_is_the_same_after_the_estimate():
     net = get_network("ConvNetBN", 3, 10, (32, 32), 0)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     forward_flops(net, 3, (32, 32))
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_clock(monkeypatch):
+def test_progress_timer(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     timer = ProgressTimer()

@@ -1,11 +1,11 @@
-"""Files of others: each is understood rightly, or a warning or an error says what it may be.
-docs/foreign_files.md.
+"""Files of others: each is understood rightly, or a warning or an error tells what it may be.
+
+The rules: docs/foreign_files.md.
 """
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -21,153 +21,169 @@ import export
 import synsets
 import utils
 from augment import pack, unpack
-from datasets import DATASETS, Dataset, load_dataset
-from formats.inputs import choose_normalisation, read_input, read_inputs, understand
+from datasets import DATASETS, load_dataset
+from formats.image_checks import seams
+from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation
+from formats.inputs import read_input, read_inputs
 from formats.network_file import load_into
-from runtime.safe_io import InputError
-from formats.synset_file import read_synset, save_synset, seams
+from formats.synset_file import SyntheticSet, read_synset, save_synset
 from networks import NETWORKS, get_network
+from runtime.command_line import run_script
+from runtime.safe_io import InputError
 from target_models import TargetModel, check_normalisation
 
-JUDGED = "--threat_model pixel --attacks FGSM --untargeted --no_sanity".split()
-QUICK = [
-    "--model",
-    "MLP",
-    "--num_eval",
-    "1",
-    "--epoch_eval_train",
-    "15",
-    "--lr_net",
-    "0.02",
-    "--dsa_strategy",
-    "none",
-    "--limit",
-    "100",
-    *JUDGED,
-]
+ATTACK = "--threat_model pixel --attacks FGSM --untargeted --no_sanity --limit 100 --num_eval 1"
+TRAINING = "--model MLP --epoch_eval_train 15 --lr_net 0.02 --dsa_strategy none"
+QUICK = [*ATTACK.split(), *TRAINING.split()]
 LABELS = torch.arange(10).repeat_interleave(10)
 
 
-def run(monkeypatch, out, *arguments):
-    """evaluate.py in this process: (the content of results.json, results.md)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(out), *map(str, arguments)])
-    evaluate.main()
+def main(script, *arguments):
+    """A script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+def run(out, *arguments):
+    """evaluate.py: the content of results.json, and results.md."""
+    main(evaluate, "--out", out, *arguments)
     return json.loads((out / "results.json").read_text()), (out / "results.md").read_text()
 
 
-def run_export(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    export.main()
-
-
 def clean(content, method=None):
-    (accuracy,) = {
-        row["accuracy"]
-        for row in content["rows"]
-        if row["attack"] == "Clean" and method in (None, row["method"])
-    }
+    rows = [row for row in content["rows"] if row["attack"] == "Clean"]
+    (accuracy,) = {row["accuracy"] for row in rows if method in (None, row["method"])}
     return accuracy
+
+
+def write_set(path, images, labels=LABELS, **meta):
+    torch.save({"data": [[images, labels]], "meta": meta}, path)
+    return path
+
+
+def understood(path, data, images=None, zca=False, **flags):
+    """A set, or a .pth, as evaluate.py understands it: an Input."""
+    files = ([], [path]) if path.suffix == ".pth" else ([path], [])
+    (entry,) = read_inputs(*files, NETWORKS, **flags)
+    choose_normalisation([entry], data, zca)
+    check_and_normalise(entry, data, images)
+    return entry
+
+
+def real_images(data, ipc=10):
+    generators = [torch.Generator().manual_seed(c) for c in range(10)]
+    return torch.cat([data.sample_class(c, ipc, generators[c]) for c in range(10)])
 
 
 @pytest.fixture(scope="module")
 def digit_images(digits):
-    """Ten real digits a class, normalised."""
-    return torch.cat(
-        [digits.sample_class(c, 10, torch.Generator().manual_seed(c)) for c in range(10)]
-    )
+    return real_images(digits)
 
 
+# ------------------------------------------------------------------------------- the whole command
 @pytest.fixture(scope="module")
-def reference(digits, digit_images, tmp_path_factory):
-    """The set as it should be: its file, and what evaluate.py finds for it."""
-    folder = tmp_path_factory.mktemp("reference")
-    path = folder / "res_DM_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[digit_images, LABELS]]}, path)
-    with pytest.MonkeyPatch.context() as patch:
-        content, text = run(patch, folder / "out", "--synset", path, *QUICK)
-    assert clean(content) > 0.5 and text.rstrip().endswith("## Warnings\n\n- none")
-    return path, content
+def evaluated(digits, digit_images, tmp_path_factory):
+    """One run of evaluate.py on a set as it should be, as pixels, and with permuted labels."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    paths = [folder / f"res_{name}_Digits_MLP_10ipc.pt" for name in ("Good", "Pixels", "Permuted")]
+    write_set(paths[0], digit_images)
+    write_set(paths[1], digits.denormalize(digit_images))
+    write_set(paths[2], digit_images, (LABELS + 3) % 10)
+    return paths, *run(folder / "out", "--synset", *paths, *QUICK)
 
 
-def taken(path, data, *flags):
-    """A set as evaluate.py understands it with these flags: an Input."""
-    args = evaluate.parse_args(["--synset", str(path), *map(str, flags)])
-    (one,) = read_inputs(args, NETWORKS)
-    choose_normalisation([one], data, args.zca)
-    understand(one, data, args.images)
-    return one
+def test_the_report_warns_of_what_looks_wrong(evaluated):
+    paths, content, text = evaluated
+    assert clean(content, "Good") > 0.5 and clean(content, "Permuted") < 0.1
+    warnings = text.split("## Warnings")[1]
+    assert "Good_Digits" not in warnings
+    assert "look like pixels in [0, 1]; --images pixels converts them" in warnings
+    assert "no better than that of a constant classifier (10 %)" in warnings
+    for path in paths:
+        taken = content["inputs"][str(path)]["taken_as"]
+        assert taken.startswith("Digits, normalised with mean [0.3054") and taken in text
+
+
+def test_the_whole_command_with_pixels(evaluated, tmp_path):
+    """With --images the accuracy is that of the set as it should be, and nothing is warned of."""
+    paths, content, _ = evaluated
+    path = tmp_path / paths[0].name  # its name is a part of the seeds
+    path.write_bytes(paths[1].read_bytes())
+    again, text = run(tmp_path / "out", "--synset", path, *QUICK, "--images", "pixels")
+    assert clean(again) == pytest.approx(clean(content, "Good"), abs=0.02)
+    assert text.rstrip().endswith("## Warnings\n\n- none")
+
+
+def test_a_set_keeps_its_own_normalisation(digits, digit_images, tmp_path):
+    """Test images are normalised as the meta of the set declares."""
+    pixels, constants = digits.denormalize(digit_images), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    path = write_set(tmp_path / "res_RDED_Digits_MLP_10ipc.pt", (pixels - 0.5) / 0.25, **constants)
+    content, text = run(tmp_path / "out", "--synset", path, *QUICK)
+    assert f"normalised with mean {[0.5] * 3}, std {[0.25] * 3}" in text and clean(content) > 0.5
+    (about,) = content["networks"].values()
+    net = load_into(get_network("MLP", 3, 10, (32, 32), 0), about["file"])
+    test = digits.images["test"][:100].float() / 255
+    assert clean(content) == utils.accuracy(net, (test - 0.5) / 0.25, digits.labels["test"][:100])
+
+
+def test_a_network_of_other_pixels(digits, tmp_path):
+    """A network that knows pixels in [0, 1] is right with --network_mean 0 --network_std 1."""
+    net = get_network("MLP", 3, 10, (32, 32), 0)
+    options = {"epochs": 3, "lr_net": 0.05, "batch_train": 64, "dsa_strategy": "none"}
+    pixels, labels = digits.images["train"].float() / 255, digits.labels["train"]
+    generator = torch.Generator().manual_seed(0)
+    utils.train_on_set(net, pixels, labels, generator=generator, **options)
+    path = tmp_path / "DM_MLP_Digits_10_None.pth"
+    torch.save(net.state_dict(), path)
+    flags = ["--networks", path, *QUICK, "--limit", 0, "--network_std", 1, "--network_mean"]
+    content, text = run(tmp_path / "right", *flags, 0)
+    right = utils.accuracy(net, digits.images["test"].float() / 255, digits.labels["test"])
+    assert clean(content) == pytest.approx(right, abs=1e-9) and text.rstrip().endswith("- none")
+    assert "for images normalised with mean [0.0, 0.0, 0.0]" in text
+    with pytest.raises(InputError, match="one for each of 3 channel"):
+        run(tmp_path / "x", *flags, 0, 0)
 
 
 # ---------------------------------------------------------------------------------- pixels, packing
-@pytest.mark.parametrize(
-    "stored, space",
-    [
-        (lambda pixels: pixels, r"pixels in \[0, 1\]"),
-        (lambda pixels: 255 * pixels, "pixels from 0 to 255"),
-        (lambda pixels: 2 * pixels - 1, r"images in \[-1, 1\]"),
-    ],
-)
-def test_pixels_in_place_of_normalised_images(digits, digit_images, tmp_path, stored, space):
-    pixels = digits.denormalize(digit_images)
-    torch.save({"data": [[stored(pixels), LABELS]]}, tmp_path / "res_DM_Digits_MLP_10ipc.pt")
-    one = taken(tmp_path / "res_DM_Digits_MLP_10ipc.pt", digits)
-    assert re.search(
-        f"taken as normalised images, but its values .* look like {space}", one.warnings[0]
-    )
-    assert torch.equal(one.synset.sets[0].images, stored(pixels))
-    if "pixels" in space:
-        one = taken(one.path, digits, "--images", "pixels")
-        assert (
-            torch.allclose(one.synset.sets[0].images, digit_images, atol=1e-5) and not one.warnings
-        )
-        assert re.search(
-            f"Digits, normalised from {space} with mean .*, not packed, hard labels, no ZCA",
-            one.taken_as,
-        )
-        assert not taken(one.path, digits, "--images", "normalised").warnings
-    else:
+@pytest.mark.parametrize("scale, shift, space", [
+    (1, 0, r"pixels in \[0, 1\]"),
+    (255, 0, "pixels from 0 to 255"),
+    (2, -1, r"images in \[-1, 1\]"),
+])
+def test_pixels_in_place_of_normalised_images(digits, digit_images, tmp_path, scale, shift, space):
+    stored = scale * digits.denormalize(digit_images) + shift
+    path = write_set(tmp_path / "res_DM_Digits_MLP_10ipc.pt", stored)
+    entry = understood(path, digits)
+    expected = f"taken as normalised images, but its values .* look like {space}"
+    assert re.search(expected, entry.warnings[0])
+    assert torch.equal(entry.synset.sets[0].images, stored)
+    if shift:
         with pytest.raises(InputError, match="no pixels, with values from -1 to 1"):
-            taken(one.path, digits, "--images", "pixels")
+            understood(path, digits, "pixels")
+        return
+    entry = understood(path, digits, "pixels")
+    assert torch.allclose(entry.synset.sets[0].images, digit_images, atol=1e-5)
+    assert not entry.warnings and not understood(path, digits, "normalised").warnings
+    line = f"Digits, normalised from {space} with mean .*, not packed, hard labels, no ZCA"
+    assert re.fullmatch(line, entry.description)
 
 
 def test_bytes_are_pixels(digits, digit_images, tmp_path):
+    """Also where one set of the file is dark."""
     pixels = (digits.denormalize(digit_images) * 255).round().to(torch.uint8)
-    torch.save(
-        {"data": [[pixels // 200, LABELS], [pixels, LABELS]]},
-        tmp_path / "res_DM_Digits_MLP_10ipc.pt",
-    )
-    one = taken(tmp_path / "res_DM_Digits_MLP_10ipc.pt", digits)
-    assert torch.allclose(one.synset.sets[1].images, digit_images, atol=1e-5) and not one.warnings
-    assert "from pixels from 0 to 255" in one.taken_as
+    path = tmp_path / "res_DM_Digits_MLP_10ipc.pt"
+    torch.save({"data": [[pixels // 200, LABELS], [pixels, LABELS]]}, path)
+    entry = understood(path, digits)
+    assert torch.allclose(entry.synset.sets[1].images, digit_images, atol=1e-5)
+    assert "from pixels from 0 to 255" in entry.description and not entry.warnings
     with pytest.raises(InputError, match="bytes, which are pixels"):
-        taken(one.path, digits, "--images", "normalised")
+        understood(path, digits, "normalised")
 
 
-def test_normalised_images_are_no_pixels(reference, digits):
-    with pytest.raises(InputError, match="its images are no pixels"):
-        taken(reference[0], digits, "--images", "pixels")
-
-
-def test_the_whole_command_with_pixels(reference, digits, digit_images, tmp_path, monkeypatch):
-    """With a word of the user's the figures are those of the set as it should be; without it the
-    report warns.
-    """
-    path = tmp_path / reference[0].name
-    torch.save({"data": [[digits.denormalize(digit_images), LABELS]]}, path)
-    content, text = run(monkeypatch, tmp_path / "a", "--synset", path, *QUICK, "--images", "pixels")
-    assert clean(content) == pytest.approx(clean(reference[1]), abs=0.02) and "- none" in text
-    content, text = run(monkeypatch, tmp_path / "b", "--synset", path, *QUICK)
-    assert (
-        "look like pixels in [0, 1]; --images pixels converts them" in text.split("## Warnings")[1]
-    )
-    assert content["inputs"][str(path)]["taken_as"].startswith(
-        "Digits, normalised with mean [0.3054"
-    )
-
-
-def smooth_images(count, seed=0):
+def smooth_images(count):
     """Images as smooth as photographs."""
-    noise = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return F.interpolate(noise, (32, 32), mode="bicubic") + 0.05 * torch.randn(count, 3, 32, 32)
 
 
@@ -186,184 +202,115 @@ def test_seams_on_real_images(cifar10_npz, packed):
         assert seams(pack(images, packed))[0] == packed
 
 
-def test_noise_and_flat_images_have_no_seams():
-    assert seams(torch.randn(100, 3, 32, 32)) == (1, 1.0) and seams(torch.zeros(10, 3, 32, 32)) == (
-        1,
-        1.0,
-    )
+@pytest.mark.parametrize("images", [torch.zeros(10, 3, 32, 32), torch.randn(100, 3, 32, 32)])
+def test_flat_images_and_noise_have_no_seams(images):
+    assert seams(images) == (1, 1.0) == seams(images[:, :, :20])
 
 
-def test_a_packed_set_that_does_not_say_so(tmp_path, digits):
-    path = tmp_path / "res_DM_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[pack(smooth_images(400), 2), LABELS]]}, path)
-    assert re.search(
-        "taken as not packed, but its images look packed 2x2 .*--packed 2 unpacks",
-        taken(path, digits).warnings[0],
-    )
-    one = taken(path, digits, "--packed", 2)
-    assert not one.warnings and "packed 2x2" in one.taken_as
-    one = taken(path, digits, "--packed", 4)
-    assert "taken as packed 4x4, but its images look packed 2x2" in one.warnings[0]
+def test_a_packed_set_that_does_not_declare_it(tmp_path, digits):
+    path = write_set(tmp_path / "res_DM_Digits_MLP_10ipc.pt", pack(smooth_images(400), 2))
+    expected = "taken as not packed, but its images look packed 2x2 .*--packed 2 unpacks"
+    assert re.search(expected, understood(path, digits).warnings[0])
+    entry = understood(path, digits, packed=2)
+    assert not entry.warnings and "packed 2x2" in entry.description
+    (warning,) = understood(path, digits, packed=4).warnings
+    assert "taken as packed 4x4, but its images look packed 2x2" in warning
 
 
 # ------------------------------------------------------------------------------- ZCA, normalisation
 @pytest.fixture(scope="module")
-def fitted_digits():
-    """Digits, whitened: the fit takes seconds."""
+def small(digits, tmp_path_factory):
+    """The digits as a user's data set of 16x16 grey pixels, whose whitening is fitted in 20 ms."""
     pytest.importorskip("kornia")
-    data = load_dataset("Digits", "")
+    arrays = {f"y_{split}": labels.numpy() for split, labels in digits.labels.items()}
+    for split, images in digits.images.items():
+        pixels = F.interpolate(images[:, :1].float(), (16, 16), mode="area")[:, 0]
+        arrays[f"x_{split}"] = pixels.round().byte().numpy()
+    path = tmp_path_factory.mktemp("small") / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whitened(small):
+    """The data set, whitened, and ten images a class."""
+    data = load_dataset(small, "")
     data.fit_zca()
-    return data
+    return data, real_images(data)
 
 
-@pytest.fixture
-def whitened(fitted_digits, tmp_path, monkeypatch):
-    """Whitened digits, ten of each class, and a file of them that says nothing. Whoever fits anew
-    gets the same.
-    """
-    data = fitted_digits
-
-    def fit_again(self):
-        self.set_normalisation(data.mean, data.std)
-        self._zca = data._zca
-
-    monkeypatch.setattr(Dataset, "fit_zca", fit_again)
-    images = torch.cat(
-        [data.sample_class(c, 10, torch.Generator().manual_seed(c)) for c in range(10)]
-    )
-    (tmp_path / "zca").mkdir()
-    path = tmp_path / "zca" / "res_MTT_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[images, LABELS]]}, path)
-    return data, images, path
-
-
-def test_a_whitened_set_by_flag(whitened, tmp_path, monkeypatch):
+def test_a_whitened_set_by_flag(small, whitened, tmp_path):
     """Its network sees whitened test images: the accuracy is that of a training by hand."""
-    data, images, path = whitened
-    content, text = run(
-        monkeypatch,
-        tmp_path / "out",
-        "--synset",
-        path,
-        *QUICK,
-        "--zca",
-        "--epoch_eval_train",
-        50,
-        "--lr_net",
-        0.1,
-    )
-    assert "ZCA-whitened, not packed, hard labels, ZCA" in text
-    (about,) = [json.loads(p.read_text()) for p in (tmp_path / "out" / "networks").glob("*.json")]
-    net = get_network("MLP", 3, 10, (32, 32), about["seed_init"])
-    utils.train_on_set(
-        net,
-        images,
-        LABELS,
-        epochs=50,
-        lr_net=0.1,
-        batch_train=256,
-        dsa_strategy="none",
-        generator=torch.Generator().manual_seed(about["seed_train"]),
-    )
-    assert (
-        clean(content)
-        == pytest.approx(utils.accuracy(net, *data.get_batch("test", slice(100))), abs=0.011)
-        and clean(content) > 0.4
-    )
+    data, images = whitened
+    path = write_set(tmp_path / "res_MTT_small_MLP_10ipc.pt", images)
+    flags = ["--dataset", small, "--zca", "--epoch_eval_train", 50, "--lr_net", 0.1]
+    content, text = run(tmp_path / "out", "--synset", path, *QUICK, *flags)
+    assert "small, ZCA-whitened, not packed, hard labels, ZCA" in text
+    (about,) = content["networks"].values()
+    net = get_network("MLP", 1, 10, (16, 16), about["seed_init"])
+    options = {"epochs": 50, "lr_net": 0.1, "batch_train": 256, "dsa_strategy": "none"}
+    generator = torch.Generator().manual_seed(about["seed_train"])
+    utils.train_on_set(net, images, LABELS, generator=generator, **options)
+    accuracy = utils.accuracy(net, *data.get_batch("test", slice(100)))
+    assert clean(content) == pytest.approx(accuracy, abs=0.011) and accuracy > 0.4
 
 
-def test_a_whitened_set_that_does_not_say_so(whitened, digits, reference):
+def test_a_whitened_set_that_does_not_declare_it(small, whitened, tmp_path):
     """Its values are small; with the flag, ordinary ones are large."""
-    one = taken(whitened[2], digits)
-    assert re.search(
-        "taken as normalised images, but its .* look like ZCA-whitened images; --zca",
-        one.warnings[0],
-    )
-    data = load_dataset("Digits", "")
-    assert not taken(whitened[2], data, "--zca").warnings
-    one = taken(reference[0], load_dataset("Digits", ""), "--zca")
-    assert (
-        "taken as ZCA-whitened images, but its values" in one.warnings[0]
-        and "ordinary ones" in one.warnings[0]
-    )
+    path = write_set(tmp_path / "whitened.pt", whitened[1])
+    warnings = understood(path, load_dataset(small, ""), dataset="small").warnings
+    expected = "taken as normalised images, but its .* look like ZCA-whitened images; --zca"
+    assert re.search(expected, warnings[0])
+    assert not understood(path, load_dataset(small, ""), zca=True, dataset="small").warnings
+    data = load_dataset(small, "")
+    path = write_set(tmp_path / "ordinary.pt", real_images(data))
+    (warning,) = understood(path, data, zca=True, dataset="small").warnings
+    assert re.search("taken as ZCA-whitened images, but its values.* ordinary ones", warning)
 
 
-def test_whitened_and_ordinary_files_in_one_run(whitened, digits, tmp_path, monkeypatch):
-    _, images, path = whitened
-    says = tmp_path / "res_FRePo_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[images, LABELS]], "meta": {"zca": True}}, says)
-    torch.save(
-        get_network("MLP", 3, 10, (32, 32), 0).state_dict(), tmp_path / "DM_MLP_Digits_10_None.pth"
-    )
-    with pytest.raises(
-        InputError,
-        match="FRePo.* is ZCA-whitened, .*DM_MLP.* is normalised with .*runs of their own",
+def test_files_of_different_normalisations(digits, digit_images, tmp_path):
+    other = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    sets = [
+        write_set(tmp_path / f"{name}.pt", digit_images, **meta)
+        for name, meta in {"white": {"zca": True}, "plain": {}, "other": other}.items()
+    ]
+    network = tmp_path / "DM_MLP_Digits_10_None.pth"
+    torch.save({}, network)
+    apart = ".*runs of their own"
+    for paths, networks, message in (
+        (sets[:1], [network], f"white.pt is ZCA-whitened, .*DM_MLP.* is normalised with {apart}"),
+        (sets[:2], [], f"white.pt is ZCA-whitened, .*plain.pt is normalised with {apart}"),
+        (sets[1:], [], f"plain.pt is normalised with mean .0.3.*other.pt is .* .0.5{apart}"),
     ):
-        run(
-            monkeypatch,
-            tmp_path / "out",
-            "--synset",
-            says,
-            "--networks",
-            tmp_path / "DM_MLP_Digits_10_None.pth",
-            *QUICK,
-        )
-    with pytest.raises(InputError, match="runs of their own"):
-        run(monkeypatch, tmp_path / "out", "--synset", says, path, *QUICK)
-    assert not (tmp_path / "out").exists()
-    torch.save({"data": [[images, LABELS]], "meta": {"zca": False}}, says)
+        inputs = read_inputs(paths, networks, NETWORKS, methods=list("ABC")[:2])
+        with pytest.raises(InputError, match=message):
+            choose_normalisation(inputs, digits)
+    ordinary = write_set(tmp_path / "ordinary.pt", digit_images, zca=False)
     with pytest.raises(InputError, match="says that it is not ZCA-whitened; leave out --zca"):
-        run(monkeypatch, tmp_path / "out", "--synset", says, *QUICK, "--zca")
+        understood(ordinary, digits, zca=True)
 
 
-def test_a_set_keeps_its_own_normalisation(digits, digit_images, tmp_path, monkeypatch):
-    """Test images are normalised as the set is, which says how."""
-    pixels, mean, std = digits.denormalize(digit_images), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
-    path = tmp_path / "res_RDED_Digits_MLP_10ipc.pt"
-    torch.save(
-        {"data": [[(pixels - 0.5) / 0.25, LABELS]], "meta": {"mean": mean, "std": std}}, path
-    )
-    content, text = run(monkeypatch, tmp_path / "out", "--synset", path, *QUICK)
-    assert f"normalised with mean {mean}, std {std}" in text and clean(content) > 0.5
-    (about,) = [json.loads(p.read_text()) for p in (tmp_path / "out" / "networks").glob("*.json")]
-    net = load_into(get_network("MLP", 3, 10, (32, 32), 0), about["file"])
-    test = digits.images["test"][:100].float() / 255
-    assert clean(content) == utils.accuracy(net, (test - 0.5) / 0.25, digits.labels["test"][:100])
-    other = tmp_path / "res_DM_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[digit_images, LABELS]]}, other)
-    with pytest.raises(
-        InputError,
-        match="RDED.* is normalised with mean .0.5.*DM.* is normalised with .*runs of their own",
-    ):
-        run(monkeypatch, tmp_path / "both", "--synset", path, other, *QUICK)
-
-
-@pytest.mark.parametrize(
-    "meta, message",
-    [
-        ({"zca": True}, "set.pt is ZCA-whitened, this run's images are normalised with"),
-        (
-            {"mean": [0.5] * 3, "std": [0.25] * 3},
-            r"set.pt is normalised with mean \[0.5, 0.5, 0.5\].*this run's",
-        ),
-        ({"mean": [0.5], "std": [0.25]}, r"images here have 3 channel"),
-        ({"dataset": "SVHN"}, "data set 'SVHN', which is none of those here"),
-    ],
-)
+@pytest.mark.parametrize("meta, message", [
+    ({"zca": True}, "set.pt is ZCA-whitened, this run's images are normalised with"),
+    ({"mean": [0.5] * 3, "std": [0.25] * 3},
+     r"set.pt is normalised with mean \[0.5, 0.5, 0.5\].*this run's"),
+    ({"mean": [0.5], "std": [0.25]}, r"images here have 3 channel"),
+    ({"dataset": "SVHN"}, "data set 'SVHN', which is none of those here"),
+])
 def test_init_is_of_the_same_normalisation(digits, digit_images, tmp_path, meta, message):
-    torch.save({"data": [[digit_images, LABELS]], "meta": meta}, tmp_path / "set.pt")
+    path = write_set(tmp_path / "set.pt", digit_images, **meta)
     with pytest.raises(InputError, match=message):
-        synsets.start_from(tmp_path / "set.pt", digits, 10, 1)
+        synsets.start_from(path, digits, 10, 1)
 
 
-def test_init_says_how_it_was_understood(whitened, tmp_path):
-    data, images, _ = whitened
-    torch.save({"data": [[images, LABELS]], "meta": {"zca": True}}, tmp_path / "set.pt")
-    out = "\n".join(
-        utils.describe_inputs(SimpleNamespace(init=str(tmp_path / "set.pt"), ipc=10, pack=1), data)
-    )
-    assert "Digits: 1437 training and 360 test images, 3x32x32, 10 classes, ZCA-whitened" in out
-    assert "set.pt taken as: Digits (assumed), ZCA-whitened, not packed, hard labels, ZCA" in out
+def test_init_tells_how_it_was_understood(whitened, tmp_path):
+    data, images = whitened
+    path = write_set(tmp_path / "set.pt", images, zca=True)
+    lines = utils.describe_inputs(SimpleNamespace(init=str(path), ipc=10, pack=1), data)
+    data_line = "small: 1437 training and 360 test images, 1x16x16, 10 classes, ZCA-whitened"
+    assert lines[0].startswith(data_line)
+    line = "taken as: small (assumed), ZCA-whitened, not packed, hard labels, ZCA"
+    assert lines[1:] == [f"{path} {line}"]
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
@@ -376,425 +323,256 @@ def test_a_network_that_was_made_for_other_values(digits, mean, std):
         return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
 
     target = TargetModel("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
-    warnings = check_normalisation(target, digits)
-    if mean == 0.3054:
-        assert warnings == []
-    else:
-        (warning,) = warnings
-        assert (
-            f"10 % of 360 test images as they are normalised here, 100 % with mean {mean:g}"
-            in warning
-        )
-        assert warning.endswith(f"--network_mean {mean:g} --network_std {std:g}")
-
-
-def test_a_network_of_other_pixels(digits, tmp_path, monkeypatch):
-    """A network that was trained on pixels in [0, 1]: right with two flags."""
-    net, generator = get_network("MLP", 3, 10, (32, 32), 0), torch.Generator().manual_seed(0)
-    pixels, labels = digits.images["train"].float() / 255, digits.labels["train"]
-    utils.train_on_set(
-        net,
-        pixels,
-        labels,
-        epochs=3,
-        lr_net=0.05,
-        batch_train=64,
-        dsa_strategy="none",
-        generator=generator,
-    )
-    path = tmp_path / "DM_MLP_Digits_10_None.pth"
-    torch.save(net.state_dict(), path)
-    right = utils.accuracy(net, digits.images["test"].float() / 255, digits.labels["test"])
-    flags = ["--networks", path, *QUICK, "--limit", 0]
-    content, text = run(
-        monkeypatch, tmp_path / "right", *flags, "--network_mean", 0, "--network_std", 1
-    )
-    assert (
-        clean(content) == pytest.approx(right, abs=1e-9)
-        and "for images normalised with mean [0.0, 0.0, 0.0]" in text
-    )
-    assert text.rstrip().endswith("- none")
-    for wrong, message in ((["0", "0"], "one for each of 3 channel"),):
-        with pytest.raises(InputError, match=message):
-            run(monkeypatch, tmp_path / "x", *flags, "--network_mean", *wrong, "--network_std", 1)
+    found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
+    constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
+    expected = [] if mean == 0.3054 else [f"{found} {constants}"]
+    assert check_normalisation(target, digits) == expected
 
 
 # ------------------------------------------------------------------------------------ names, labels
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("res_DM_SVHN_ConvNet_10ipc.pt", "data set 'SVHN', .*--dataset"),
-        ("images_svhn.pt", "data set 'SVHN'"),
-        ("DM_ConvNet_SVHN_10_None.pth", "data set 'SVHN'"),
-        ("DM_ConvNetBoo_CIFAR10_10_None.pth", "network 'ConvNetBoo', .*--model"),
-        ("res_DM_CIFAR10_ConvNetBoo_10ipc.pt", "network 'ConvNetBoo'"),
-    ],
-)
+@pytest.mark.parametrize("name, message", [
+    ("res_DM_SVHN_ConvNet_10ipc.pt", "data set 'SVHN', .*--dataset"),
+    ("images_svhn.pt", "data set 'SVHN'"),
+    ("DM_ConvNet_SVHN_10_None.pth", "data set 'SVHN'"),
+    ("DM_ConvNetBoo_CIFAR10_10_None.pth", "network 'ConvNetBoo', .*--model"),
+    ("res_DM_CIFAR10_ConvNetBoo_10ipc.pt", "network 'ConvNetBoo'"),
+])
 def test_unknown_names_are_refused(tmp_path, name, message):
-    torch.save({"data": [[torch.randn(10, 3, 32, 32), torch.arange(10)]]}, tmp_path / name)
-    if name.startswith("images"):
-        torch.save(torch.randn(10, 3, 32, 32), tmp_path / name)
-        torch.save(torch.arange(10), tmp_path / name.replace("images", "labels"))
-    which = "--networks" if name.endswith("pth") else "--synset"
+    path, images, labels = tmp_path / name, torch.randn(10, 3, 32, 32), torch.arange(10)
+    torch.save(labels, tmp_path / "labels_svhn.pt")
+    torch.save(images if name.startswith("images") else {"data": [[images, labels]]}, path)
+    files = ([], [path]) if name.endswith("pth") else ([path], [])
     with pytest.raises(InputError, match=message):
-        read_inputs(evaluate.parse_args([which, str(tmp_path / name)]), NETWORKS)
-    (one,) = read_inputs(
-        evaluate.parse_args(
-            [which, str(tmp_path / name), "--dataset", "cifar10", "--model", "LeNet"]
-        ),
-        NETWORKS,
-    )
-    assert one.model == "LeNet" and "taken as" in one.warnings[0]
+        read_inputs(*files, NETWORKS)
+    (entry,) = read_inputs(*files, NETWORKS, dataset="cifar10", model="LeNet")
+    assert entry.model == "LeNet" and "taken as" in entry.warnings[0] and not entry.assumed
 
 
-@pytest.mark.parametrize(
-    "name, dataset, model, method, ipc",
-    [
-        ("DM_convnetw32_cifar100_10_None.pth", "CIFAR100", "ConvNetW32", "DM", 10),
-        ("DM_ConvNet_CIFAR-10_50_None_0.7.pt", "CIFAR10", "ConvNet", "DM", 50),
-        ("my_network.pth", None, None, "my_network", None),
-        ("best-cifar100.pth", "CIFAR100", None, "best-cifar100", None),
-    ],
-)
+@pytest.mark.parametrize("name, dataset, model, method, ipc", [
+    ("DM_convnetw32_cifar100_10_None.pth", "CIFAR100", "ConvNetW32", "DM", 10),
+    ("DM_ConvNet_CIFAR-10_50_None_0.7.pt", "CIFAR10", "ConvNet", "DM", 50),
+    ("my_network.pth", None, None, "my_network", None),
+    ("best-cifar100.pth", "CIFAR100", None, "best-cifar100", None),
+])
 def test_names_in_any_case(tmp_path, name, dataset, model, method, ipc):
     torch.save({"w": torch.zeros(1)}, tmp_path / name)
-    one = read_input(tmp_path / name, NETWORKS, is_set=False)
-    assert (one.dataset, one.model, one.method, one.ipc) == (dataset, model, method, ipc)
+    entry = read_input(tmp_path / name, NETWORKS, is_set=False)
+    assert (entry.dataset, entry.model, entry.method, entry.ipc) == (dataset, model, method, ipc)
+    if dataset == "CIFAR100":
+        with pytest.raises(InputError, match=f"{name} .* is not of CIFAR10"):
+            choose_dataset("CIFAR10", [entry])
+    assert choose_dataset(None, [entry]) == (dataset or "CIFAR10")
 
 
 def test_a_name_and_a_meta_that_disagree(tmp_path):
-    torch.save(
-        {"data": [[torch.randn(10, 3, 32, 32), torch.arange(10)]], "meta": {"dataset": "CIFAR10"}},
-        tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt",
-    )
-    one = read_input(tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt", NETWORKS, is_set=True)
-    assert (
-        one.dataset == "CIFAR10" and "its name says CIFAR100, its meta CIFAR10" in one.warnings[0]
-    )
+    path = tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt"
+    write_set(path, torch.randn(10, 3, 32, 32), torch.arange(10), dataset="CIFAR10")
+    entry = read_input(path, NETWORKS, is_set=True)
+    assert entry.dataset == "CIFAR10"
+    assert "its name says CIFAR100, its meta CIFAR10" in entry.warnings[0]
 
 
-def test_a_network_of_which_nothing_is_said(tmp_path, monkeypatch, digits):
-    torch.save(get_network("ConvNet", 3, 10, (32, 32), 0).state_dict(), tmp_path / "best.pth")
-    flags = [flag for flag in QUICK if flag not in ("--model", "MLP")]
-    flags += ["--dataset", "Digits", "--limit", 20, "--networks", tmp_path / "best.pth"]
-    content, _ = run(monkeypatch, tmp_path / "out", *flags)
-    (said,) = content["inputs"].values()
-    assert said["taken_as"].startswith("Digits, ConvNet (assumed), for images normalised")
-
-
-def test_permuted_labels_are_warned_of(digit_images, tmp_path, monkeypatch):
-    path = tmp_path / "res_DM_Digits_MLP_10ipc.pt"
-    torch.save({"data": [[digit_images, (LABELS + 3) % 10]]}, path)
-    content, text = run(monkeypatch, tmp_path / "out", "--synset", path, *QUICK)
-    assert clean(content) < 0.1
-    assert "no better than that of a constant classifier (10 %)" in text.split("## Warnings")[1]
+def test_what_is_assumed_is_marked(tmp_path, digits, digit_images):
+    network = tmp_path / "best.pth"
+    torch.save({}, network)
+    line = understood(network, digits, dataset="Digits").description
+    assert line.startswith("Digits, ConvNet (assumed), for images normalised with mean [0.3054")
+    line = understood(network, digits, model="MLP").description
+    assert line.startswith("Digits (assumed), MLP, for images") and line.endswith("], no ZCA")
+    path = write_set(tmp_path / "set.pt", digit_images)
+    assert understood(path, digits).description.startswith("Digits (assumed), normalised with")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_in_any_precision(tmp_path, dtype):
-    logits = 3 * torch.randn(20, 100)
-    torch.save(
-        {"data": [[torch.randn(20, 3, 32, 32), logits.softmax(1).to(dtype)]]}, tmp_path / "set.pt"
-    )
-    file = read_synset(tmp_path / "set.pt")
-    assert file.labels == "soft labels (probabilities)" and file.derived
+    images, logits = torch.randn(20, 3, 32, 32), 3 * torch.randn(20, 100)
+    file = read_synset(write_set(tmp_path / "set.pt", images, logits.softmax(1).to(dtype)))
+    assert file.labels == "soft labels (probabilities)" and file.labels_from_soft
     read = file.sets[0].soft_labels.exp()
-    assert torch.allclose(read, logits.softmax(1), rtol=0.02, atol=1e-6) and torch.allclose(
-        read.sum(1), torch.ones(20), atol=1e-5
-    )
-    torch.save({"data": [[torch.randn(20, 3, 32, 32), logits.to(dtype)]]}, tmp_path / "set.pt")
-    assert read_synset(tmp_path / "set.pt").labels == "soft labels (logits)"
+    assert torch.allclose(read, logits.softmax(1), rtol=0.02, atol=1e-6)
+    assert torch.allclose(read.sum(1), torch.ones(20), atol=1e-5)
+    file = read_synset(write_set(tmp_path / "set.pt", images, logits.to(dtype)))
+    assert file.labels == "soft labels (logits)"
 
 
 @pytest.mark.parametrize("name", ["lr_best.pt", "lr.pt"])
 def test_a_learning_rate_beside_the_images(digits, digit_images, tmp_path, name):
-    torch.save(digit_images, tmp_path / "images_best.pt")
-    torch.save(LABELS, tmp_path / "labels_best.pt")
-    torch.save(torch.tensor(0.0123), tmp_path / name)
-    one = taken(tmp_path / "images_best.pt", digits, "--dataset", "Digits")
-    assert f"lr 0.0123 from {name}" in one.taken_as
-    assert synsets.protocol_of(one.synset.meta)["lr_net"] == pytest.approx(0.0123)
+    path = tmp_path / "images_best.pt"
+    contents = {path.name: digit_images, "labels_best.pt": LABELS, name: torch.tensor(0.0123)}
+    for file, content in contents.items():
+        torch.save(content, tmp_path / file)
+    entry = understood(path, digits, dataset="Digits")
+    assert f"lr 0.0123 from {name}" in entry.description
+    assert synsets.protocol_of(entry.synset.meta)["lr_net"] == pytest.approx(0.0123)
     for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(InputError, match=f"{name} is no learning rate"):
-            read_synset(tmp_path / "images_best.pt")
+            read_synset(path)
 
 
 # ------------------------------------------------------------------------------------------ exports
-@pytest.fixture(scope="module")
-def packed_set(digits, tmp_path_factory):
-    """A set of another method, 2x2 packed, soft labels whose largest classes are not balanced, with
-    a recipe.
-    """
-    images = torch.cat(
-        [pack(digits.sample_class(c, 40, torch.Generator().manual_seed(c))) for c in range(10)]
-    )
-    soft = 3 * F.one_hot(LABELS.repeat(4), 10).float() + torch.randn(
-        400, 10, generator=torch.Generator().manual_seed(0)
-    )
-    soft[:20, 9] += 10
-    meta = {
-        "dataset": "Digits",
-        "classes": digits.classes,
-        "mean": list(digits.mean),
-        "std": list(digits.std),
-        "packed": True,
-        "pack": 2,
-        "zca": False,
-        "threat_model": "pixel",
-        "flags": {"method": "DM", "model": "MLP"},
-        "recipe": {
-            "epochs": 12,
-            "lr_net": 0.03,
-            "batch_train": 64,
-            "dsa_strategy": "none",
-            "temperature": 2.0,
-            "lr_schedule": "cosine",
-            "pack": 2,
-        },
-    }
-    path = tmp_path_factory.mktemp("packed") / "res_DM_Digits_MLP_10ipc.pt"
-    from formats.synset_file import SyntheticSet
+RECIPE = {"epochs": 12, "lr_net": 0.03, "batch_train": 64, "dsa_strategy": "none",
+          "temperature": 2.0, "lr_schedule": "cosine"}
 
-    save_synset(path, [SyntheticSet(images, LABELS, soft)], [], meta)
-    return path, SyntheticSet(images, LABELS, soft), meta
+
+@pytest.fixture(scope="module")
+def exported(digits, tmp_path_factory):
+    """A packed set with a recipe, and soft labels whose largest classes are not balanced: in every
+    layout, and what evaluate.py finds for all of them in one run. The set, the folder, results."""
+    folder = tmp_path_factory.mktemp("exported")
+    noise = torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+    soft = 3 * F.one_hot(LABELS.repeat(4), 10).float() + noise
+    soft[:20, 9] += 10
+    images = [pack(images_c) for images_c in real_images(digits, 40).split(40)]
+    one = SyntheticSet(torch.cat(images), LABELS, soft)
+    meta = {
+        "dataset": "Digits", "classes": digits.classes, "threat_model": "pixel", "zca": False,
+        "mean": list(digits.mean), "std": list(digits.std), "packed": True, "pack": 2,
+        "flags": {"method": "DM", "model": "MLP"}, "recipe": {**RECIPE, "pack": 2},
+    }
+    path = folder / "res_DM_Digits_MLP_10ipc.pt"
+    save_synset(path, [one], [], meta)
+    for layout in export.LAYOUTS:
+        main(export, path, "--to", layout, folder / layout)
+    paths = [folder / layout for layout in export.LAYOUTS]
+    flags = ["--synset", *paths, "--method", *export.LAYOUTS, *ATTACK.split()]
+    return one, folder, *run(folder / "out", *flags)
 
 
 @pytest.mark.parametrize("layout", list(export.LAYOUTS))
-def test_every_export_is_read_back_by_evaluate(packed_set, tmp_path, monkeypatch, layout):
-    """As it was: images, labels, recipe, normalisation, method; and each card's lines of Python
-    train on just that.
-    """
-    path, one, meta = packed_set
-    out = tmp_path / "exported"
-    run_export(monkeypatch, path, "--to", layout, out)
-    flags = ["--num_eval", "1", "--limit", "50", *JUDGED]
-    content, text = run(monkeypatch, tmp_path / "out", "--synset", out, *flags)
-    methods = (
-        {"DM-pixel"} if layout in ("mtt", "ddranking") else {"DM-pixel", "DM-pixel-hard"}
-    )  # no classes of their own there
-    assert {row["method"] for row in content["rows"]} == methods and content["flags"][
-        "dataset"
-    ] == "Digits"
-    assert "soft labels (logits)" in text and "no ZCA" in text
+def test_every_export_is_read_back(exported, monkeypatch, layout):
+    """As it was: images, labels, recipe, method; each card's lines of Python train on just that."""
+    one, folder, content, text = exported
+    (entry,) = read_inputs([folder / layout], [], NETWORKS)
+    assert (entry.dataset, entry.model, entry.method) == ("Digits", "MLP", "DM-pixel")
+    taken = content["inputs"][str(folder / layout)]["taken_as"]
+    assert "soft labels (logits)" in taken and taken.endswith("no ZCA") and taken in text
+    methods = {row["method"] for row in content["rows"] if row["method"].startswith(layout)}
+    soft_alone = layout in ("mtt", "ddranking")  # no classes of their own there
+    assert methods == ({layout} if soft_alone else {layout, f"{layout}-hard"})
     for about in content["networks"].values():
-        assert {
-            key: about[key]
-            for key in ("epochs", "lr_net", "batch_train", "temperature", "lr_schedule")
-        } == {
-            key: meta["recipe"][key]
-            for key in ("epochs", "lr_net", "batch_train", "temperature", "lr_schedule")
-        }
+        assert {key: about[key] for key in RECIPE} == RECIPE
 
     trained = []
-    monkeypatch.setattr(
-        utils, "train_on_set", lambda *args, **options: trained.append((args, options))
-    )
-    monkeypatch.chdir(out)
-    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
+    monkeypatch.chdir(folder / layout)
+    (code,) = re.findall(r"```python\n(.*?)```", open("README.md").read(), flags=re.DOTALL)
     exec(code, {})
     (((net, images, labels), options),) = trained
-    assert torch.allclose(
-        images, unpack(one.images), atol=1.01 / 255 / 0.3237 / 2 if layout == "folder" else 0
-    )
-    assert torch.equal(labels, one.soft_labels) and net.architecture == ("MLP", 3, 10, (32, 32))
-    assert options == {key: value for key, value in meta["recipe"].items() if key != "pack"}
+    tolerance = 1.01 / 255 / 0.3237 / 2 if layout == "folder" else 0
+    assert torch.allclose(images, unpack(one.images), atol=tolerance)
+    assert torch.equal(labels, one.soft_labels) and options == RECIPE
+    assert net.architecture == ("MLP", 3, 10, (32, 32))
 
 
-def test_a_card_says_what_the_file_is(packed_set, tmp_path, monkeypatch):
-    path, _, _ = packed_set
-    run_export(monkeypatch, path, "--to", "dc", tmp_path / "dc", "--keep_packed")
-    assert (tmp_path / "dc" / "res_DM_Digits_MLP_10ipc.pt").exists()
-    card = (tmp_path / "dc" / "README.md").read_text()
-    assert "# DM of Digits" in card and "normalisation | mean [0.3054" in card
-
-
-def test_a_foreign_set_keeps_its_name_and_data_set(reference, tmp_path, monkeypatch, capsys):
-    run_export(monkeypatch, reference[0], "--to", "dc", tmp_path / "dc")
-    again = read_input(tmp_path / "dc" / "res_DM_Digits_MLP_10ipc.pt", NETWORKS, is_set=True)
-    assert (again.method, again.dataset, again.ipc) == ("DM", "Digits", 10) and again.synset.meta[
-        "mean"
-    ] == list(DATASETS["Digits"]["mean"])
+def test_a_foreign_set_keeps_its_name_and_data_set(evaluated, tmp_path, capsys):
+    main(export, evaluated[0][0], "--to", "dc", tmp_path / "dc")
+    again = read_input(tmp_path / "dc" / "res_Good_Digits_MLP_10ipc.pt", NETWORKS, is_set=True)
+    assert (again.method, again.dataset, again.ipc) == ("Good", "Digits", 10)
+    assert again.synset.meta["mean"] == list(DATASETS["Digits"]["mean"])
     assert "taken as: Digits, normalised with" in capsys.readouterr().out
 
 
-def test_a_whitened_set_says_so_in_its_card_and_has_no_pixels(whitened, tmp_path, monkeypatch):
-    _, images, path = whitened
-    run_export(monkeypatch, path, "--to", "dc", "--zca", tmp_path / "dc")
+def test_a_whitened_set_has_no_pixels(small, whitened, tmp_path):
+    path = write_set(tmp_path / "res_MTT_small_MLP_10ipc.pt", whitened[1])
+    flags = ["--zca", "--dataset", small, "--to"]
+    main(export, path, *flags, "dc", tmp_path / "dc")
     assert "normalisation | ZCA whitening" in (tmp_path / "dc" / "README.md").read_text()
-    again = read_input(tmp_path / "dc" / "res_MTT_Digits_MLP_10ipc.pt", NETWORKS, is_set=True)
-    assert again.synset.says_zca() and torch.equal(again.synset.sets[0].images, images)
+    again = read_synset(tmp_path / "dc")
+    assert again.declared_zca() and torch.equal(again.sets[0].images, whitened[1])
     with pytest.raises(InputError, match="has no pixels"):
-        run_export(monkeypatch, path, "--to", "folder", "--zca", tmp_path / "folder")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"dc", "zca"}
-    run_export(
-        monkeypatch, path, "--to", "safetensors", "--zca", tmp_path / "folder"
-    )  # the next try
+        main(export, path, *flags, "folder", tmp_path / "folder")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dc", path.name}
+    main(export, path, *flags, "safetensors", tmp_path / "folder")  # the next try
 
 
 # ------------------------------------------------------------------------------------------ folders
-def write_pictures(folder, images, names):
-    for k, (image, label) in enumerate(zip(images, LABELS.tolist())):
+def write_pictures(folder, data, images, names):
+    pixels = (data.denormalize(images) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for k, (image, label) in enumerate(zip(pixels, LABELS.tolist())):
         (folder / names[label]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / names[label] / f"{k:03d}.png")
+    return folder
 
 
-@pytest.mark.parametrize("names", [[str(c) for c in range(10)], [f"new{c:03d}" for c in range(10)]])
-def test_a_folder_of_pictures(digits, digit_images, tmp_path, names):
-    """SRe2L and RDED leave a folder a class. Classes 0 to 9, also where a tenth one would be sorted
-    after the first.
-    """
-    pixels = (
-        (digits.denormalize(digit_images) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    )
-    write_pictures(tmp_path / "set", pixels, names)
-    one = taken(tmp_path / "set", digits, "--dataset", "Digits")
-    assert torch.allclose(one.synset.sets[0].images, digit_images, atol=1e-5) and torch.equal(
-        one.synset.sets[0].labels, LABELS
-    )
-    assert "normalised from pixels from 0 to 255" in one.taken_as and "100 pictures" in one.taken_as
+@pytest.mark.parametrize("name", ["{}", "new{:03}"])
+def test_a_folder_of_pictures(digits, digit_images, tmp_path, name):
+    """SRe2L and RDED leave a folder a class, whose number counts."""
+    names = [name.format(c) for c in range(10)]
+    folder = write_pictures(tmp_path / "set", digits, digit_images, names)
+    entry = understood(folder, digits, dataset="Digits")
+    assert torch.allclose(entry.synset.sets[0].images, digit_images, atol=1e-5)
+    assert torch.equal(entry.synset.sets[0].labels, LABELS)
+    for part in ("normalised from pixels from 0 to 255", "100 pictures", "by the numbers"):
+        assert part in entry.description
 
 
 def test_folders_are_matched_by_the_names_of_classes(tmp_path, digit_images, digits):
-    """The data's order counts, not the alphabet's."""
+    """The data's order counts, not the alphabet's; other names are warned of."""
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    pixels = (
-        (digits.denormalize(digit_images) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    )
-    write_pictures(tmp_path / "set", pixels, names)
+    folder = write_pictures(tmp_path / "set", digits, digit_images, names)
     data = load_dataset("Digits", "")
     data.classes = names
-    one = taken(tmp_path / "set", data, "--dataset", "Digits")
-    images, labels, _ = one.synset.sets[0]
-    assert all(
-        torch.allclose(images[labels == c], digit_images[LABELS == c], atol=1e-5) for c in range(10)
-    )
-    assert "classes numbered by their names" in one.taken_as
-    assert (
-        "its classes are eight, five, four"
-        in taken(tmp_path / "set", digits, "--dataset", "Digits").warnings[0]
-    )
+    entry = understood(folder, data, dataset="Digits")
+    images, labels, _ = entry.synset.sets[0]
+    for c in range(10):
+        assert torch.allclose(images[labels == c], digit_images[LABELS == c], atol=1e-5)
+    assert "classes numbered by their names" in entry.description
+    (warning,) = understood(folder, digits, dataset="Digits").warnings
+    assert "its classes are eight, five, four" in warning
 
 
 def test_wrong_folders(tmp_path):
-    (tmp_path / "set").mkdir()
-    with pytest.raises(InputError, match="no folders of pictures"):
-        read_synset(tmp_path / "set")
-    (tmp_path / "set" / "a").mkdir()
-    for name, size in (("0.png", 32), ("1.png", 16)):
-        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(tmp_path / "set" / "a" / name)
-    with pytest.raises(InputError, match="1.png is 16x16 pixels, .*0.png 32x32"):
-        read_synset(tmp_path / "set")
-    (tmp_path / "set" / "a" / "1.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="1.png is no picture"):
-        read_synset(tmp_path / "set")
-    for text, message in (
-        ("file,label\n../../x.png,0\n", "is no file in"),
-        ("name\nx\n", "no list of pictures"),
-        ("", "no picture"),
-    ):
-        (tmp_path / "set" / "labels.csv").write_text(text)
+    folder = tmp_path / "set"
+
+    def refused(message):
         with pytest.raises(InputError, match=message):
-            read_synset(tmp_path / "set")
+            read_synset(folder)
 
-
-# --------------------------------------------------------------------------------- other containers
-def test_numpy_arrays_in_a_torch_file(digit_images, tmp_path):
-    torch.save({"data": [[digit_images.numpy(), LABELS.numpy()]]}, tmp_path / "set.pt")
-    ((images, labels, _),) = read_synset(tmp_path / "set.pt").sets
-    assert torch.equal(images, digit_images) and torch.equal(labels, LABELS)
-
-
-@pytest.mark.parametrize(
-    "wrap, note",
-    [
-        (
-            lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-            "'_orig_mod.' dropped",
-        ),
-        (
-            lambda state: {f"module.model.{key}": value for key, value in state.items()},
-            "'module.model.' dropped",
-        ),
-        (lambda state: {"state_dict": state, "epoch": 3}, "the state_dict in its 'state_dict'"),
-        (
-            lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
-            "without num_batches_tracked",
-        ),
-    ],
-)
-def test_state_dicts_of_other_programs(tmp_path, wrap, note):
-    net, notes = get_network("ConvNetBN", 3, 10, (32, 32), seed=1), []
-    torch.save(wrap(net.state_dict()), tmp_path / "net.pth")
-    loaded = load_into(
-        get_network("ConvNetBN", 3, 10, (32, 32), seed=2), tmp_path / "net.pth", notes
-    )
-    assert (
-        all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
-        and note in notes[0]
-    )
-
-
-def test_the_odd_key_is_named(tmp_path):
-    state = get_network("MLP", 3, 10, (32, 32), seed=1).state_dict()
-    torch.save({**state, "optimizer": {"lr": 1}}, tmp_path / "net.pth")
-    with pytest.raises(InputError, match=r"is no tensor: 'optimizer' \(dict\)"):
-        load_into(get_network("MLP", 3, 10, (32, 32), seed=1), tmp_path / "net.pth")
+    (folder / "a").mkdir(parents=True)
+    refused("no folders of pictures")
+    for name, size in (("0.png", 32), ("1.png", 16)):
+        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(folder / "a" / name)
+    refused("1.png is 16x16 pixels, .*0.png 32x32")
+    (folder / "a" / "1.png").write_bytes(b"no picture")
+    refused("1.png is no picture")
+    for file in ("../../x.png", "/x.png", "a/2.png"):
+        (folder / "labels.csv").write_text(f"file,label\n{file},0\n")
+        refused("is no file in")
+    for text, message in (("name\nx\n", "no list of pictures"), ("", "no picture")):
+        (folder / "labels.csv").write_text(text)
+        refused(message)
 
 
 # ---------------------------------------------------------------------------------- lines of Python
 @pytest.mark.parametrize("page", ["README.md", "docs/foreign_files.md"])
 def test_the_lines_of_python_in_the_docs(page, monkeypatch):
-    """As they stand there, from the repository's folder, but for the epochs."""
+    """As they stand there, from the repository's folder, but for the training."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert code or page == "README.md"
     monkeypatch.chdir(ROOT)
     trained = []
-    monkeypatch.setattr(
-        utils,
-        "train_on_set",
-        lambda net, images, labels, **recipe: trained.append((images, labels, recipe)),
-    )
+    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
     for lines in code:
         exec(lines, {})
-        (images, labels, recipe) = trained[-1]
-        assert (
-            images.shape == (1600, 3, 32, 32)
-            and labels.shape == (1600, 10)
-            and recipe["lr_schedule"] == "cosine"
-        )
+        (_, images, labels), recipe = trained[-1]
+        assert images.shape == (1600, 3, 32, 32) and labels.shape == (1600, 10)
+        assert recipe["lr_schedule"] == "cosine"
 
 
-def test_lines_of_python_with_pixels_warn(tmp_path, digit_images, digits):
-    torch.save(
-        {"data": [[digits.denormalize(digit_images), LABELS]]},
-        tmp_path / "res_DM_Digits_MLP_10ipc.pt",
-    )
+def test_lines_of_python_with_pixels_warn(evaluated, digit_images):
+    path = evaluated[0][1]
     with pytest.warns(UserWarning, match="look like pixels"):
-        synsets.load_synset(tmp_path / "res_DM_Digits_MLP_10ipc.pt")
-    images, labels, recipe = synsets.load_synset(
-        tmp_path / "res_DM_Digits_MLP_10ipc.pt", images="pixels"
-    )
-    assert (
-        torch.allclose(images, digit_images, atol=1e-5)
-        and torch.equal(labels, LABELS)
-        and recipe == synsets.PROTOCOL
-    )
+        synsets.load_synset(path)
+    images, labels, recipe = synsets.load_synset(path, images="pixels")
+    assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
+    assert recipe == synsets.PROTOCOL
 
 
-def test_a_terminal_without_the_letters_of_a_path(tmp_path):
+def test_a_terminal_without_the_letters_of_a_path(monkeypatch):
     """A folder that latin-1 cannot show: the name is shown escaped."""
-    folder = tmp_path / "\u6570\u636e"
-    folder.mkdir()
-    code = (
-        "import sys; sys.argv[0] = 'x.py'\nfrom runtime.command_line import run_script\n"
-        "run_script(lambda: print(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
-    )
-    assert done.returncode == 0 and "\\u6570\\u636e" in done.stdout, done.stderr
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_script(lambda: print("\u6570\u636e"))
+    terminal.flush()
+    assert b"\\u6570\\u636e" in terminal.buffer.getvalue()

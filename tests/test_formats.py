@@ -1,4 +1,5 @@
 """Files of sets and networks: what loads, what is refused, what is written."""
+
 import collections
 import pickle
 
@@ -9,35 +10,53 @@ from conftest import sets_and_meta
 
 from formats.network_file import load_into, read_state_dict
 from formats.synset_file import SyntheticSet, pack_of, save_synset
-from runtime.safe_io import InputError, read_tensors
 from networks import get_network
+from runtime.safe_io import InputError, read_tensors
 
 IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10).repeat_interleave(2)
+SOFT = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
 
 
 def dc_layout(meta=None):
     accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.25)]}
-    return {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]], "accs_all_exps": accuracies, **({"meta": meta} if meta else {})}
+    sets = {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]], "accs_all_exps": accuracies}
+    return {**sets, "meta": meta} if meta else sets
 
 
+def small_network(seed=0, name="ConvNetBN"):
+    return get_network(name, 3, 10, (32, 32), seed)
+
+
+# --------------------------------------------------------------------------------------------- sets
 @pytest.mark.parametrize("zipped", [True, False])
-def test_dc_layout_with_numpy_numbers(tmp_path, zipped):
-    torch.save(dc_layout(), tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
-    sets, meta = sets_and_meta(tmp_path / "res.pt")
-    assert meta == {} and len(sets) == 2
-    assert torch.equal(sets[1][0], IMAGES + 1) and torch.equal(sets[1][1], LABELS)
+@pytest.mark.parametrize("meta", [{}, {"packed": True, "mean": [0.1]}])
+def test_dc_layout_with_numpy_numbers(tmp_path, zipped, meta):
+    path = tmp_path / "res.pt"
+    torch.save(dc_layout(meta), path, _use_new_zipfile_serialization=zipped)
+    sets, read = sets_and_meta(path)
+    assert read == meta and len(sets) == 2
+    assert torch.equal(sets[1].images, IMAGES + 1) and torch.equal(sets[1].labels, LABELS)
 
 
-def test_meta_is_read(tmp_path):
-    torch.save(dc_layout({"packed": True, "mean": [0.1]}), tmp_path / "res.pt")
-    assert sets_and_meta(tmp_path / "res.pt")[1] == {"packed": True, "mean": [0.1]}
+@pytest.mark.parametrize("suffix", ["pt", "pkl"])
+def test_numpy_arrays(tmp_path, suffix):
+    path, pair = tmp_path / f"set.{suffix}", (IMAGES.numpy(), LABELS.numpy())
+    if suffix == "pt":
+        torch.save({"data": [pair]}, path)
+    else:
+        path.write_bytes(pickle.dumps(pair))
+    ((images, labels, _),), _ = sets_and_meta(path)
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    content = collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps(content))
+    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("cuda", [False, True])
 def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
-    """The .pkl of IDM, BACON and ROME: a pickled tuple, its tensors possibly on a GPU that this machine does not have."""
+    """The .pkl of IDM, BACON and ROME: a tuple, its tensors perhaps on a GPU that is not here."""
     with monkeypatch.context() as patch:
         if cuda:
             patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
@@ -45,59 +64,59 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
     assert not cuda or b"cuda:0" in content
     (tmp_path / "set.pkl").write_bytes(content)
     ((images, labels, soft),), meta = sets_and_meta(tmp_path / "set.pkl")
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS) and images.device.type == "cpu" and meta == {}
-    assert soft is None
-
-
-def test_pickled_arrays(tmp_path):
-    (tmp_path / "set.pkl").write_bytes(pickle.dumps((IMAGES.numpy(), LABELS.numpy())))
-    ((images, labels, _),), _ = sets_and_meta(tmp_path / "set.pkl")
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps(collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])))
-    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
+    assert images.device.type == "cpu" and meta == {} and soft is None
 
 
-def test_two_bare_tensors(tmp_path):
-    torch.save(IMAGES, tmp_path / "images_best.pt")
-    with pytest.raises(InputError, match="labels_best.pt does not exist"):
-        sets_and_meta(tmp_path / "images_best.pt")
-    torch.save(LABELS, tmp_path / "labels_best.pt")
-    ((images, labels, _),), _ = sets_and_meta(tmp_path / "images_best.pt")
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+@pytest.mark.parametrize("name", ["images.pt", "images_best.pt"])
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], SOFT, SOFT.softmax(1)])
+def test_images_beside_labels(tmp_path, name, labels):
+    """MTT, DATM and DD-Ranking: classes, logits, or probabilities, which become logarithms."""
+    torch.save(IMAGES, tmp_path / name)
+    with pytest.raises(InputError, match=f"{name.replace('images', 'labels')} does not exist"):
+        sets_and_meta(tmp_path / name)
+    torch.save(labels, tmp_path / name.replace("images", "labels"))
+    ((images, hard, soft),), _ = sets_and_meta(tmp_path / name)
+    are_soft = labels.is_floating_point()
+    assert torch.equal(images, IMAGES) and torch.equal(hard, SOFT.argmax(1) if are_soft else LABELS)
+    assert not are_soft or torch.allclose(soft.softmax(1), SOFT.softmax(1), atol=1e-6)
 
 
-def test_network_trained_on_several_gpus(tmp_path):
-    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=1)
-    torch.save(collections.OrderedDict(("module." + k, v) for k, v in net.state_dict().items()), tmp_path / "net.pth")
-    loaded = load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=2), tmp_path / "net.pth")
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
+def dc(images=IMAGES, labels=LABELS, **more):
+    return {"data": [[images, labels]], **more}
+
+
+MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
 
 
 @pytest.mark.parametrize("content, message", [
     ({"dat": []}, "without a list 'data'.*'dat'"),
     ({"data": []}, "without a list 'data'"),
-    ({"data": [[IMAGES[0], LABELS]]}, r"\(3, 32, 32\)"),
-    ({"data": [[IMAGES, LABELS[:-1]]]}, r"labels \(19,\)"),
-    ({"data": [[IMAGES.long(), LABELS]]}, "int64"),
-    ({"data": [[IMAGES, torch.rand(20)]]}, "no whole numbers; soft labels have a column for each class"),
-    ({"data": [[IMAGES, torch.rand(19, 10)]]}, r"images are .* labels \(19,\)"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.rand(20, 10)], "meta": {"pack": 2}}, r"floats \(80, classes\)"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.rand(20, 1)]}, r"soft labels are torch.float32 \(20, 1\)"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.ones(20, 10).long()]}, "soft labels are torch.int64"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": [torch.full((20, 10), float("nan"))]}, "200 values of the soft labels"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": ["ten"]}, "no pair .*str"),
-    ({"data": [[IMAGES, LABELS]], "soft_labels": []}, "no list with an entry for each of the 1 sets"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"pack": 3}}, "pack of its meta is '3', no int of 1, 2, 4, 8"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"pack": True}}, "pack of its meta is 'True'"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"pack": 2, "recipe": {"pack": 4}}}, "recipe trains on images packed 4x4, .* 2x2"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"epochs": 0}}}, "epochs of its recipe is '0'.* int of at least 1"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"lr_net": "fast"}}}, "lr_net of its recipe is 'fast'"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": {"temperature": float("inf")}}}, "temperature of its recipe is 'inf'"),
-    ({"data": [[IMAGES, LABELS]], "meta": {"recipe": 3}}, "recipe of its meta is '3', no dict"),
-    ({"data": [[IMAGES[:, :, :30], LABELS]], "meta": {"pack": 4}}, "images of 30x32 cannot be packed 4x4"),
-    ({"data": [["a", "b"]]}, "no pair"),
-    ({"data": [[torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)]]}, "would take 12.0 GiB"),
-    ({"data": [[IMAGES.index_fill(0, torch.tensor(3), float("nan")), LABELS]]}, "3072 values .* not finite"),
+    (dc(IMAGES[0]), r"\(3, 32, 32\)"),
+    (dc(IMAGES.long()), "int64"),
+    (dc(labels=LABELS[:-1]), r"labels \(19,\)"),
+    (dc(labels=torch.rand(20)), "no whole numbers; soft labels have a column for each class"),
+    (dc(labels=SOFT[:-1]), r"labels \(19,\) for 20 images"),
+    (dc(soft_labels=[SOFT], meta={"pack": 2}), r"floats \(80, classes\)"),
+    (dc(soft_labels=[SOFT[:, :1]]), r"soft labels are torch.float32 \(20, 1\)"),
+    (dc(soft_labels=[SOFT.long()]), "soft labels are torch.int64"),
+    (dc(soft_labels=[SOFT * float("nan")]), "200 values of the soft labels"),
+    (dc(soft_labels=["ten"]), "no pair .*str"),
+    (dc(soft_labels=[]), "no list of 1 entries, one for each set"),
+    ({"data": [[IMAGES, LABELS], [IMAGES, SOFT]]}, r"hard labels and soft labels \(logits\)"),
+    (dc(meta={"pack": 3}), "pack of its meta is '3'; expected 1, 2, 4 or 8"),
+    (dc(meta={"pack": True}), "pack of its meta is 'True'"),
+    (dc(meta={"std": [0.2, 0, 0.2]}), "std of its meta is .*; expected a list of numbers above 0"),
+    (dc(meta={"classes": "ten"}), "classes of its meta is 'ten'; expected a list"),
+    (dc(meta={"pack": 2, "recipe": {"pack": 4}}), "trains on images packed 4x4, .* 2x2"),
+    (dc(meta={"recipe": {"epochs": 0}}), "recipe.epochs of its meta is '0'; .* int above 0"),
+    (dc(meta={"recipe": {"lr_net": "fast"}}), "recipe.lr_net of its meta is 'fast'"),
+    (dc(meta={"recipe": {"temperature": float("inf")}}), "temperature of its meta is 'inf'"),
+    (dc(meta={"recipe": 3}), "recipe of its meta is '3'; expected a dict"),
+    (dc(IMAGES[:, :, :30], meta={"pack": 4}), "images of 30x32 cannot be packed 4x4"),
+    (dc("a", "b"), "no pair"),
+    (dc(*MANY), "would take 12.0 GiB"),
+    (dc(IMAGES.index_fill(0, torch.tensor(3), float("nan"))), "3072 values .* not finite"),
     (IMAGES, "no synthetic set"),
     ([1, 2, 3], "no synthetic set"),
 ])
@@ -107,63 +126,65 @@ def test_wrong_sets(tmp_path, content, message):
         sets_and_meta(tmp_path / "set.pt")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
-    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda d: d.update({"classifier.bias": torch.zeros(100)}), r"classifier.bias is \(100,\), expected \(10,\)"),
-    (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not finite"),
-    (lambda d: d.update(epoch=3), "expected a state_dict"),
-])
-def test_wrong_networks(tmp_path, change, message):
-    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0)
-    content = net.state_dict()
-    change(content)
-    torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(InputError, match=f"net.pth.*{message}"):
-        load_into(get_network("ConvNetW32", 3, 10, (32, 32), seed=0), tmp_path / "net.pth")
-    torch.save([1], tmp_path / "net.pth")
-    with pytest.raises(InputError, match="a list; expected a state_dict"):
-        read_state_dict(tmp_path / "net.pth")
-
-
-def test_synset_file_is_in_the_dc_layout(tmp_path):
+def test_what_is_written_is_in_the_dc_layout(tmp_path):
     """Read as BEARD (data[0]) and others (data[-1]) do, and without executing anything."""
-    x, y = torch.randn(10, 3, 32, 32), torch.arange(10)
-    rows = [{"model": "ConvNet", "n": 5, "clean_acc": 0.5 + i, "clamp_acc": 0, "robust_acc": 0.25 + i, "select_acc": None}
-            for i in range(2)]
-    save_synset(tmp_path / "res.pt", [SyntheticSet(x, y), SyntheticSet(2 * x, y)], rows, {"packed": True, "mean": [0.1]})
-    file = torch.load(tmp_path / "res.pt", weights_only=True)
+    path, sets = tmp_path / "res.pt", [SyntheticSet(x, LABELS) for x in (IMAGES, 2 * IMAGES)]
+    row = {"model": "ConvNet", "n": 5, "clamp_acc": 0, "select_acc": None}
+    rows = [{**row, "clean_acc": 0.5 + i, "robust_acc": 0.25 + i} for i in range(2)]
+    save_synset(path, sets, rows, {"packed": True, "mean": [0.1]})
+    file = torch.load(path, weights_only=True)
     assert set(file) == {"data", "accs_all_exps", "meta"}
-    assert torch.equal(file["data"][0][0], x) and torch.equal(file["data"][-1][0], 2 * x)
-    assert file["data"][0][0].dtype == torch.float32 and file["data"][0][1].dtype == torch.int64
-    assert file["accs_all_exps"] == {"ConvNet": [0.25, 1.25]} and file["meta"]["clean_accs"] == {"ConvNet": [0.5, 1.5]}
-    assert [p.name for p in tmp_path.iterdir()] == ["res.pt"]
+    (images, labels), (last, _) = file["data"]
+    assert torch.equal(images, IMAGES) and torch.equal(last, 2 * IMAGES)
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert file["accs_all_exps"] == {"ConvNet": [0.25, 1.25]}
+    assert file["meta"] == {"packed": True, "mean": [0.1], "clean_accs": {"ConvNet": [0.5, 1.5]}}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["res.pt"]
 
 
 def test_soft_labels_are_written_and_read(tmp_path):
-    soft = torch.randn(40, 10)
-    save_synset(tmp_path / "res.pt", [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
-    file = torch.load(tmp_path / "res.pt", weights_only=True)
+    path, soft = tmp_path / "res.pt", torch.randn(40, 10)
+    save_synset(path, [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
+    file = torch.load(path, weights_only=True)
     assert torch.equal(file["data"][0][1], LABELS[:10])  # what other tools read
-    ((images, labels, read),), meta = sets_and_meta(tmp_path / "res.pt")
+    ((images, _, read),), meta = sets_and_meta(path)
     assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
-    with pytest.raises(InputError, match=r"soft labels are .* \(40, 10\); expected floats \(10, classes\)"):
-        torch.save({key: file[key] for key in ("data", "soft_labels")}, tmp_path / "res.pt")
-        sets_and_meta(tmp_path / "res.pt")
-    assert torch.equal(sets_and_meta(tmp_path / "res.pt", packed=2)[0][0].soft_labels, soft)  # --packed 2
+    torch.save({key: file[key] for key in ("data", "soft_labels")}, path)
+    with pytest.raises(InputError, match=r"are .* \(40, 10\); expected floats \(10, classes\)"):
+        sets_and_meta(path)
+    assert torch.equal(sets_and_meta(path, packed=2)[0][0].soft_labels, soft)  # --packed 2
 
 
-def test_soft_labels_of_others(tmp_path):
-    """DD-Ranking's and DATM's images.pt beside labels.pt (N, classes): logits; FRePo-like ones in the DC layout; probabilities
-    become logarithms."""
-    logits = torch.randn(20, 10)
-    for folder, labels in (("logits", logits), ("probabilities", logits.softmax(1))):
-        (tmp_path / folder).mkdir()
-        torch.save(IMAGES, tmp_path / folder / "images.pt")
-        torch.save(labels, tmp_path / folder / "labels.pt")
-        torch.save(torch.tensor(0.01), tmp_path / folder / "lr.pt")
-        ((images, hard, soft),), _ = sets_and_meta(tmp_path / folder / "images.pt")
-        assert torch.equal(images, IMAGES) and torch.equal(hard, logits.argmax(1))
-        assert torch.allclose(soft.softmax(1), logits.softmax(1), atol=1e-6)
-    torch.save({"data": [[IMAGES, logits]]}, tmp_path / "res.pt")
-    assert torch.equal(sets_and_meta(tmp_path / "res.pt")[0][0].soft_labels, logits)
+# ----------------------------------------------------------------------------------------- networks
+@pytest.mark.parametrize("wrap, note", [
+    (lambda d: {f"module.{key}": d[key] for key in d}, "'module.' dropped"),
+    (lambda d: {f"_orig_mod.model.{key}": d[key] for key in d}, "'_orig_mod.model.' dropped"),
+    (lambda d: {"state_dict": d, "epoch": 3}, "the state_dict in its 'state_dict'"),
+    (lambda d: {key: d[key] for key in d if "num_b" not in key}, "without num_batches_tracked"),
+])
+def test_state_dicts_of_other_programs(tmp_path, wrap, note):
+    net, notes = small_network(1), []
+    torch.save(wrap(net.state_dict()), tmp_path / "net.pth")
+    loaded = load_into(small_network(2), tmp_path / "net.pth", notes)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
+    assert len(notes) == 1 and note in notes[0]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
+    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
+    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"is \(9,\), expected \(10,\)"),
+    (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not"),
+    (lambda d: d.update(epoch=3), "expected a state_dict"),
+    (lambda d: d.update(optimizer={"lr": 1}), r"is no tensor: 'optimizer' \(dict\)"),
+    (lambda d: d.clear(), "expected a state_dict"),
+])
+def test_wrong_networks(tmp_path, change, message):
+    content = small_network(name="ConvNetW32").state_dict()
+    change(content)
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=f"net.pth.*{message}"):
+        load_into(small_network(name="ConvNetW32"), tmp_path / "net.pth")
+    torch.save([1], tmp_path / "net.pth")
+    with pytest.raises(InputError, match="a list; expected a state_dict"):
+        read_state_dict(tmp_path / "net.pth")

@@ -1,130 +1,162 @@
-"""Controls, soft labels, recipes: what a set is and how it is trained on."""
+"""Baselines, soft labels, configs: what a synthetic set is and how it is trained on."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dataset, sets_and_meta
 
-import ROME_cifar10 as rome
+import experiment
+import ROME_cifar10
 import synsets
 from augment import unpack
+from datasets import DATASETS
 from formats.network_file import load_into
-from formats.synset_file import SyntheticSet, pack_of
-from network_pool import NetworkPool
-from runtime.safe_io import InputError, sha256, write_tensors
+from formats.synset_file import SyntheticSet, pack_of, save_synset
 from networks import get_network
+from runtime.safe_io import InputError, sha256, write_tensors
+from synsets import TrainConfig, initial_set
 
 
-def test_controls_are_real_images_at_the_same_number_of_stored_ones():
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -------------------------------------------------------------------------- starts and baselines
+def test_initial_set(digits):
+    real, labels = initial_set(digits, 2, 1, "real", generator())
+    assert real.shape == (20, 3, 32, 32) and labels.tolist() == sorted(list(range(10)) * 2)
+    x, y = digits.get_batch("train", slice(None))
+    for image, label in zip(real, labels):
+        assert label in y[(x == image).flatten(1).all(1)]
+    packed, _ = initial_set(digits, 2, 2, "real", generator())
+    assert packed.shape == (20, 3, 32, 32)
+    noise, _ = initial_set(digits, 2, 2, "noise", generator())
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_a_set_as_the_start(digits, tmp_path):
+    """The images of a file, experiment by experiment; refused where they are not like the run's."""
+    labels, path = torch.arange(10).repeat_interleave(2), str(tmp_path / "set.pt")
+    made = [SyntheticSet(torch.randn(20, 3, 32, 32), labels) for _ in range(2)]
+    save_synset(path, made, [], {"pack": 4, "dataset": "Digits"})
+    for exp in (0, 1, 2):
+        images, same = initial_set(digits, 2, 4, path, None, exp)
+        assert torch.equal(images, made[exp % 2].images) and torch.equal(same, labels)
+    for pack, ipc, meta, target in ((2, 2, {"pack": 4}, labels), (4, 1, {"pack": 4}, labels),
+                                    (4, 2, {"pack": 4, "dataset": "CIFAR10"}, labels),
+                                    (4, 2, {"pack": 4}, labels.flip(0))):
+        save_synset(path, [SyntheticSet(made[0].images, target)], [], meta)
+        with pytest.raises(InputError, match="--init .*set.pt: images .*this run has .*class aft"):
+            initial_set(digits, ipc, pack, path, None)
+
+
+def test_baselines_are_real_images_at_the_same_number_of_stored_ones():
     data = random_dataset(per_class=40)
-    args = SimpleNamespace(ipc=2, pack=4, seed=0, baseline=True)
-    controls = synsets.baseline_sets(args, 0, data)
-    assert {name: pack for name, (_, pack) in controls.items()} == {"random real": 1, "random real, 4x4 packed": 4}
+
+    def baselines(exp, *flags):
+        args = ROME_cifar10.parse_args(["--ipc", "2", "--pack", "4", *flags])
+        return {name: (one, pack) for name, one, pack in experiment.baselines(args, exp, data)}
+    found = baselines(0)
+    assert {name: pack for name, (_, pack) in found.items()} == {
+        "random real": 1, "random real, 4x4 packed": 4}
     x, y = data.get_batch("train", slice(None))
-    real, packed = (one for one, _ in controls.values())
+    real, packed = (one for one, _ in found.values())
     assert real.images.shape == packed.images.shape == (20, 3, 32, 32)
     for image, label in zip(real.images, real.labels):
         assert label == y[(x == image).flatten(1).all(1)]
-    first = packed.images[0, :, :8, :8]  # a real image of class 0, shrunk to the mean of 4x4 pixels
+    first = packed.images[0, :, :8, :8]  # an image of class 0, shrunk to the mean of 4x4 pixels
     shrunk = x[y == 0].reshape(-1, 3, 8, 4, 8, 4).mean((3, 5))
     assert (shrunk - first).abs().amax((1, 2, 3)).min() < 1e-6
-    again, other = synsets.baseline_sets(args, 0, data), synsets.baseline_sets(args, 1, data)
-    assert torch.equal(again["random real"][0].images, real.images)
-    assert not torch.equal(other["random real"][0].images, real.images)
-    assert list(synsets.baseline_sets(SimpleNamespace(**{**vars(args), "pack": 1}), 0, data)) == ["random real"]
-    assert synsets.baseline_sets(SimpleNamespace(**{**vars(args), "baseline": False}), 0, data) == {}
+    assert torch.equal(baselines(0)["random real"][0].images, real.images)
+    assert not torch.equal(baselines(1)["random real"][0].images, real.images)
+    assert baselines(0, "--no_baseline") == {}
+    assert list(synsets.baseline_packs(1)) == ["random real"]
 
 
+# ----------------------------------------------------------------------------------- soft labels
 def test_soft_labels_are_the_mean_logits_of_the_sub_images():
     nets = [get_network("MLP", 3, 10, (32, 32), seed) for seed in (0, 1, 2)]
-    x = torch.randn(3, 3, 32, 32)
+    x, classes = torch.randn(3, 3, 32, 32), torch.tensor([3, 1, 2])
     labels = synsets.soft_labels(nets, unpack(x, 2), micro_batch=5)
     assert labels.shape == (12, 10) and all(net.training for net in nets)
-    assert torch.allclose(labels, torch.stack([net(unpack(x, 2)) for net in nets]).mean(0), atol=1e-6)
-    images, target = synsets.training_set(SyntheticSet(x, torch.tensor([3, 1, 2]), labels), 2)
+    expected = torch.stack([net(unpack(x, 2)) for net in nets]).mean(0)
+    assert torch.allclose(labels, expected, atol=1e-6)
+    images, target = synsets.training_set(SyntheticSet(x, classes, labels), 2)
     assert torch.equal(images, unpack(x, 2)) and target is labels
-    _, target = synsets.training_set(SyntheticSet(x, torch.tensor([3, 1, 2])), 2)
+    _, target = synsets.training_set(SyntheticSet(x, classes), 2)
     assert target.tolist() == [3, 1, 2] * 4
-    major = synsets.class_major(target, 3)
-    assert major.tolist() == [3] * 4 + [1] * 4 + [2] * 4
+    assert synsets.class_major(target, 3).tolist() == [3] * 4 + [1] * 4 + [2] * 4
 
 
 def test_label_loss_against_numpy():
     logits, soft = np.random.default_rng(0).normal(size=(2, 6, 4))
+
     def softmax(z):
         return np.exp(z) / np.exp(z).sum(1, keepdims=True)
     hard = np.array([0, 1, 2, 3, 0, 1])
-    assert synsets.label_loss(torch.tensor(logits), torch.tensor(hard)).item() == pytest.approx(
-        -np.log(softmax(logits)[range(6), hard]).mean())
+    loss = synsets.label_loss(torch.tensor(logits), torch.tensor(hard)).item()
+    assert loss == pytest.approx(-np.log(softmax(logits)[range(6), hard]).mean())
     for t in (1.0, 3.0):
         expected = -t * t * (softmax(soft / t) * np.log(softmax(logits / t))).sum(1).mean()
-        assert synsets.label_loss(torch.tensor(logits), torch.tensor(soft), t).item() == pytest.approx(expected)
-    x = torch.tensor(logits, requires_grad=True)  # at a high temperature: logits are matched, up to their mean
+        loss = synsets.label_loss(torch.tensor(logits), torch.tensor(soft), t).item()
+        assert loss == pytest.approx(expected)
+    x = torch.tensor(logits, requires_grad=True)  # at a high temperature: logits are matched
     (gradient,) = torch.autograd.grad(synsets.label_loss(x, torch.tensor(soft), 1e4), x)
     centred = (logits - logits.mean(1, keepdims=True)) - (soft - soft.mean(1, keepdims=True))
     assert np.allclose(gradient, centred / 4 / 6, atol=1e-4)
 
 
-def test_what_hard_labels_leave(digits):
-    args = rome.parse_args(["--dataset", "Digits"])
-    found = synsets.with_soft_labels("images", "labels", None, args, 0, digits)
-    assert found == {"set": ["images", "labels", None], "controls": {}, "teachers": []}
-
-
-def test_labels_of_the_pool(digits):
-    """All networks of the pool, for the set and for the controls; what is said of them."""
-    args = rome.parse_args(["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--aug", "--labels", "prior"])
-    pool = NetworkPool(lambda k: get_network("MLP", 3, 10, (32, 32), k), lambda net: None, limit=5)
-    pool.members[0].record(torch.tensor(3), 4)
-    images, labels = synsets.initial_set(args, digits, torch.Generator().manual_seed(0), "real", 2)
-    found = synsets.with_soft_labels(images, labels, pool, args, 0, digits)
-    nets = [member.net for member in pool.members]
-    assert torch.equal(found["set"][2], synsets.soft_labels(nets, unpack(images))) and found["set"][2].shape == (40, 10)
-    assert {name: len(soft) for name, soft in found["controls"].items()} == {"random real": 10, "random real, 2x2 packed": 40}
-    control, pack = synsets.baseline_sets(args, 0, digits)["random real, 2x2 packed"]
-    assert torch.equal(found["controls"]["random real, 2x2 packed"], synsets.soft_labels(nets, unpack(control.images, pack)))
-    assert [t["running_acc"] for t in found["teachers"]] == [0.75, 0, 0]
-    assert len({t["sha256"] for t in found["teachers"]}) == 3 and found["teachers"][0]["model"] == "MLP"
-
-
 def test_teachers_from_files(tmp_path):
     write_tensors(tmp_path / "net.pth", {"w": torch.ones(2)})
-    about = {"model": "LeNet", "threat_model": "pixel", "clean_acc": 0.5, "robust_acc": 0.25, "aa_acc": 0.2, "aa_n": 100,
-             "n": 360, "seed": 3}
+    about = {"model": "LeNet", "threat_model": "pixel", "clean_acc": 0.5, "robust_acc": 0.25,
+             "aa_acc": 0.2, "aa_n": 100, "n": 360, "seed": 3}
     (tmp_path / "net.pth.json").write_text(json.dumps(about))
-    (said,) = synsets.describe_teachers(SimpleNamespace(robust_prior=[str(tmp_path / "net.pth")]), None)
-    assert said == {"file": "net.pth", "sha256": sha256(tmp_path / "net.pth"),
-                    **{key: value for key, value in about.items() if key != "seed"}}
+    (teacher,) = synsets.describe_prior_networks([tmp_path / "net.pth"])
+    del about["seed"]
+    assert teacher == {"file": "net.pth", "sha256": sha256(tmp_path / "net.pth"), **about}
 
 
-RECORDED = ROOT / "result" / "recorded" / "robust_labels"
+READY = ROOT / "experiments" / "robust_labels"
 
 
-@pytest.mark.parametrize("path", sorted(RECORDED.glob("ready/*/*.pt")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(READY.glob("ready/*/*.pt")), ids=lambda p: p.parent.name)
 def test_the_sets_that_are_here(path):
-    """Small, readable by others and by us, with a recipe, and with labels of the networks that lie beside them."""
+    """Small, readable, with a config, and with labels of the networks that lie beside them."""
     assert path.stat().st_size < 2e6 and (path.parent / "README.md").is_file()
     ((images, labels, soft),), meta = sets_and_meta(path)
-    assert torch.equal(labels, torch.arange(10).repeat_interleave(10)) and meta["recipe"]["labels"] == "prior"
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(10))
     (teachers,) = meta["recipe"]["teachers"]
-    found = [RECORDED / "teachers" / teacher["file"] for teacher in teachers]
-    assert [sha256(file) for file in found] == [teacher["sha256"] for teacher in teachers]
-    nets = [load_into(get_network("ConvNetW32", 3, 10, (32, 32), 0), file) for file in found]
+    files = [READY / "teachers" / teacher["file"] for teacher in teachers]
+    assert [sha256(file) for file in files] == [teacher["sha256"] for teacher in teachers]
+    nets = [load_into(get_network("ConvNetW32", 3, 10, (32, 32), 0), file) for file in files]
     again = synsets.soft_labels(nets, unpack(images, pack_of(meta)))
     assert (again - soft).abs().max() < 1e-3  # another processor adds in another order
 
 
-def test_a_recipe_says_how_to_train():
-    args = rome.parse_args(["--epoch_eval_train", "7", "--lr_schedule", "cosine", "--label_temperature", "2", "--pack", "4"])
-    recipe = synsets.recipe(args, [[]])
-    assert (recipe["epochs"], recipe["lr_schedule"], recipe["temperature"], recipe["pack"]) == (7, "cosine", 2.0, 4)
-    meta = {"recipe": recipe}
-    assert synsets.protocol_of(meta) == synsets.protocol(args)
-    assert synsets.protocol_of({}) == synsets.PROTOCOL  # SPEC 3.1
-    given = {**dict.fromkeys(synsets.PROTOCOL), "epochs": 3, "lr_net": 0.0}
-    assert synsets.protocol_of(meta, given) == {**synsets.protocol(args), "epochs": 3, "lr_net": 0.0}
-    for key, value, message in (("dsa_strategy", "flip_blur", "blur"), ("lr_schedule", "linear", "linear.*step, cosine")):
+# ------------------------------------------------------------------------------ how to train on it
+def test_the_config_of_a_file_and_of_the_flags():
+    args = ROME_cifar10.parse_args(["--epoch_eval_train", "7", "--lr_schedule", "cosine",
+                                    "--label_temperature", "2", "--pack", "4"])
+    recipe = experiment.recipe(args, [[]])
+    config = TrainConfig(epochs=7, lr_schedule="cosine", temperature=2.0)
+    assert recipe["pack"] == 4 and TrainConfig.from_meta({"recipe": recipe}) == config
+    assert TrainConfig.from_meta({}) == TrainConfig()  # SPEC 3.1
+    given = TrainConfig.from_meta({"recipe": recipe}, epochs=3, lr_net=0.0, batch_train=None)
+    assert given == TrainConfig(3, 0.0, lr_schedule="cosine", temperature=2.0)
+    for key, value, message in (("dsa_strategy", "flip_blur", "blur"),
+                                ("lr_schedule", "linear", "linear.*step, cosine")):
         with pytest.raises(InputError, match=message):
-            synsets.protocol_of({"recipe": {**recipe, key: value}})
+            TrainConfig.from_meta({"recipe": {**recipe, key: value}})
+
+
+def test_load_synset_normalises_pixels(tmp_path):
+    pixels = torch.rand(10, 3, 32, 32)
+    save_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", [SyntheticSet(pixels, torch.arange(10))],
+                [], {})
+    images, labels, config = synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt",
+                                                 images="pixels")
+    mean, std = (torch.tensor(DATASETS["CIFAR10"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    assert torch.allclose(images, (pixels - mean) / std) and config == TrainConfig()
+    with pytest.raises(InputError, match="there is no 1"):
+        synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", 1)
