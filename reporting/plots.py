@@ -2,7 +2,6 @@
 import re
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from attacks import ATTACKS, THREAT_MODELS
 from reporting.metrics import transfer_matrices
@@ -19,10 +18,12 @@ def file_name(title):
     return re.sub("[^a-z0-9]+", "_", title)
 
 
-def new_axes(*size, **options):
-    """A figure of `size` inches and its axes."""
-    figure = Figure(figsize=size, **options)
-    return figure, figure.subplots()
+def new_figure(width, height, columns=None, layout="constrained", **options):
+    """A figure, in inches, and its axes: one, or a row of `columns`."""
+    from matplotlib.figure import Figure  # slow to import
+    figure = Figure(figsize=(width, height), layout=layout)
+    axes = figure.subplots(1, columns or 1, squeeze=False, **options)[0]
+    return figure, axes if columns else axes[0]
 
 
 # ---- evaluate.py
@@ -36,7 +37,7 @@ def draw_results(content, folder):
             figures[f"eps_{name}"] = figure_eps(name, groups)
     for matrix in transfer_matrices(content["transfer"]):
         rows, columns = matrix.values.shape
-        figure, ax = new_axes(2.4 + 0.9 * columns, 1.8 + 0.7 * rows)
+        figure, ax = new_figure(2.4 + 0.9 * columns, 1.8 + 0.7 * rows, layout=None)
         figure.colorbar(heat_map(ax, matrix, matrix.values))
         ax.set_title(f"I-RR (%), {matrix.title}")
         figures[f"transfer_{file_name(matrix.title)}"] = figure
@@ -49,8 +50,8 @@ def figure_grid(threat, groups, n):
     """Bars of accuracy, by attack and set. groups: of `white_box_groups`."""
     keys = list(dict.fromkeys(key for cells in groups.values() for key in cells))
     keys.sort(key=lambda key: (*CONTROLS, *ATTACKS).index(key[0]))
-    figure, ax = new_axes(max(6.4, 0.5 * len(keys) * (1 + 0.3 * len(groups))), 4)
-    width = 0.8 / len(groups)
+    inches, width = max(6.4, 0.5 * len(keys) * (1 + 0.3 * len(groups))), 0.8 / len(groups)
+    figure, ax = new_figure(inches, 4, layout=None)
     for i, ((method, ipc), cells) in enumerate(groups.items()):
         shift = (i - (len(groups) - 1) / 2) * width
         found = [(k + shift, cells[key]) for k, key in enumerate(keys) if key in cells]
@@ -80,7 +81,7 @@ def figure_eps(threat, groups):
     curves = {name: sorted(curve.items()) for name, curve in curves.items() if len(curve) > 1}
     if not curves:
         return None
-    figure, ax = new_axes(6.4, 4)
+    figure, ax = new_figure(6.4, 4, layout=None)
     for name, curve in curves.items():
         ax.plot(*zip(*curve), "o-", label=name)
     ax.set(xlabel="eps (1/255, attack space)", ylabel="accuracy (%)",
@@ -113,14 +114,13 @@ def figure_3(pool, published):
         if (pool.dataset, matrix.threat_model, matrix.ipc) == ("CIFAR10", "published", 50):
             panels["published"] = published_transfer(matrix, published)
         rows, columns = matrix.values.shape
-        size = 1.2 + len(panels) * (1.4 + 0.9 * columns), 1.6 + 0.6 * rows
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)
-        for ax, (name, values) in zip(axes[0], panels.items()):
+        width = 1.2 + len(panels) * (1.4 + 0.9 * columns)
+        figure, axes = new_figure(width, 1.6 + 0.6 * rows, len(panels))
+        for ax, (name, values) in zip(axes, panels.items()):
             image = heat_map(ax, matrix, values)
             ax.set_title(name)
         figure.suptitle(f"I-RR (%), {pool.dataset}, {matrix.title}")
-        figure.colorbar(image, ax=axes)
+        figure.colorbar(image, ax=list(axes))
         yield f"figure3_{pool.dataset}_{pool.n}_{file_name(matrix.title)}", figure
 
 
@@ -144,7 +144,7 @@ def figure_4(runs, published):
             sweep = sweeps.setdefault(run.flags_without("align_weight", "num_exp", "method"), {})
             sweep[run.flags["align_weight"]] = run, final[0]
     for number, sweep in enumerate(sweep for sweep in sweeps.values() if len(sweep) > 1):
-        figure, ax = new_axes(6.4, 4, layout="constrained")
+        figure, ax = new_figure(6.4, 4)
         weights = sorted(sweep)
         for key, name in (("clean_acc", "clean"), ("robust_acc", "robust")):
             error_bars(ax, weights, [sweep[weight][1][key] for weight in weights],
@@ -178,8 +178,7 @@ def figures_of_runs(runs):
 
 def figure_run(run):
     """Losses, w_f and accuracies against the outer iteration."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    losses, weight, accuracies = figure.subplots(1, 3)
+    figure, (losses, weight, accuracies) = new_figure(12, 3.6, 3)
     iterations = run.events_of("iteration")
     for exp in dict.fromkeys(e["exp"] for e in iterations):
         events = [e for e in iterations if e["exp"] == exp]
@@ -223,9 +222,8 @@ def figure_sets(sets, classes, per_class=5):
     """Stored images of sets side by side, a row a class. sets: {title: pixels (C*ipc, 3, H, W) in
     [0, 1], class-major}."""
     from torchvision.utils import make_grid
-    figure = Figure(figsize=(0.6 + 2.9 * len(sets), 0.6 + 0.58 * len(classes)),
-                    layout="constrained")
-    axes = figure.subplots(1, len(sets), squeeze=False, gridspec_kw={"wspace": 0.02})[0]
+    figure, axes = new_figure(0.6 + 2.9 * len(sets), 0.6 + 0.58 * len(classes), len(sets),
+                              gridspec_kw={"wspace": 0.02})
     for ax, (title, images) in zip(axes, sets.items()):
         ipc = len(images) // len(classes)
         shown = images.unflatten(0, (len(classes), ipc))[:, :per_class].flatten(0, 1)
@@ -243,9 +241,9 @@ def figure_sets(sets, classes, per_class=5):
 
 def figure_tsne(points, labels, title):
     """points: (N, 2) of real, attacked and synthetic images, labels (N,): lists of three."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure, axes = new_figure(11, 5, 2)
     names = ("real test images", "the same, attacked", "synthetic")
-    for ax, part in zip(figure.subplots(1, 2), (0, 1)):
+    for part, ax in enumerate(axes):
         for k, style in ((part, {"marker": ".", "s": 40, "edgecolors": "none"}),
                          (2, {"marker": "*", "s": 90, "edgecolors": "k"})):
             ax.scatter(*points[k].T, c=labels[k] % 10, cmap="tab10", vmin=0, vmax=9,
