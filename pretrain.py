@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import utils
 from attacks import PGD_STEPS, THREAT_MODELS, attack_images, check_threat_model, get_threat_model
-from augment import dsa_apply, dsa_draw, parse_dsa_strategy
+from augment import dsa_apply, dsa_draw, dsa_strategy_flag
 from runtime import distributed
 from runtime.progress import duration
 from runtime.command_line import add_dataset_flag, add_fast_flags, add_switch, at_least, run_script
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
     add("--lr_net", type=at_least(0, float), default=0.05, help="largest learning rate; it warms up and falls as a cosine")
     add("--warm_up", type=at_least(0, float), default=0.05, help="fraction of the steps in which the learning rate rises")
-    add("--dsa_strategy", default="crop_flip", help="augmentations, one drawn a batch, joined by '_', or none")
+    add("--dsa_strategy", type=dsa_strategy_flag, default="crop_flip", help="augmentations, one drawn a batch, joined by '_', or none")
     add("--test_limit", type=at_least(0), default=0, help="evaluate on the first so many test images; 0: all")
     add("--aa_limit", type=at_least(0), default=200, help="AutoAttack on the first so many test images; 0: none")
     add("--save_interval", type=at_least(0), default=0, help="steps between two saved states; 0: so many that saving takes "
@@ -65,10 +65,6 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    try:
-        parse_dsa_strategy(args.dsa_strategy)
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
@@ -194,7 +190,8 @@ def check_shares(args, data):
 def main():
     args = parse_args()
     device = get_device(distributed.init(args))
-    set_precision(resolve_precision(args, device))
+    args.precision = resolve_precision(args.precision, device)
+    set_precision(args.precision)
     data = load_dataset(args.dataset, args.data_path, device)
     data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random starts on CUDA
     distributed.print_rank0(data.describe())

@@ -104,7 +104,7 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):  # a path that the terminal's encoding lacks is shown escaped
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    compilation.reuse_freed_memory()
+    compilation.keep_freed_memory()
     whole = False
     if distributed.launched_by_torchrun():  # which ends the other processes with SIGTERM once one has died
         signal.signal(signal.SIGTERM, _stopped)

@@ -1,297 +1,292 @@
-"""What makes the scripts fast on the machine at hand: compilation, precision, memory.
-
-*Performance-impacting*, nothing else: each fast path computes what the plain one does, up to rounding (tests/test_fast.py),
-and benchmark.py measures both. The settings are of the process, as those of torch.backends are.
-"""
+"""Precision and torch.compile: how networks are computed. Both belong to the process."""
+import copy
 import ctypes
 import functools
 import itertools
 import logging
-import re
+import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
 
 from runtime.device import device_name, has_bf16
 
-PRECISIONS = ("fp32", "tf32", "bf16")  # and the flag --precision has auto
-# Compiling one kind of batch takes 5 to 20 s. It pays where so much work of that kind is planned, in floating-point
-# operations: about a minute of it on two CPU cores, or on a large GPU.
+PRECISIONS = ("fp32", "tf32", "bf16")  # the flag --precision has auto as well
+# Compiling one kind and size of batches takes 5 to 20 s. It pays from so many planned
+# floating-point operations: about a minute of work on two CPU cores, or on a large GPU.
 COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
-COMPILE_PAYS_BF16 = 0.3  # of that: on a CPU, what is not compiled is computed in fp32
-# A batch of a size that is not compiled is filled up with zeros to one that is, if so much of that one are its own images.
+COMPILE_PAYS_BF16 = 0.3  # times as many: a CPU uses bf16 in compiled batches only
+# A batch is padded to a compiled size if it fills at least this fraction of it.
 PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.3}
+KINDS = {  # of batches: (which gradient, the embedding too, training mode; None: as the network is)
+    "attacked": ("input", False, False),
+    "trained": ("parameters", False, True),
+    "scored": ("none", False, False),
+    "matched": ("input", True, None),
+    "embedded": ("none", True, None),
+}
 
 _precision = "fp32"
-_ready = set()  # the kinds of batches that are compiled
+_compiled_keys = set()
 
 
-# ------------------------------------------------------------------------------------------------------------ compilation
-def _plain(net, x, last=None):
-    with autocast(x.device):
-        if last is None:
-            return _widen(net(x))
-        return tuple(map(_widen, net.embed_and_classify(x, last)))
-
-
-def _widen(x):
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
-def autocast(device):
-    """bf16 on a GPU. Not on a CPU: what is not compiled runs in bfloat16 ten times slower there, if not fifty."""
-    return torch.autocast(device.type, torch.bfloat16) if _precision == "bf16" and device.type != "cpu" else nullcontext()
-
-
-def _lean(net, x, last=None):
-    """What is compiled: what `_plain` computes, with less memory traffic."""
-    x, layers = x.contiguous(memory_format=torch.channels_last), list(net.features)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=_precision == "bf16"):
-        x, unused = _lean_layers(layers[:last], x)
-        embedding = x.flatten(1)
-        if last is not None and last < len(layers):
-            x, more = _lean_layers(layers[last:], x.clone())  # the next layer may work in place
-            unused = unused + more
-        logits = _widen(net.classifier(x.flatten(1)) + unused)
-    return logits if last is None else (_widen(embedding), logits)
-
-
-def _lean_layers(layers, x):
-    """Pooling as view and mean, of which the compiler can make one pass with the norm and the activation before it; and no bias
-    of a convolution whose norm takes the mean of each channel away. Returns (x, a zero that has these biases, so that they keep
-    a gradient: 0, which is what rounding leaves of it otherwise)."""
-    unused = 0.0
-    for layer, following in itertools.zip_longest(layers, layers[1:]):
-        if type(layer) is torch.nn.Conv2d and layer.bias is not None and _takes_means_away(following):
-            x = layer._conv_forward(x, layer.weight, None)
-            unused = unused + 0 * layer.bias.sum()
-        elif type(layer) is torch.nn.AvgPool2d and (layer.kernel_size, layer.stride, layer.padding) == (2, 2, 0) \
-                and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            n, channels, height, width = x.shape
-            x = x.view(n, channels, height // 2, 2, width // 2, 2).mean((3, 5))
-        else:
-            x = layer(x)
-    return x, unused
-
-
-def _takes_means_away(layer):
-    return type(layer) is torch.nn.GroupNorm and layer.num_groups == layer.num_channels
-
-
-# One function for all networks: parameters are inputs of what is compiled, so that another network of the pool, of the same
-# architecture, does not compile again. Shapes are fixed: a graph for any batch size is a third slower on a CPU.
-@functools.cache
-def _compiled():
-    return torch.compile(_lean, dynamic=False)
-
-
-def _kind(net, x, last):
-    """What a compiled graph is good for: an architecture, its mode, a batch size, the layers of the embedding that is wanted
-    as well, and which gradients are wanted."""
-    if not torch.is_grad_enabled():
-        wanted = "none"
-    else:
-        wanted = "parameters" if next(net.parameters()).requires_grad else "input" if x.requires_grad else "none"
-    return net.architecture, net.training, len(x), last, wanted
-
-
-def forward(net, x):
-    """Class scores of a network, compiled if `compile_batches` was told of such batches, or of larger ones that are worth
-    filling up.
-
-    net: of `get_network`. x: (N, C, H, W) normalised images. Returns (N, num_classes) float32.
-    """
-    return _through(net, x, None)
-
-
-def embed(net, x, last):
-    """`Network.embed_and_classify`, compiled like `forward`."""
-    return _through(net, x, last)
-
-
-def _layers(net, last):
-    """--embed_last as a number of layers from the start."""
-    return None if last is None else len(range(len(net.features))[:last])
-
-
-def _through(net, x, last):
-    if not _ready or getattr(net, "architecture", None) is None:
-        return _plain(net, x, last)
-    last = _layers(net, last)
-    size = _compiled_size(net, x, last)
-    if size is None:
-        return _plain(net, x, last)
-    if size == len(x):
-        return _compiled()(net, x, last)
-    out = _compiled()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))), last)
-    return out[:len(x)] if last is None else tuple(part[:len(x)] for part in out)
-
-
-def _compiled_size(net, x, last=None):
-    """The size of the compiled batches that x goes through as; None: of none. last: of `_layers`."""
-    architecture, training, n, *rest = kind = _kind(net, x, last)
-    if kind in _ready:
-        return n
-    size = min((size for a, t, size, *other in _ready if n < size and (a, t, other) == (architecture, training, rest)),
-               default=None)
-    if size is None or n < PADDING_PAYS[_precision] * size:
-        return None
-    return None if training and is_batch_dependent(net) else size
-
-
-def is_batch_dependent(net):
-    """Whether an image's scores in training depend on the others of its batch, or on how many there are: BatchNorm, dropout."""
-    kinds = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
-    return any(isinstance(layer, kinds) for layer in net.modules())
-
-
-def compile_batches(net, shape, attacked=(), trained=(), matched=(), embedded=(), scored=(), last=None):
-    """Compile for networks like `net`, by running each kind of batch once on zeros. `net` is left as it was.
-
-    shape: (C, H, W) of the images. Batch sizes: attacked: with the gradient in the images, `net` in eval mode and its
-    parameters frozen; scored: in eval mode, without a gradient; trained: with the gradient in the parameters, in training mode;
-    matched: `embed` with `last`, and the gradient in the images; embedded: the same without a gradient; these two in the mode
-    that `net` is in.
-    Returns None, or, if it does not work here (no compiler, say), the reason in one line: everything stays plain then.
-    """
-    device, was_training = next(net.parameters()).device, net.training
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]  # the statistics of BatchNorm
-    try:
-        import torch._dynamo.config
-        import torch._functorch.config
-        import torch.compiler.config
-        # PyTorch keeps what it generated on disk, for this processor and number of threads, and would take it for others too:
-        # code for AVX-512, compiled for AVX2, leaves out half of the values without a word.
-        torch.compiler.config.cache_key_tag = device_name(torch.device("cpu"))
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA on machines without a GPU
-        torch._functorch.config.donated_buffer = False  # some attacks take several gradients of one pass
-        torch._dynamo.config.cache_size_limit = 64  # kinds of batches
-        kinds = [(n, "input", None, False) for n in attacked] + [(n, "parameters", None, True) for n in trained]
-        kinds += [(n, "none", None, False) for n in scored]
-        if last is not None:
-            kinds += [(n, "input", _layers(net, last), was_training) for n in matched]
-            kinds += [(n, "none", _layers(net, last), was_training) for n in embedded]
-        for size, wanted, layers, training in kinds:
-            net.train(training).requires_grad_(wanted == "parameters")
-            x = torch.zeros(size, *shape, device=device, requires_grad=wanted == "input")
-            with torch.set_grad_enabled(wanted != "none"):
-                kind = _kind(net, x, layers)
-                if kind in _ready:
-                    continue
-                out = _compiled()(net, x, layers)
-            if wanted != "none":
-                loss = sum(part.square().mean() for part in (out if layers else [out]))
-                torch.autograd.grad(loss, [x] if wanted == "input" else list(net.parameters()))
-            _ready.add(kind)
-    except Exception as error:  # of dynamo, of the code generator, of the compiler: whatever it is, eager mode works
-        _ready.clear()
-        # the first line; of a backend's error the next one too, which has the reason
-        said = re.sub(r"raised:\s+", "raised ", str(error)).splitlines() or [""]
-        return f"torch.compile does not work here ({type(error).__name__}: {said[0][:200]})"
-    finally:
-        net.train(was_training).requires_grad_(True)
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
-    return None
-
-
-def stop_compiling():
-    """Forget all that was compiled."""
-    _ready.clear()
-    torch._dynamo.reset()
-
-
-def compile_planned(net, shape, planned, say, last=None):
-    """Compile for the batches of which enough is planned to pay for it. Says what it did.
-
-    planned: {kind, a batch-size argument of `compile_batches`: {batch size: planned floating-point operations}}.
-    """
-    pays = COMPILE_PAYS[next(net.parameters()).device.type] * (COMPILE_PAYS_BF16 if _precision == "bf16" else 1)
-    sizes = {kind: [size for size, flops in batches.items() if flops >= pays] for kind, batches in planned.items()}
-    sizes = {kind: found for kind, found in sizes.items() if found}
-    if not sizes:
-        return
-    start, already = time.perf_counter(), len(_ready)
-    problem = compile_batches(net, shape, **sizes, last=last)
-    if problem:
-        say(f"{problem}; going on without")
-    elif len(_ready) > already:
-        batches = ", ".join(f"{kind} batches of {' and '.join(map(str, found))}" for kind, found in sizes.items())
-        say(f"compiled in {time.perf_counter() - start:.3g} s: {batches} images; --no_compile turns it off")
-
-
-# -------------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------- precision
 def set_precision(name):
-    """fp32: all in float32. tf32: convolutions and matrix products may round their factors to TensorFloat-32 (CUDA; no effect
-    elsewhere). bf16: tf32, and `forward` computes in bfloat16, parameters and updates stay float32; not inside `disable_bf16`."""
+    """Set the precision of the process. Raises ValueError for an unknown name.
+
+    fp32: float32. tf32: convolutions and matrix products may round to TensorFloat-32 (CUDA).
+    bf16: tf32, and `forward` computes in bfloat16; parameters stay float32.
+    """
     global _precision
     if name not in PRECISIONS:
-        raise ValueError(f"unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
     _precision = name
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
 
 
 def precision():
-    """What `forward` computes in here and now: a name of PRECISIONS."""
+    """The precision of `forward` now, a name of PRECISIONS."""
     return _precision
 
 
-def resolve_precision(args, device):
-    """--precision auto becomes bf16 where the device has instructions for it, else tf32, in `args` too. Returns the name."""
-    if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(device) else "tf32"
-    return args.precision
+def resolve_precision(name, device):
+    """auto -> bf16 if the device has instructions for it, else tf32. Other names stay."""
+    if name != "auto":
+        return name
+    return "bf16" if has_bf16(device) else "tf32"
 
 
 @contextmanager
 def disable_bf16():
-    """`forward` inside does not compute in bfloat16: an accuracy that is reported is attacked with exact gradients."""
+    """Inside, `forward` uses no bfloat16: reported accuracies need exact gradients."""
     global _precision
-    kept = _precision
-    _precision = "tf32" if kept == "bf16" else kept
+    before = _precision
+    _precision = "tf32" if before == "bf16" else before
     try:
         yield
     finally:
-        _precision = kept
+        _precision = before
+
+
+@contextmanager
+def disable_tf32():
+    """Inside, matrix products are not rounded to TensorFloat-32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def to_float32(x):
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+# ----------------------------------------------------------------------- forward passes
+def forward(net, x):
+    """(N, C, H, W) normalised images -> (N, num_classes) float32 class scores."""
+    return dispatch(net, x, None)
+
+
+def embed(net, x, last):
+    """`Network.embed_and_classify` -> float32 (embedding, class scores)."""
+    return dispatch(net, x, len(net.features[:last]))
+
+
+def eager_forward(net, x, layers=None):
+    """Class scores; with a number of layers: (embedding after so many, class scores)."""
+    with _autocast(x.device):
+        if layers is None:
+            return to_float32(net(x))
+        return tuple(map(to_float32, net.embed_and_classify(x, layers)))
+
+
+def _autocast(device):
+    # Not on a CPU, where eager bfloat16 is 10 to 50 times slower than float32.
+    if _precision == "bf16" and device.type != "cpu":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def compiled_forward(net, x, layers=None):
+    """`eager_forward` with less memory traffic, for torch.compile.
+
+    2x2 average pooling is a mean over a view, which the compiler merges with the norm and
+    activation before it. A bias that instance norm cancels is left out; `unused` is a zero
+    that gives this bias its gradient, 0.
+    """
+    x, unused = x.contiguous(memory_format=torch.channels_last), 0.0
+    modules = list(net.features)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=_precision == "bf16"):
+        for i, (layer, following) in enumerate(itertools.zip_longest(modules, modules[1:]), 1):
+            if i != layers and _norm_cancels_bias(layer, following):
+                x = layer._conv_forward(x, layer.weight, None)
+                unused = unused + 0 * layer.bias.sum()
+            elif _halves(layer, x):
+                n, channels, height, width = x.shape
+                x = x.view(n, channels, height // 2, 2, width // 2, 2).mean((3, 5))
+            else:
+                x = layer(x)
+            if i == layers:
+                embedding = x.flatten(1)
+                x = x.clone() if following else x  # the next layer may work in place
+        logits = to_float32(net.classifier(x.flatten(1)) + unused)
+    return logits if layers is None else (to_float32(embedding), logits)
+
+
+def _norm_cancels_bias(layer, following):
+    return (type(layer) is torch.nn.Conv2d and layer.bias is not None
+            and type(following) is torch.nn.GroupNorm
+            and following.num_groups == following.num_channels)
+
+
+def _halves(layer, x):
+    return (type(layer) is torch.nn.AvgPool2d and layer.kernel_size == layer.stride == 2
+            and layer.padding == x.shape[2] % 2 == x.shape[3] % 2 == 0)
+
+
+@functools.cache
+def _torch_compile():
+    # Parameters are inputs of the graph, so all networks of an architecture share it.
+    # Fixed shapes: dynamic ones are a third slower on a CPU.
+    return torch.compile(compiled_forward, dynamic=False)
+
+
+# ----------------------------------------------------------------------------- dispatch
+def dispatch(net, x, layers):
+    """Run a batch compiled, padded with zeros to the next compiled size, or eagerly."""
+    if not _compiled_keys or getattr(net, "architecture", None) is None:
+        return eager_forward(net, x, layers)
+    n, key = len(x), compile_key(net, x, layers)
+    size = min((s for *k, s in _compiled_keys if k == key and s >= n), default=math.inf)
+    if n < PADDING_PAYS[_precision] * size:
+        return eager_forward(net, x, layers)
+    if n == size:
+        return _torch_compile()(net, x, layers)
+    if net.training and is_batch_dependent(net):
+        return eager_forward(net, x, layers)
+    out = _torch_compile()(net, F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - n)), layers)
+    return out[:n] if layers is None else tuple(part[:n] for part in out)
+
+
+def compile_key(net, x, layers):
+    """What the batches of a compiled graph have in common, apart from their size."""
+    if not torch.is_grad_enabled():
+        gradient = "none"
+    elif next(net.parameters()).requires_grad:
+        gradient = "parameters"
+    else:
+        gradient = "input" if x.requires_grad else "none"
+    return [net.architecture, net.training, layers, gradient]
+
+
+def is_batch_dependent(net):
+    """Whether training scores depend on the rest of the batch: BatchNorm or dropout."""
+    kinds = torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd
+    return any(isinstance(layer, kinds) for layer in net.modules())
 
 
 @contextmanager
 def freeze_parameters(net):
-    """No gradient of the parameters of `net` is taken inside."""
+    """Inside, no gradient of the parameters of `net` is taken."""
     wanted = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    net.requires_grad_(False)
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
         yield net
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def disable_tf32():
-    """Matrix products inside are not rounded to TensorFloat-32, whatever the precision of the process."""
-    kept = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = kept
+# -------------------------------------------------------------------------- compilation
+def compile_batches(net, shape, last=None, **sizes):
+    """Compile for networks like `net`, by a pass over zeros for each kind and size.
 
-
-# ----------------------------------------------------------------------------------------------------------------- memory
-def reuse_freed_memory(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1):
-    """Let glibc keep freed blocks instead of returning them to the system; CPU only.
-
-    A network's activations are tens of megabytes that come and go at every layer; returned each time, their page faults
-    cost a third of the run. No effect where the C library is another one. The thresholds are mallopt's, in bytes.
+    shape: (C, H, W). sizes: kind of KINDS = batch sizes. last: of `embed`.
+    Returns None, or in one line why torch.compile fails here; then all stays eager.
     """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # of glibc's malloc.h
+    net, was_training = copy.deepcopy(net), net.training
     try:
+        _configure()
+        for kind, (gradient, with_embedding, training) in KINDS.items():
+            net.train(was_training if training is None else training)
+            net.requires_grad_(gradient == "parameters")
+            layers = len(net.features[:last]) if with_embedding else None
+            for size in sizes.get(kind, ()):
+                _compile_one(net, (size, *shape), layers, gradient)
+    except Exception as error:  # of any part of the compiler
+        _compiled_keys.clear()
+        reason = " ".join(str(error).split())[:200]
+        return f"torch.compile does not work here ({type(error).__name__}: {reason})"
+    return None
+
+
+def _configure():
+    import torch._dynamo.config
+    import torch._functorch.config
+    import torch.compiler.config
+    # The cache on disk ignores the processor: AVX-512 code skips half of the values on AVX2.
+    torch.compiler.config.cache_key_tag = device_name(torch.device("cpu"))
+    torch._functorch.config.donated_buffer = False  # some attacks differentiate a pass twice
+    torch._dynamo.config.cache_size_limit = 64
+    # It warns of a missing CUDA on machines without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _compile_one(net, shape, layers, gradient):
+    device = next(net.parameters()).device
+    x = torch.zeros(shape, device=device, requires_grad=gradient == "input")
+    with torch.set_grad_enabled(gradient != "none"):
+        key = *compile_key(net, x, layers), len(x)
+        if key in _compiled_keys:
+            return
+        out = _torch_compile()(net, x, layers)
+    if gradient != "none":
+        loss = sum(part.square().mean() for part in (out if layers else [out]))
+        torch.autograd.grad(loss, [x] if gradient == "input" else list(net.parameters()))
+    _compiled_keys.add(key)
+
+
+def compiled_keys():
+    """The set of (*compile_key, batch size); where it is emptied, all batches run eagerly."""
+    return _compiled_keys
+
+
+def reset():
+    """Free all compiled graphs."""
+    _compiled_keys.clear()
+    torch._dynamo.reset()
+
+
+def compile_planned(net, shape, planned, log, last=None):
+    """Compile the batches with enough planned work (COMPILE_PAYS), and log it.
+
+    planned: {kind of KINDS: {batch size: floating-point operations}}. last: of `embed`.
+    """
+    pays = COMPILE_PAYS[next(net.parameters()).device.type]
+    pays *= COMPILE_PAYS_BF16 if _precision == "bf16" else 1
+    sizes = {kind: [size for size, flops in work.items() if flops >= pays]
+             for kind, work in planned.items()}
+    start, before = time.perf_counter(), len(_compiled_keys)
+    if not any(sizes.values()):
+        return
+    if problem := compile_batches(net, shape, last, **sizes):
+        log(f"{problem}; continuing without it")
+    elif len(_compiled_keys) > before:
+        batches = ", ".join(f"{kind} {found}" for kind, found in sizes.items() if found)
+        log(f"compiled in {time.perf_counter() - start:.3g} s for batches of these sizes: "
+            f"{batches}; --no_compile turns it off")
+
+
+def keep_freed_memory(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1):
+    """Let glibc keep freed activations. Otherwise page faults take a third of a CPU run.
+
+    The thresholds are mallopt's, in bytes. No effect with another C library.
+    """
+    with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, mmap_threshold)
-        libc.mallopt(m_trim_threshold, trim_threshold)
-    except (OSError, AttributeError):
-        pass
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD

@@ -13,7 +13,7 @@ from runtime.checkpoint import (CheckpointFile, Interrupted, SignalHandler, lock
                                 require_same_flags)
 from runtime.device import device_name, versions
 from runtime.distributed import write_line
-from runtime.progress import ProgressTimer, format_duration
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, read_tensors, sha256, write_atomically, write_json
 
 MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
@@ -31,29 +31,25 @@ class RunDirectory:
     <checkpoint_path>/<name>/state.pt, state.previous.pt: the last two checkpoints
     <checkpoint_path>/<name>/finished/: copies of the results, to restore what is missing
 
-    SIGINT and SIGTERM save a checkpoint and raise `Interrupted`. Where there is a checkpoint, the
-    run goes on from it; with `fresh` the old folder is kept beside as <name>.1, <name>.2, ...
+    SIGINT and SIGTERM save a checkpoint and raise `Interrupted`. A run goes on from its checkpoint;
+    without one, or with `fresh`, an old folder is kept beside as <name>.1, <name>.2, ...
 
-    flags: {name: value}, recorded and compared. micro_batch: of this device; a checkpoint's
-    counts, since another one draws other random starts on CUDA. part: the number of the experiment
-    that this is the run of, with --parallel experiments.
-
-    progress: a dict of plain values and tensors that is saved as it is. saved_experiment: the
-    state of the experiment under way, or None. timer: a ProgressTimer.
+    flags: {name: value}, recorded and compared. micro_batch: that of the checkpoint counts, since
+    another one draws other random starts on CUDA. part: with --parallel experiments, the experiment
+    that this is the run of. progress: plain values and tensors, saved as they are.
     """
 
     def __init__(self, name, result_name, save_path, checkpoint_path, flags, data, micro_batch,
                  save_interval=0, fresh=False, part=None):
-        self._arguments = {key: value for key, value in locals().items()
-                           if key not in ("self", "part", "__class__")}
         self.name, self.flags, self.data, self.part = name, flags, data, part
-        self.timer, self._experiment = ProgressTimer(), None
+        self._experiment, self.save_interval = None, save_interval
         self.folder = Path(save_path) / name
         self.checkpoint_folder = Path(checkpoint_path) / name
         if self.folder.resolve() == self.checkpoint_folder.resolve():
             raise InputError(f"--save_path and --checkpoint_path are both {save_path}; choose two "
                              "folders: a run folder is moved aside, its checkpoint must not be")
         self.result_file = self.folder / result_name
+        self.save_path, self.checkpoint_path = save_path, checkpoint_path
         self.published_file = Path(save_path) / result_name
         states = self.checkpoint_folder if part is None else self._part_folder(part)
         _make_folder("save_path", save_path, self.folder.parent)
@@ -291,9 +287,10 @@ class RunDirectory:
         self.save_checkpoint()  # from here on there is something to go on with
 
         def run_one(exp):
-            with distributed.single_process(), \
-                    RunDirectory(**self._arguments, part=exp) as part:
-                part.micro_batch = self.micro_batch
+            with distributed.single_process(), RunDirectory(
+                    self.name, self.result_file.name, self.save_path, self.checkpoint_path,
+                    self.flags, self.data, self.micro_batch, self.save_interval,
+                    part=exp) as part:
                 if not part.progress.get("sets"):
                     work(exp, part)
                     part.save_checkpoint()
@@ -349,25 +346,21 @@ class RunDirectory:
         save_grid(self.folder / f"{name}.png", images, self.data, per_row)
 
     def write_result(self, write):
-        """write(path) makes the file of the final sets; then it gets its published name too."""
+        """write(path) writes the final sets, which then get their published name too."""
         write(self.result_file)
         self.publish()
 
     def write_best(self, exp, write):
-        """write(path) makes the file of the best set of an experiment so far."""
+        """write(path) writes the best set of an experiment so far."""
         write(self.checkpoint_folder / f"best_exp{exp}.pt")
 
 
 class NullRunDirectory(RunDirectory):
     """A run as the other processes see it: the same state, and nothing is written."""
 
-    def __init__(self, arguments, shared):
-        self._arguments, self.data, self.part = arguments, arguments["data"], None
-        self.name, self.flags = arguments["name"], arguments["flags"]
-        self.timer, self._experiment = ProgressTimer(), None
-        for key in ("progress", "saved_experiment", "finished", "micro_batch"):
-            setattr(self, key, shared[key])
-        if shared["data"] != self.data.fingerprint():
+    def __init__(self, attributes, data, fingerprint):
+        vars(self).update(attributes, data=data, part=None, _experiment=None)
+        if fingerprint != data.fingerprint():
             raise InputError(f"process {distributed.rank()} has other data in --data_path "
                              f"{self.flags['data_path']} than process 0")
 
@@ -382,17 +375,18 @@ class NullRunDirectory(RunDirectory):
         self.save_checkpoint()
 
 
-def open_run(**arguments):
+def open_run(data, **arguments):
     """The RunDirectory of a script; the other processes get a NullRunDirectory."""
     opened = []
 
     def begin():
-        run = RunDirectory(**arguments)
+        run = RunDirectory(data=data, **arguments)
         opened.append(run)
-        keys = ("progress", "saved_experiment", "finished", "micro_batch")
-        return {**{key: getattr(run, key) for key in keys}, "data": run.data.fingerprint()}
+        names = ("name", "flags", "progress", "saved_experiment", "finished", "micro_batch",
+                 "result_file", "save_path", "checkpoint_path", "save_interval")
+        return {name: getattr(run, name) for name in names}, data.fingerprint()
     shared = distributed.run_on_rank0(begin)
-    return opened[0] if opened else NullRunDirectory(arguments, shared)
+    return opened[0] if opened else NullRunDirectory(shared[0], data, shared[1])
 
 
 def save_grid(path, images, data, per_row):

@@ -190,13 +190,13 @@ def test_what_is_wrong_in_bf16_alone_is_attacked_again(digits_networks, digits, 
     def measured():
         return evaluate.run_slice(job, 0, x, labels, [target], threat, 64, args)
     plain = measured()
-    asked, through = [], compilation._through
+    asked, through = [], compilation.dispatch
 
-    def rough(net, x, last):
+    def rough(net, x, layers):
         asked.append(compilation.precision())
-        scores = through(net, x, last)
+        scores = through(net, x, layers)
         return scores - 100 * torch.nn.functional.one_hot(labels, 10) if asked[-1] == "bf16" else scores
-    monkeypatch.setattr(compilation, "_through", rough)
+    monkeypatch.setattr(compilation, "dispatch", rough)
     compilation.set_precision("bf16")
     try:
         found, wrong = measured(), utils.wrong_in_bf16_alone(net, x, labels)
