@@ -29,8 +29,8 @@ from runtime import compilation, distributed
 from runtime.command_line import add_switch, at_least, run_script
 from runtime.cost import TRAINING_STEP, IterationCost, forward_flops, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
-from runtime.device import (choose_micro_batch, device_name, get_device, has_bf16,
-                            keep_freed_memory, synchronise, versions)
+from runtime.device import (choose_micro_batch, device_name, get_device, has_bf16, synchronise,
+                            versions)
 from runtime.safe_io import write_json
 from runtime.seeding import make_generator
 from synsets import TrainConfig, initial_set
@@ -134,15 +134,16 @@ class Bench:
 def plain_mode():
     """Inside: nothing compiled, float32, and glibc's malloc as in a process that has run for a
     while: it returns blocks of more than 32 MiB to the system (mallopt(3))."""
-    precision = compilation.precision()
+    precision, keys = compilation.precision(), compilation.compiled_keys().copy()
     compilation.set_precision("fp32")
-    keep_freed_memory(32 << 20, 64 << 20)
+    compilation.compiled_keys().clear()
+    compilation.keep_freed_memory(32 << 20, 64 << 20)
     try:
-        with compilation.eager_mode():
-            yield
+        yield
     finally:
         compilation.set_precision(precision)
-        keep_freed_memory()
+        compilation.compiled_keys().update(keys)
+        compilation.keep_freed_memory()
 
 
 def compile_all(bench):
@@ -157,12 +158,10 @@ def compile_all(bench):
     start = time.perf_counter()
     for precision in bench.precisions:
         compilation.set_precision(precision)
-        with compilation.eager_mode():  # nothing counts as compiled in this precision yet
-            problem = compilation.compile_batches(
-                bench.network(), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
-                matched=[micro_batch], embedded=[micro_batch], last=1000)
-            keys = compilation.compiled_keys()
-        compilation.compiled_keys().update(keys)
+        compilation.compiled_keys().clear()  # nothing is compiled in this precision yet
+        problem = compilation.compile_batches(
+            bench.network(), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
+            matched=[micro_batch], embedded=[micro_batch], last=1000)
         if problem:
             distributed.print_rank0(problem)
             return 0.0

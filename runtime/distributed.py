@@ -1,313 +1,262 @@
-"""More than one process, started by torchrun: what each one computes, and how it comes together.
+"""Several processes, started by torchrun, share the work of one run.
 
-Every process draws all that one process alone would draw, from the same streams in the same order, and computes its share of
-it. So a result does not depend on the number of processes, beyond the rounding of sums. Where torchrun has not started the
-script, or has started one process, nothing of torch.distributed is imported and each function here does what one process does.
-The settings are of the process, as those of torch.backends are.
+Each process draws all the random numbers that one process alone would draw, in the same order,
+and computes its shard: the number of processes changes a result only by the rounding of sums.
 """
 import itertools
 import json
 import os
 import re
 import sys
-import threading
 import time
-import uuid
 from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from runtime.safe_io import InputError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
-START, SUM = timedelta(minutes=5), timedelta(seconds=45)  # that processes wait for each other: at the start, in a sum
-PULSE, PATIENCE = 1.0, 20.0  # seconds between two signs of life; without one, after which a process counts as gone
+TIMEOUT = timedelta(minutes=30)  # torchrun ends the others much sooner when a process dies
+POLL_SECONDS = 0.02
 
-_world, _alone = None, False
-
-
-class _World:
-    """What this process knows of the others. store: of torchrun, the same for all. pulse: see `_Pulse`."""
-
-    def __init__(self, rank, size, store):
-        self.rank, self.size, self.store = rank, size, store
-        # The same on all processes; apart, as one that is told to stop before a deal comes to the next meeting without it.
-        self.meetings, self.deals = itertools.count(), itertools.count()
-        self.pulse = _Pulse(rank, store)
+dist = None  # torch.distributed, once `init` has met other processes
+_world = None  # rank, size, store
+_single = False
+_maps = itertools.count()  # the same on all processes
 
 
-class _Pulse(threading.Thread):
-    """Once a second a sign of life; and a signal that another process had comes to this one too."""
-
-    def __init__(self, rank, store):
-        super().__init__(daemon=True)
-        self.rank, self.store, self.ended, self.passed_on = rank, store, threading.Event(), False
-
-    def run(self):
-        try:
-            for beat in itertools.count():
-                self.store.set(f"pulse/{self.rank}", str(beat))
-                if not self.passed_on and self.store.check(["stop"]):
-                    self.passed_on = True
-                    os.kill(os.getpid(), int(self.store.get("stop")))
-                if self.ended.wait(PULSE):
-                    return
-        except RuntimeError:
-            pass  # the store is gone, and the run with it; the main thread finds out by itself
-
-
-# --------------------------------------------------------------------------------------------------------- start and end
 def launched_by_torchrun():
     """Whether torchrun has started several processes, of which this is one."""
-    return all(name in os.environ for name in VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_restart():
-    """Whether torchrun has started this process again, after one of its run had died."""
+    """Whether torchrun has started this process again after one had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def init(args):
-    """Meet the other processes, if torchrun has started any. args: the flags of the script.
+def init(flags):
+    """Meet the other processes, if there are any. flags: {name: value}, of which "device" is one.
 
-    Returns the device of this process, for `get_device`: args.device, or where that is a GPU the process's own. Raises
-    InputError, on all processes, if they have different flags or kinds of devices, or one has no GPU of its own.
+    Returns the device of this process: flags["device"], or its own GPU. Raises InputError on all
+    processes if flags or kinds of device differ, or if one process has no GPU of its own.
     """
-    global _world
+    global dist, _world
     if not launched_by_torchrun() or _world:
-        return args.device
+        return flags["device"]
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device, problem = _own_device(args.device, rank)
-    with _talking():
-        store = _own_part(next(rendezvous("env://", rank, size, timeout=START))[0], rank, size)
-        flags = {name: str(value) for name, value in vars(args).items()}
-        store.set(f"hello/{rank}", json.dumps({"problem": problem, "device": device.split(":")[0], "flags": flags}))
-        said = [json.loads(store.get(f"hello/{r}")) for r in range(size)]
-    for r, other in enumerate(said):
-        if other["problem"]:
-            raise InputError(other["problem"])
-        for name, value in said[0]["flags"].items():
-            if other["flags"].get(name) != value:
-                raise InputError(f"--{name} is {value} in process 0 and {other['flags'].get(name)} in process {r}; all "
-                                 "processes of a run have the same flags")
-        if other["device"] != said[0]["device"]:
-            raise InputError(f"process 0 computes on {said[0]['device']} and process {r} on {other['device']}; name one with "
-                             "--device")
+    device, problem = _own_device(flags["device"], rank)
     backend = "gloo"
-    if device != "cpu":
+    if device != "cpu" and not problem:
         backend = "cpu:gloo,cuda:nccl"
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error that can be caught, where a process is gone
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that errors can be caught
         torch.cuda.set_device(device)
-    with _talking():
-        dist.init_process_group(backend, store=dist.PrefixStore("sums", store), rank=rank, world_size=size, timeout=SUM)
-    _world = _World(rank, size, store)
-    _world.pulse.start()
-    barrier()
+    with _one_line_errors():
+        store, *_ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        # torchrun may keep the store, with all its contents, for the processes that it restarts.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    _world = SimpleNamespace(rank=rank, size=size, store=store)
+    flags = {name: str(value) for name, value in flags.items()}
+    _compare(all_gather_object((flags, device.split(":")[0], problem)))
     return device
-
-
-def _own_part(store, rank, size):
-    """The part of the store that is of this start: torchrun keeps it, with all that is in it, when it restarts the processes.
-
-    Process 0 names it, and answers the word of each other one, who else could take the name of an earlier start for it.
-    """
-    from torch.distributed import PrefixStore
-    word, deadline = uuid.uuid4().hex, time.monotonic() + START.total_seconds()
-    if rank == 0:
-        store.set("part", word)
-        for r in range(1, size):
-            store.set(f"{word}/answer/{r}", store.get(f"{word}/word/{r}"))
-        return PrefixStore(word, store)
-    while time.monotonic() < deadline:
-        name = store.get("part").decode()
-        store.set(f"{name}/word/{rank}", word)
-        for _ in range(20):
-            if store.check([f"{name}/answer/{rank}"]) and store.get(f"{name}/answer/{rank}").decode() == word:
-                return PrefixStore(name, store)
-            time.sleep(0.05)
-    raise RuntimeError(f"no answer from process 0 in {START.total_seconds():.0f} s")
 
 
 def _own_device(name, rank):
     """The device of this process where --device is `name`, and what is wrong with it, or None."""
-    local, here, gpus = (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return "cpu", None
     if name not in ("auto", "cuda"):
-        return name, f"--device {name}: each process takes a GPU of its own; choose auto, cuda or cpu"
-    if local >= gpus:
-        return "cuda", (f"process {rank} has no GPU: {here} processes on its machine, {gpus} GPU(s); choose "
-                        f"{'--device cpu' if not gpus else f'--nproc_per_node {gpus}, or --device cpu'}")
-    return f"cuda:{local}", None
+        return name, f"--device {name}: each process takes its own GPU; choose auto, cuda or cpu"
+    if local < gpus:
+        return f"cuda:{local}", None
+    choice = f"--nproc_per_node {gpus}, or --device cpu" if gpus else "--device cpu"
+    return "cuda", (f"process {rank} has no GPU: {os.environ['LOCAL_WORLD_SIZE']} processes on "
+                    f"its machine, {gpus} GPU(s); choose {choice}")
 
 
-def shutdown(whole):
-    """Leave. whole: whether the run came to its end; if not, the others may be gone, and nothing is waited for."""
+def _compare(gathered):
+    """gathered: (flags, kind of device, problem or None) of each process."""
+    first_flags, first_device, _ = gathered[0]
+    for rank, (flags, device, problem) in enumerate(gathered):
+        if problem:
+            raise InputError(problem)
+        for name, value in first_flags.items():
+            if flags.get(name) != value:
+                raise InputError(f"--{name} is {value} in process 0 and {flags.get(name)} in "
+                                 f"process {rank}; all processes of a run have the same flags")
+        if device != first_device:
+            raise InputError(f"process 0 computes on {first_device} and process {rank} on "
+                             f"{device}; choose one with --device")
+
+
+def shutdown():
+    """At the end of a successful run: wait for the other processes, and leave."""
     global _world
     if _world:
-        _world.pulse.ended.set()
-        _world.pulse.join()
-        if whole:
-            import torch.distributed as dist
-            dist.destroy_process_group()
+        barrier()  # process 0 may hold the store that others still read
+        dist.destroy_process_group()
         _world = None
 
 
 @contextmanager
-def _talking():
-    """What goes wrong inside becomes one line: it is the other side that is gone."""
+def _one_line_errors():
+    """Turn an error of torch.distributed into one line: the other side is gone."""
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:120]
-        raise ConnectionError(f"another process of the run is gone or does not answer ({reason}); the same command goes on "
-                              "from the last saved state") from None
+        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).splitlines()[0].split(". ")[0][:120]
+        raise ConnectionError(
+            f"another process of the run is gone or does not answer ({reason}); the same command "
+            "goes on from the last saved state") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ who does what
 def world_size():
-    """The number of processes that share the work; 1 inside `alone`."""
-    return 1 if _alone or not _world else _world.size
+    """The number of processes that share the work."""
+    return 1 if _single or not _world else _world.size
 
 
 def rank():
     """The number of this process, from 0."""
-    return 0 if _alone or not _world else _world.rank
+    return 0 if _single or not _world else _world.rank
 
 
 def is_main_process():
-    """Whether this is the process that writes."""
+    """Whether this process writes files and messages."""
     return rank() == 0
 
 
 def disable_tqdm():
-    """The `disable` of a progress bar: it is shown on a terminal, and by the first process."""
+    """`disable` of a progress bar: only the first process shows it, and only on a terminal."""
     return None if is_main_process() else True
 
 
+def write_line(text, file=None):
+    """Write a line above the progress bar, in one write: lines of processes do not mix."""
+    file = file or sys.stdout
+    with tqdm.external_write_mode(file):
+        file.write(f"{text}\n")
+        file.flush()
+
+
 def print_rank0(text):
-    """A line for the reader, above a progress bar if there is one; from the first process."""
+    """Print a line, on the first process only."""
     if is_main_process():
-        tqdm.write(text)
-        sys.stdout.flush()
+        write_line(text)
 
 
 @contextmanager
 def single_process():
     """Inside, this process works as if there were no other."""
-    global _alone
-    before, _alone = _alone, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
 def shard(count):
-    """Which of `count` things in a row are those of this process: a slice; of all, for one process."""
+    """The slice of `count` items that this process takes."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def max_shard_size(count):
-    """How many of `count` things a process has at most."""
+    """How many of `count` items a process takes at most."""
     return -(-count // world_size())
 
 
 def require_work(count, what):
-    """Raise InputError if there is not one of `count` things for each process. what: their name, with the flag."""
+    """Raise InputError if there are fewer items than processes. what: their name and flag."""
     if count < world_size():
         raise InputError(f"{world_size()} processes share {count} {what}; start at most {count}")
 
 
-# ------------------------------------------------------------------------------------------------------- how it comes together
 def all_reduce_sum(tensors):
-    """Sum each tensor over the processes, in place: one flat all-reduce for all of them. They have one dtype and device."""
+    """Sum each tensor over the processes, in place. They have one dtype and one device."""
     if world_size() == 1:
         return
-    import torch.distributed as dist
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    with _talking():
+    with _one_line_errors():
         dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
 
 
 def class_means(embeddings, sizes):
-    """Mean embeddings, class by class, of a class-major batch of which each process has its share.
+    """Mean embedding of each class of a class-major batch, of which each process has its shard.
 
-    embeddings: (n, D), of this process's share of the batch. sizes: images of each class in the whole. (len(sizes), D).
+    embeddings: (n, D), of the shard. sizes: images of each class in the batch. -> (len(sizes), D).
     """
     if world_size() == 1:
         return torch.stack([embedding.mean(0) for embedding in embeddings.split(sizes)])
-    own, ends = shard(sum(sizes)), list(itertools.accumulate(sizes))
-    parts = [max(0, min(own.stop, end) - max(own.start, end - n)) for n, end in zip(sizes, ends)]
-    sums = torch.stack([embedding.sum(0) for embedding in embeddings.split(parts)])  # 0 where this process has none
+    own, ends = shard(sum(sizes)), itertools.accumulate(sizes)
+    counts = [max(0, min(own.stop, end) - max(own.start, end - n)) for n, end in zip(sizes, ends)]
+    sums = torch.stack([embedding.sum(0) for embedding in embeddings.split(counts)])
     all_reduce_sum([sums])
     return sums / torch.tensor(sizes, dtype=sums.dtype, device=sums.device).view(-1, 1)
 
 
 def broadcast_(tensor):
-    """Give `tensor` the values that it has on process 0, in place: machines of two kinds must not drift apart."""
+    """Give `tensor` the values of process 0, in place: machines of two kinds must not drift."""
     if world_size() > 1:
-        import torch.distributed as dist
-        with _talking():
+        with _one_line_errors():
             dist.broadcast(tensor, src=0)
 
 
 def all_reduce_max(*values):
-    """The largest of each of these ints over all processes."""
+    """The largest of each of these ints over all processes, as a tuple."""
     if world_size() == 1:
         return values
-    import torch.distributed as dist
     largest = torch.tensor(values)
-    with _talking():
+    with _one_line_errors():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return tuple(largest.tolist())
 
 
+def barrier():
+    """Wait for all processes."""
+    all_reduce_max(0)  # NCCL's own barrier would need a GPU
+
+
+def all_gather_object(value):
+    """The values of all processes, by rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    with _one_line_errors():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def run_on_rank0(work):
-    """What work() returns on process 0, which alone does it, on all processes; an InputError is raised on all as well."""
+    """Call work() on process 0 only. All processes return its value or raise its InputError."""
     if world_size() == 1:
         return work()
-    import torch.distributed as dist
-    said = [None]
+    outcome = [None, None]
     if is_main_process():
         try:
-            said = [(work(), None)]
+            outcome[0] = work()
         except InputError as error:
-            said = [(None, str(error))]
-    barrier()  # it may take longer than a broadcast waits
-    with _talking():
-        dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
-    value, problem = said[0]
+            outcome[1] = str(error)
+    with _one_line_errors():
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    value, problem = outcome
     if problem:
         raise InputError(problem)
     return value
 
 
-def barrier():
-    """Wait for all processes, however long they work."""
-    all_gather_object(None)
-
-
-def all_gather_object(value=None):
-    """Wait for all processes, however long they work. Returns what each one came with, by rank. value: as JSON has it."""
-    if world_size() == 1:
-        return [value]
-    name = f"meeting{next(_world.meetings)}"
-    with _talking():
-        _world.store.set(f"{name}/{rank()}", json.dumps(value))
-    return [json.loads(_wait_for(f"{name}/{r}")) for r in range(world_size())]
-
-
 def map_dynamic(count, work, collect=lambda k, result: None):
-    """The results of work(0), ..., work(count - 1), in this order, on all processes; each takes the next one when it is free.
+    """[work(0), ..., work(count - 1)] on all processes; a process that is free takes the next k.
 
-    work: int -> what JSON has. collect: called with (k, result) in order on every process, some of them before all are there.
+    work: int -> what JSON can hold. collect: called with (k, result), in order, on every process,
+    as soon as the results are there. Waiting is done in Python, so that a signal can end it.
     """
     results = []
 
@@ -319,51 +268,21 @@ def map_dynamic(count, work, collect=lambda k, result: None):
         for k in range(count):
             take(work(k))
         return results
-    name, store = f"deal{next(_world.deals)}", _world.store
-    while (k := _next(f"{name}/next")) < count:
-        result = json.dumps(work(k))
-        with _talking():
-            store.set(f"{name}/{k}", result)
-        while len(results) < count and _is_there(f"{name}/{len(results)}"):
-            take(json.loads(_wait_for(f"{name}/{len(results)}")))
+    name = f"map{next(_maps)}"
+
+    def take_ready():
+        while len(results) < count and _store("check", [f"{name}/{len(results)}"]):
+            take(json.loads(_store("get", f"{name}/{len(results)}")))
+
+    while (k := _store("add", f"{name}/next", 1) - 1) < count:
+        _store("set", f"{name}/{k}", json.dumps(work(k)))
+        take_ready()
     while len(results) < count:
-        take(json.loads(_wait_for(f"{name}/{len(results)}")))
+        time.sleep(POLL_SECONDS)
+        take_ready()
     return results
 
 
-def _next(key):
-    with _talking():
-        return _world.store.add(key, 1) - 1
-
-
-def _is_there(key):
-    with _talking():
-        return _world.store.check([key])
-
-
-def pass_on(signum):
-    """Let the other processes have a signal that this one had."""
-    if _world:
-        _world.pulse.passed_on = True
-        with _talking():
-            _world.store.set("stop", str(int(signum)))
-
-
-@_talking()
-def _wait_for(key):
-    """The value of a key of the store, once it is there; a process that shows no sign of life ends the waiting."""
-    store, pause, looked = _world.store, 0.001, time.monotonic()
-    beats, seen = {}, dict.fromkeys(range(_world.size), looked)
-    while not store.check([key]):
-        time.sleep(pause)
-        pause, now = min(2 * pause, 0.05), time.monotonic()
-        if now - looked < PULSE:
-            continue
-        looked = now
-        for r in set(seen) - {_world.rank}:
-            beat = store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else None
-            if beat != beats.get(r):
-                beats[r], seen[r] = beat, now
-            elif now - seen[r] > PATIENCE:
-                raise RuntimeError(f"no sign of life from process {r} for {PATIENCE:.0f} s")
-    return store.get(key)
+def _store(operation, *arguments):
+    with _one_line_errors():
+        return getattr(_world.store, operation)(*arguments)

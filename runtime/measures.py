@@ -1,10 +1,10 @@
 """The accuracies that an evaluation measures: their names in files and in tables."""
 import numpy as np
 
-# The accuracies in a row of an Evaluator, fractions, and their names in tables. `robust_acc` is at the eps of the threat model
-# (8/255); the smaller radii are measured under `pixel` only.
-COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "robust 2/255", "robust_4_acc": "robust 4/255",
-           "robust_acc": "robust 8/255"}
+# Accuracies in a row of an Evaluator (fractions) and their names in tables. `robust_acc` is at the
+# eps of the threat model, 8/255; smaller ones are measured under `pixel` only.
+COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "robust 2/255",
+           "robust_4_acc": "robust 4/255", "robust_acc": "robust 8/255"}
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
 HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
@@ -18,7 +18,7 @@ def attack_label(attack, targeted, eps=None):
 
 
 def by_model(rows):
-    """Rows of an Evaluator -> {network name: {column: list, n: int}}; a column that was not measured is left out."""
+    """Rows -> {network name: {column: list, "n": int}}, without columns that were not measured."""
     models = {}
     for row in rows:
         columns = models.setdefault(row["model"], {"n": row["n"]})
@@ -29,5 +29,5 @@ def by_model(rows):
 
 
 def percent(values):
-    """'mean +- std' of fractions, in percent; the population standard deviation, as the field reports it."""
+    """'mean +- std' of fractions, in percent; the population std, as the field reports it."""
     return f"{100 * np.mean(values):5.2f} +- {100 * np.std(values):4.2f}"

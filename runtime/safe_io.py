@@ -1,8 +1,7 @@
-"""Reading files that somebody else wrote, without executing anything in them, and writing ours, never half.
+"""Reads files that somebody else wrote without executing anything in them; writes files whole.
 
-Sets and networks travel as `.pt`, `.pth` and `.pkl` files, which are pickles and may hold code. Here a `.pt` is read by torch's
-restricted loader, a `.pkl` by an unpickler that admits tensors, arrays, numbers and containers; what else is in a file is
-refused by its name. Formats: SPEC 3.5.
+Sets and networks travel as .pt, .pth and .pkl files: pickles, which may hold code. torch's
+restricted loader reads .pt files; an unpickler that admits only data reads .pkl files. SPEC 3.5.
 """
 import collections
 import hashlib
@@ -12,8 +11,10 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,64 +24,11 @@ MAX_BYTES = 2 << 30  # of a file, packed or unpacked; CIFAR-100 at 50 images a c
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used; the message names the value and the choices."""
-
-
-# ------------------------------------------------------------------------------------------------------ untrusted pickles
-def _numpy_scalar(dtype, data=None):
-    if not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise pickle.UnpicklingError("a numpy scalar of objects")
-    return np.frombuffer(data, dtype, 1)[0]
-
-
-def _empty_array(kind, shape, typecode):
-    """numpy's first step of reading an array: always empty, the contents follow."""
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
-
-
-def _latin1(text, encoding):
-    """How old pickle protocols write bytes."""
-    return text.encode("latin1")
-
-
-def _storage(data):
-    """A tensor's storage inside a pickle is a torch file of its own."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-# What a .pkl may call: (module, name) -> what is called for it.
-ADMITTED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _latin1,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("torch", "Size"): torch.Size,
-    ("numpy", "ndarray"): "the type to reconstruct",  # an argument of _reconstruct; as a class it could ask for any memory
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return ADMITTED[module, name]
-
-
-def _read_pickle(path):
-    with open(path, "rb") as file:
-        # The unpickler makes its memo as long as the largest index in the file: one wrong bit, and that is gigabytes.
-        for opcode, index, _ in pickletools.genops(file):
-            if "PUT" in opcode.name and index > path.stat().st_size:
-                raise pickle.UnpicklingError(f"its memo has an entry {index}, the file is shorter")
-        file.seek(0)
-        return _Unpickler(file).load()
+    """Something that a user gave cannot be used; the message names the value and the choices."""
 
 
 class _Array:
-    """A numpy array in a torch file, while it is read: takes the state that numpy pickles, and no memory before that."""
+    """Stands for a numpy array while a file is read; takes no memory before there is data."""
 
     def __init__(self, *ignored):
         self.array = np.zeros(0)
@@ -89,131 +37,177 @@ class _Array:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(data, bytes):
             raise pickle.UnpicklingError("a numpy array of objects")
-        self.array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+        order = "F" if fortran else "C"
+        self.array = np.frombuffer(data, dtype).reshape(shape, order=order).copy()
 
 
-def _admitted_in_torch_files():
-    """numpy numbers, which the published files keep their accuracies in, and numpy arrays."""
-    scalar, kinds = np.float64(0).__reduce__()[0], {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    return [np.dtype, *kinds, (_Array, "numpy.ndarray"),
-            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-            *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+def _numpy_scalar(dtype, data=None):
+    if not isinstance(dtype, np.dtype) or dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy scalar of objects")
+    return np.frombuffer(data, dtype, 1)[0]
+
+
+# What a file may ask for: {name: what it gets}. torch's loader admits tensors by itself.
+NUMPY = {"numpy.dtype": np.dtype, "numpy.ndarray": _Array}
+for _core in ("core", "_core"):  # numpy 1 and 2
+    NUMPY[f"numpy.{_core}.multiarray._reconstruct"] = _Array
+    NUMPY[f"numpy.{_core}.multiarray.scalar"] = _numpy_scalar
+IN_PICKLES = {
+    **NUMPY,
+    "collections.OrderedDict": collections.OrderedDict,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes of old protocols
+    "torch.Size": torch.Size,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch.storage._load_from_bytes":  # a storage in a pickle is a torch file of its own
+        lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in IN_PICKLES:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return IN_PICKLES[f"{module}.{name}"]
+
+
+def _read_pickle(path):
+    with open(path, "rb") as file:
+        # The unpickler's memo is as long as the largest index in the file, however large that is.
+        for opcode, index, _ in pickletools.genops(file):
+            if "PUT" in opcode.name and index > path.stat().st_size:
+                raise pickle.UnpicklingError(f"its memo has an entry {index}, the file is shorter")
+        file.seek(0)
+        return _Unpickler(file).load()
+
+
+def _read_torch(path):
+    admitted = [(value, name) for name, value in NUMPY.items()]
+    admitted += {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    with torch.serialization.safe_globals(admitted):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _with_arrays(content, done):
-    """`content` with numpy arrays in place of each _Array. done: {id: the result}, each object once."""
+    """`content` with numpy arrays in place of `_Array`s. done: {id: result}, each object once."""
     if id(content) not in done:
+        done[id(content)] = content
         if isinstance(content, _Array):
             done[id(content)] = content.array
-        elif type(content) in (list, tuple):
-            done[id(content)] = type(content)(_with_arrays(part, done) for part in content)
-        elif type(content) is dict:
-            done[id(content)] = {key: _with_arrays(value, done) for key, value in content.items()}
-        else:
-            done[id(content)] = content
+        elif isinstance(content, dict):
+            content.update({key: _with_arrays(value, done) for key, value in content.items()})
+        elif isinstance(content, list):
+            content[:] = [_with_arrays(part, done) for part in content]
+        elif type(content) is tuple:
+            done[id(content)] = tuple(_with_arrays(part, done) for part in content)
     return done[id(content)]
 
 
-def _bytes_of_tensors(content, seen):
-    """Each object once: lists of lists of the same list would otherwise take for ever. seen: ids, grows."""
+def _tensor_bytes(content, seen):
+    """Bytes of all tensors. seen: ids; nested lists of one list would take for ever without."""
     if id(content) in seen:
         return 0
     seen.add(id(content))
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
-    if isinstance(content, dict):
-        content = content.values()
-    elif not isinstance(content, (list, tuple)):
+    parts = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, (dict, list, tuple)):
         return 0
-    return sum(_bytes_of_tensors(part, seen) for part in content)
+    return sum(_tensor_bytes(part, seen) for part in parts)
 
 
-def _check_archive(path, max_bytes, checksums=True):
-    """Refuse an empty or too large file, an archive that would unpack to more than max_bytes, and one with wrong checksums
-    (torch does not look at them; zipfile does, of what it reads to the end)."""
+def _refuse_size(path, size, max_bytes):
+    if size > max_bytes:
+        raise InputError(f"{path} would take {size / 2**30:.1f} GiB; more than "
+                         f"{max_bytes / 2**30:g} GiB is refused")
+
+
+def _check_size(path, max_bytes):
+    """Refuse an empty file and one that is, or unpacks to, more than max_bytes."""
     size = path.stat().st_size
     if size == 0:
         raise InputError(f"{path} is damaged: it is empty")
-    declared = size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            declared = sum(entry.file_size for entry in archive.infolist())
-    if max(size, declared) > max_bytes:
-        raise InputError(f"{path} would take {max(size, declared) / 2**30:.1f} GiB; more than {max_bytes >> 30} GiB is refused")
-    if checksums and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong:
-            raise InputError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    _refuse_size(path, size, max_bytes)
 
 
-def read_tensors(path, max_bytes=None):
-    """The content of a .pt, .pth or .pkl file, on the CPU. Nothing in the file is executed.
-
-    max_bytes: of the file, packed or unpacked; default MAX_BYTES.
-    Raises InputError, with what was refused, if the file is missing, damaged, too large, or holds anything but tensors,
-    arrays, numbers, strings and containers.
-    """
-    path = Path(path)
+@contextmanager
+def _input_errors(path):
+    """Turn whatever a damaged file raises into one InputError."""
     try:
-        _check_archive(path, max_bytes or MAX_BYTES)
-        if path.suffix == ".pkl":
-            content = _read_pickle(path)
-        else:
-            with torch.serialization.safe_globals(_admitted_in_torch_files()):
-                content = _with_arrays(torch.load(path, map_location="cpu", weights_only=True), {})
-        claimed = _bytes_of_tensors(content, set())
-        if claimed > (max_bytes or MAX_BYTES):  # strides of 0 make much of little
-            raise InputError(f"{path} is refused: its tensors would take {claimed / 2**30:.1f} GiB")
-        return content
+        yield
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused, nothing in it was executed: {reason(error)}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason(error)}); it may be damaged, or "
-                         "another kind of file") from None
+        raise InputError(f"{path} is refused, nothing in it was executed: {reason(error)}"
+                         ) from None
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason(error)}); it may "
+                         "be damaged, or another kind of file") from None
+
+
+def read_tensors(path, max_bytes=None):
+    """The content of a .pt, .pth or .pkl file, on the CPU. Nothing in the file is executed.
+
+    max_bytes: of the file, packed or unpacked; default MAX_BYTES. Raises InputError if the file
+    is missing, damaged or too large, or holds anything but tensors, arrays, numbers, strings and
+    containers; the message names it.
+    """
+    path, max_bytes = Path(path), max_bytes or MAX_BYTES
+    with _input_errors(path):
+        _check_size(path, max_bytes)
+        if zipfile.is_zipfile(path):  # torch does not look at checksums
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+            if wrong:
+                raise InputError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
+        content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+        content = _with_arrays(content, {})
+        _refuse_size(path, _tensor_bytes(content, set()), max_bytes)  # strides of 0 are cheap
+        return content
 
 
 def read_npz(path, names, optional=(), max_bytes=None):
-    """The arrays called `names` of a .npz file, and those of `optional` that are there, {name: array}. Raises InputError if it
-    is damaged, has not all of them, holds objects, or declares another size than it has."""
+    """{name: array} of a .npz file: all of `names`, and those of `optional` that are there.
+
+    Raises InputError if the file is damaged, lacks a name, holds objects, or declares another
+    size than it has.
+    """
     path = Path(path)
-    try:
-        _check_archive(path, max_bytes or MAX_BYTES, checksums=False)
-        arrays = {}
+    with _input_errors(path):
+        _check_size(path, max_bytes or MAX_BYTES)
         with zipfile.ZipFile(path) as archive:
             there = archive.namelist()
-            for name in (*names, *(name for name in optional if f"{name}.npy" in there)):
-                with archive.open(f"{name}.npy") as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, dtype = read_header[version](member)
-                    size = archive.getinfo(f"{name}.npy").file_size - member.tell()
-                    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
-                        raise ValueError(f"{name} is declared as {dtype} {shape}, {size} bytes follow")
-                with archive.open(f"{name}.npy") as member:
-                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-        return arrays
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive may raise anything
-        raise InputError(f"{path} is damaged or no data file of ours ({reason(error)})") from None
+            names = [*names, *(name for name in optional if f"{name}.npy" in there)]
+            return {name: _read_member(archive, f"{name}.npy") for name in names}
+
+
+def _read_member(archive, name):
+    with archive.open(name) as member:
+        header_of = {(1, 0): np.lib.format.read_array_header_1_0,
+                     (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = header_of[np.lib.format.read_magic(member)](member)
+        size = archive.getinfo(name).file_size - member.tell()
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{name} is declared as {dtype} {shape}, {size} bytes follow")
+    with archive.open(name) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def keys_of(content):
     """The first keys of a dict, for a message."""
-    return ", ".join(map(repr, list(content)[:5])) + (" ..." if len(content) > 5 else "")
+    return ", ".join(map(repr, list(content)[:5])) + " ..." * (len(content) > 5)
 
 
 def reason(error):
-    """The telling line of an error message; torch's run over a page."""
+    """The telling line of an error message; torch's fill a page."""
     text = str(error).split("WeightsUnpickler error:")[-1]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "GLOBAL" in line or "asks for" in line or "Unsupported" in line]
-    return (telling or lines or ["no reason given"])[0][:300]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    telling = [line for line in lines if re.search("GLOBAL|asks for|Unsupported", line)]
+    return (telling or lines)[0][:300]
 
 
 def sha256(path):
@@ -221,11 +215,10 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
 def write_atomically(path, write):
-    """Call `write(partial path)` and then give the file its name, so that `path` is never half written.
+    """Call write(partial path), then give that file its name: `path` is never half written.
 
-    The partial name ends as `path` does, since some writers look at the ending.
+    The partial name ends as `path` does: some writers look at the ending.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -237,7 +230,7 @@ def write_atomically(path, write):
 
 
 def reason_of_failed_write(error):
-    """Why the system could not write. torch hides it: its RuntimeError has the system's error among its causes."""
+    """Why the system could not write: torch hides its error among the causes of a RuntimeError."""
     cause = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -247,10 +240,9 @@ def reason_of_failed_write(error):
 
 
 def write_tensors(path, content):
-    """torch.save, atomically, with the same bytes for the same content: torch puts the name of a file into it, and pickle
-    which equal strings are one object. Raises OSError, with the system's reason, if it cannot be written."""
+    """torch.save, atomically; the same content gives the same bytes. Raises OSError if it fails."""
     def write(partial):
-        with open(partial, "wb") as file:
+        with open(partial, "wb") as file:  # torch would put the name of a path into the file
             torch.save(_canonical(content), file)
     try:
         write_atomically(path, write)
@@ -259,7 +251,7 @@ def write_tensors(path, content):
 
 
 def _canonical(content):
-    """Fresh containers, one object for equal strings."""
+    """Fresh containers and one object for equal strings: pickle notes which are one object."""
     if isinstance(content, dict):
         return {_canonical(key): _canonical(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -269,7 +261,8 @@ def _canonical(content):
 
 def write_text(path, text):
     """Write a text file, atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8",
+                                                              errors="backslashreplace"))
 
 
 def write_json(path, content):

@@ -1,4 +1,4 @@
-"""Named random streams: one --seed governs everything, and none of them depends on how much another was used."""
+"""Named random generators: one --seed governs all of them, and none depends on another's use."""
 import zlib
 
 import numpy as np
@@ -6,15 +6,15 @@ import torch
 
 
 def derive_seed(seed, *key):
-    """The seed of one named random stream.
+    """The seed of one named generator: different keys give independent ones.
 
-    seed: int >= 0, the --seed of the run. key: strings and non-negative ints that name the stream, such as
-    ("attack", experiment). Different keys give independent streams; none depends on how much another was used.
+    seed: int >= 0, the --seed of the run. key: strings and ints >= 0, such as ("attack", 3).
     """
     spawn_key = tuple(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key)
-    return int(np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1, np.uint64)[0] >> 1)
+    sequence = np.random.SeedSequence(seed, spawn_key=spawn_key)
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def make_generator(seed, *key, device="cpu"):
-    """A torch.Generator on `device` for the stream `key` (see derive_seed)."""
+    """A torch.Generator on `device`, seeded by derive_seed(seed, *key)."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *key))

@@ -1,15 +1,16 @@
-"""Run a script as its users do, in float64 and small, for tests/test_parallel.py; torchrun may start it.
+"""Run scripts one after the other, small and in float64, under torchrun: see test_distributed.py.
 
-    python tests/processes.py ROME_cifar10.py <flags>
+    python tests/processes.py '{"scripts": [["pretrain.py", <flags>], ...], "starts": [...]}'
 
-Variables: DTYPE, a dtype of torch, the default one; KEEP=1: saved states stay when the run ends. AT=<rank>:<function>:<call>:
-that call, of a function of the script or of utils, gets the signal SIGNAL (SIGKILL) before it begins, in the first start of
-that process. MORE: flags that process 1 has beside those of the others.
+starts: for each start of the processes {rank: [function, call, action]}: what this process does
+before that call of a function that the last script uses. "more": further flags of process 1.
 """
 import importlib
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,27 +20,53 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime.run_directory  # noqa: E402
 import sanity  # noqa: E402
 import utils  # noqa: E402
-from runtime.command_line import run_script  # noqa: E402
 from runtime.checkpoint import CheckpointFile  # noqa: E402
+from runtime.command_line import run_script  # noqa: E402
 
-torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float64")))
-script = importlib.import_module(Path(sys.argv[1]).stem)
-rank = os.environ.get("RANK", "0")
-sys.argv = sys.argv[1:] + (os.environ.get("MORE", "").split() if rank == "1" else [])
-utils.SELECT_IMAGES, sanity.QUERIES, sanity.STEPS = 40, 50, 10
-runtime.run_directory.save_grid = lambda *args: None  # two seconds of imports
-if os.environ.get("KEEP"):
-    CheckpointFile.remove = CheckpointFile.forget_previous = lambda self: None
+# Fewer images, no pictures (two seconds of imports), and saved states stay.
+SMALL = [(utils, "SELECT_IMAGES", 40), (sanity, "QUERIES", 50), (sanity, "STEPS", 10),
+         (runtime.run_directory, "save_grid", lambda *args: None),
+         (CheckpointFile, "remove", lambda self: None),
+         (CheckpointFile, "remove_previous", lambda self: None)]
 
-who, where, call = os.environ.get("AT", "-1::0").split(":")
-if who == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    owner = utils if hasattr(utils, where) and where != "attack_images" else script
-    function, calls = getattr(owner, where), []
+
+def run(script, *flags):
+    """In float64 a rounding error does not turn the sign of a gradient; attack packages need 32."""
+    torch.set_default_dtype(torch.float32 if script == "evaluate.py" else torch.float64)
+    sys.argv = [script, *map(str, flags)]
+    importlib.import_module(Path(script).stem).main()
+
+
+def disturb(function, call, action):
+    module, name = function.rsplit(".", 1)
+    module = importlib.import_module(module)
+    usual, calls = getattr(module, name), []
 
     def disturbed(*args, **options):
         calls.append(1)
-        if len(calls) == int(call):
-            os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
-        return function(*args, **options)
-    setattr(owner, where, disturbed)
-run_script(script.main)
+        if len(calls) == call:
+            if action == "stop all":
+                os.kill(os.getppid(), signal.SIGTERM)  # torchrun
+            if action == "wait":
+                time.sleep(120)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
+        return usual(*args, **options)
+    setattr(module, name, disturbed)
+
+
+def main():
+    plan, rank = json.loads(sys.argv[1]), os.environ["RANK"]
+    start = plan["starts"][int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
+    for owner, name, value in SMALL:
+        setattr(owner, name, value)
+    *scripts, last = plan["scripts"]
+    for script in scripts:
+        run(*script)
+    if rank in start:
+        disturb(*start[rank])
+    run(*last, *start.get("more", []) * (rank == "1"))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,23 +1,43 @@
-"""Saved states, locks and signals, each by itself; whole runs are in test_run_folder.py."""
+"""Saved states, locks and signals, each by itself; whole runs are in test_run_directory.py."""
 import errno
 import fcntl
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 
+from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock
 from runtime.safe_io import InputError, write_tensors
-from runtime.checkpoint import Interrupted, SignalHandler, CheckpointFile, lock
+
+HOLD = """
+import sys
+from runtime.checkpoint import lock
+held = lock(sys.argv[1])
+print("held", flush=True)
+input()
+"""
 
 
 def test_two_runs_in_one_folder(tmp_path):
+    """Of one process; of another one, whose death gives the lock back."""
     first = lock(tmp_path)
-    with pytest.raises(InputError, match=f"process {os.getpid()}"):
+    with pytest.raises(InputError, match=f"another run is writing to {tmp_path}; wait for it, or"):
         lock(tmp_path)
     first.close()
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another run is writing to"):
+            lock(tmp_path)
+        other.kill()
+        with lock(tmp_path, wait=True), pytest.raises(InputError, match="another run"):
+            lock(tmp_path)
     lock(tmp_path).close()
 
 
@@ -26,7 +46,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(InputError, match="cannot lock .*No locks available.*file system has locks"):
+    with pytest.raises(InputError, match="cannot lock .*No locks available.*system with locks"):
         lock(tmp_path)
 
 
@@ -47,7 +67,7 @@ def test_when_a_state_is_due(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_during_a_save(tmp_path):
-    """A limit on the size of files stands for it: one line with the name, the good states intact, nothing half written."""
+    """A limit on the size of files stands for it: the good states stay, nothing is half written."""
     states = CheckpointFile(tmp_path)
     for value in (1.0, 2.0):
         states.save({"x": torch.full((1000,), value)})
@@ -55,26 +75,28 @@ def test_a_full_disk_during_a_save(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="state.pt .file too large.; the state before it, state.pt, is intact"):
+        with pytest.raises(InputError, match="state.pt .file too large.; the state before it, "
+                                             "state.pt, is intact"):
             states.save({"x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
-    assert states.load()[0]["x"][0] == 2 and torch.load(states.previous, weights_only=True)["x"][0] == 1
+    assert states.load()[0]["x"][0] == 2
+    assert torch.load(states.previous, weights_only=True)["x"][0] == 1
 
 
 def test_no_state_is_called_intact_that_never_was(tmp_path, monkeypatch):
-    """A full disk, which torch reports as an error of its own, at the first save and at a later one."""
+    """A full disk, which torch reports as an error of its own, at the first save and later."""
     states, save = CheckpointFile(tmp_path), torch.save
 
     def full(content, file):
         try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nstack") from None
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . ...\nstack") from None
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="state.pt .no space left on device.; there is no state before it$"):
+    with pytest.raises(InputError, match="no space left on device.; there is no state before it$"):
         states.save({"x": 1})
     with pytest.raises(OSError, match="cannot write .*res.pt .no space left on device.$"):
         write_tensors(tmp_path / "res.pt", {"x": 1})
@@ -83,19 +105,23 @@ def test_no_state_is_called_intact_that_never_was(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(InputError, match="the state before it, state.pt, is intact"):
         states.save({"x": 2})
-    assert states.load()[0] == {"x": 1} and [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert states.load()[0] == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
-def test_interrupts_wait_while_deferred():
-    said = []
-    interrupts = SignalHandler(said.append)
+def test_signals_wait_while_delayed():
+    logged, before = [], signal.getsignal(signal.SIGTERM)
+    signals = SignalHandler(logged.append)
     try:
-        with interrupts.delay_signals():
+        with signals.delay_signals():
             os.kill(os.getpid(), signal.SIGTERM)
-            reached = True
-        assert reached and len(said) == 1
+            assert len(logged) == 1 and signals.pending == signal.SIGTERM
+            with pytest.raises(Interrupted) as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert not stop.value.state_is_whole
         with pytest.raises(Interrupted, match="SIGTERM") as stop:
-            interrupts.check()
-        assert stop.value.exit_status == 143
+            signals.check()
+        assert stop.value.exit_status == 143 and stop.value.state_is_whole
     finally:
-        interrupts.restore()
+        signals.restore()
+    assert signal.getsignal(signal.SIGTERM) == before
