@@ -77,17 +77,18 @@ def _published(data):
 def _pixel(data):
     # The images are clamped on the way in, so that augmented ones are images too: an attack starts from inside the box.
     # Judged untargeted: a targeted attack leaves 2 to 6 % on networks of which an untargeted one leaves nothing.
-    return ThreatModel("pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=data.normalize, eps=EPS,
-                       step_size=2 / 255, target_classes=data.num_classes, judge={"targeted": False, "steps": 2 * PGD_STEPS},
+    return ThreatModel("pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=lambda z: data.normalize(z), eps=EPS,
+                       step_size=2 / 255, target_classes=data and data.num_classes, judge={"targeted": False, "steps": 2 * PGD_STEPS},
                        eval_eps={"robust_2_acc": 2 / 255, "robust_4_acc": 4 / 255, "robust_acc": EPS})
 
 
 THREAT_MODELS = {"published": _published, "pixel": _pixel}
 
 
-def get_threat_model(name, data):
+def get_threat_model(name, data=None):
     """The threat model `name` for a data set.
-    data: has `normalize`, `denormalize` (pixels in [0, 1] to normalised units and back) and `num_classes`.
+    data: has `normalize`, `denormalize` (pixels in [0, 1] to normalised units and back) and `num_classes`; None where
+    only radii and steps are asked for.
     Raises ValueError for an unknown name. Source: SPEC 2.
     """
     if name not in THREAT_MODELS:

@@ -33,11 +33,12 @@ from runtime.safe_io import InputError, write_text
 from runtime.checkpoint import Interrupted
 from runtime.seeding import make_generator
 from formats.synset_file import PACKS, SPACES
-from reporting.tables import results_markdown
+from reporting.metrics import QUERY, WHITE_BOX, metrics_of, transfer_of
+from reporting.records import check_rows
+from reporting.results_md import results_markdown
 from networks import NETWORKS
 from sanity import run_sanity
 from synsets import LR_SCHEDULES, PROTOCOL
-from utils import QUERY, WHITE_BOX
 from target_models import check_normalisation, target_from_network, targets_from_synset
 
 SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
@@ -45,7 +46,6 @@ REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
 # Flags that a resumed run may change: they add work and leave what is done as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query",
               "transfer", "craft_on", "sanity", "crei_weight", "compile")
-KNOWN = {"attacks": ATTACKS, "threat_models": THREAT_MODELS}  # what a results.json may name
 
 
 def parse_args(argv=None):
@@ -247,7 +247,7 @@ def main():
             distributed.print_rank0(line)
 
     flags = {**vars(args), "dataset": data.name}
-    with closing(Results(args, flags, device, MAY_CHANGE, KNOWN)) as results:  # nothing is written before here
+    with closing(Results(args, flags, device, MAY_CHANGE, check_rows)) as results:  # nothing is written before here
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(one.path): {"taken_as": one.description, "warnings": one.warnings} for one in inputs}}
         try:
@@ -302,13 +302,13 @@ def run(args, inputs, targets, data, results):
     content = results.content
     threats = {name: get_threat_model(name, data) for name in THREAT_MODELS
                if any(row["threat_model"] == name for row in content["rows"])}  # an earlier part of the run may have had more
-    content["metrics"] = utils.metrics_of(content["rows"], threats, args.crei_weight)
-    content["transfer"] = utils.transfer_of(content["rows"], threats)
+    content["metrics"] = metrics_of(content["rows"], threats, args.crei_weight)
+    content["transfer"] = transfer_of(content["rows"], threats)
     results.save()
-    text = results_markdown(content, threats)
+    text = results_markdown(content)
     if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
-        draw_results(content, threats, ATTACKS, results.folder)
+        draw_results(content, results.folder)
     distributed.print_rank0(text)
 
 

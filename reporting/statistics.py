@@ -1,116 +1,145 @@
-"""Sets of several seeds: their figures, the differences between them with their intervals, and what these say of a claim."""
+"""Sets of several seeds: their accuracies, and the differences between them with intervals."""
+import itertools
 import json
 import re
 
 import numpy as np
 
 from formats.inputs import NETWORK_NAME
-from reporting.records import label
-from runtime.measures import HEADLINE_EPS
+from reporting.metrics import THREATS, metrics_of
+from reporting.records import CLEAN, DAMAGES, attacked_itself, chance, group_by
+from reporting.tables import Table, mean_std
+from runtime.measures import FORMS, HEADLINE_EPS, attack_label
 from runtime.safe_io import InputError
-from reporting.tables import Table
 
-OF_A_SET = re.compile(r"_(\d+)-\d+\.pth$")  # how a network's name ends that evaluate.py trained: on which set of its file
+SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 RADII = (1 / 255, *HEADLINE_EPS)
-CONTROLS_OF_A_RUN = {"clean_acc": ("Clean", None, None), "clamp_acc": ("Clamp-only", None, None)}
-OF_A_RUN = {  # threat model -> what its measures are called by, and the attack behind each column of a run
-    "published": ("in the run", {**CONTROLS_OF_A_RUN, "robust_acc": ("PGD", True, HEADLINE_EPS[-1])}),
-    "pixel": ("pixel", {**CONTROLS_OF_A_RUN, **{column: ("PGD20", False, eps) for column, eps in zip(
-        ("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}})}
-VERDICTS = ("refuted", "not supported", "supported")
+# The attack behind each column of a run, by threat model.
+RUN_ATTACKS = {
+    "published": {"robust_acc": ("PGD", True, HEADLINE_EPS[-1])},
+    "pixel": {column: ("PGD20", False, eps) for column, eps in zip(
+        ("robust_2_acc", "robust_4_acc", "robust_acc"), HEADLINE_EPS)}}
+# What a file of comparisons holds: a list of tables, with "sets" or "pairs".
+COMPARISON = {"name": str, "title": str, "measures": list}
+COMPARED = {"sets": {"set": str, "network": str, "ipc": int},
+            "pairs": {"of": str, "than": str, "network": str, "ipc": list}}
 
 
-def figures_of(dataset, rows, runs):
-    """Accuracies of all sets, {(method, network, ipc): {measure: {set: [percent of each network]}}}, and the number of test
-    images that they were measured on, {measure: {n, ...}}.
+# ---- accuracies
+def accuracies_by_set(rows, runs):
+    """{(method, network, ipc): {measure: {set: [percent of each network]}}}, and the numbers of
+    test images that they were measured on, {measure: {n, ...}}.
 
-    A measure is the threat model and the attack, such as "pixel: PGD20 untargeted 2/255". rows: of results of evaluate.py on
-    this data set, each attack on the images that it was given; only networks that were attacked themselves count. runs:
-    RunRecords; under `pixel` their last figures join those of evaluate.py on the same set; under `published`, where all of a
-    grid is to come from the same networks, they stand beside it, as "in the run: PGD targeted 8/255". "-hard" behind a method:
-    learned without its soft labels.
+    A measure: "pixel: PGD20 untargeted 2/255". rows: of evaluate.py. runs: RunRecords. Their last
+    figures join the rows under `pixel`; under `published`, where a grid is to come from the same
+    networks, their measure is "in the run: ...". "-hard" behind a method: without its soft labels.
     """
-    figures, counts = {}, {}
-
-    def take(group, measure, one, values, n):
-        figures.setdefault(group, {}).setdefault(measure, {}).setdefault(one, []).extend(100 * value for value in values)
+    accuracies, counts = {}, {}
+    entries = itertools.chain(accuracies_of_rows(rows), *map(accuracies_of_run, runs))
+    for group, measure, name, values, n in entries:
+        of_sets = accuracies.setdefault(group, {}).setdefault(measure, {})
+        of_sets.setdefault(name, []).extend(100 * value for value in values)
         counts.setdefault(measure, set()).add(n)
-    for row in rows:
-        if row["crafted_on"] == row["evaluated_on"]:
-            group, one = place_of(row)
-            take(group, measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"]), one, [row["accuracy"]],
-                 row["n"])
-    for run in runs:
-        flags, threat = run.flags, run.flags["threat_model"]
-        ours = flags["method"] + ("-pixel" if threat == "pixel" else "")
-        where, columns = OF_A_RUN.get(threat, OF_A_RUN["published"])  # flags.json may be a stranger's
-        named = {flags["method"]: ours, f"{flags['method']}, hard labels": f"{ours}-hard"}
-        for e in run.of("final") if flags["dataset"] == dataset else []:
-            if e["set"] not in named or not columns.keys() <= e.keys():  # `pixel`, when it was judged by a targeted attack
-                continue
-            for column, attack in columns.items():
-                for k, values in enumerate(np.array_split(e[column], flags.get("num_exp", 1))):
-                    one = str(k) if not flags.get("seed") else f"{k} of seed {flags['seed']}"
-                    take((named[e["set"]], e["model"], flags["ipc"]), measure_name(where, *attack), one, values, e["n"])
-    return figures, counts
+    return accuracies, counts
 
 
-def table_robust(dataset, figures, counts, least):
-    """What a set is worth under `pixel`: clean, PGD-20 and AutoAttack by set and network, beside a constant classifier, which
-    gets `least` percent right."""
-    wanted = {measure_name("pixel", "Clean", None, None): "clean",
-              **{measure_name("pixel", attack, False, eps): f"{name} {255 * eps:g}/255"
-                 for attack, name in (("PGD20", "PGD-20"), ("AA", "AutoAttack")) for eps in RADII}}
-    groups = {group: cells for group, cells in figures.items() if sum(measure in wanted for measure in cells) > 1}
-    if not groups:
-        return None
-    columns = {measure: name for measure, name in wanted.items() if any(measure in cells for cells in groups.values())}
-    table = Table(f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} (accuracy in percent; mean "
-                  "+- standard deviation over sets of several seeds, of each the mean over its networks)",
-                  ["set", "network", "ipc", *columns.values(), "sets"], [])
-    table.rows.append(["constant classifier", "", "", *(f"{least:.1f}" for _ in columns), ""])
-    for (method, model, ipc), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][2] or 0, item[0][0])):
-        numbers = [len(cells[measure]) for measure in columns if measure in cells]
-        table.rows.append([method, model, ipc, *(mean_and_spread(of_sets(cells.get(measure))) for measure in columns),
-                           least_to_most(numbers)])
-    table.notes.append("test images: " + "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
-                                                   for measure, name in columns.items())
-                       + ". PGD-20: untargeted, with a random start. Where two numbers of sets stand, AutoAttack was made on "
-                       "the fewer.")
-    return table
+def accuracies_of_rows(rows):
+    """Yields (group, measure, set, accuracies, n) of networks that were attacked themselves."""
+    for row in filter(attacked_itself, rows):
+        measure = measure_name(row["threat_model"], row["attack"], row["targeted"], row["eps"])
+        yield *group_and_set(row, measure), [row["accuracy"]], row["n"]
+
+
+def accuracies_of_run(run):
+    """Yields the same of the last figures of a run."""
+    flags, pixel = run.flags, run.flags["threat_model"] == "pixel"
+    method = flags["method"] + ("-pixel" if pixel else "")
+    names = {flags["method"]: method, f"{flags['method']}, hard labels": f"{method}-hard"}
+    columns = {"clean_acc": CLEAN, "clamp_acc": ("Clamp-only", None, None),
+               **RUN_ATTACKS["pixel" if pixel else "published"]}
+    for event in run.events_of("final"):
+        if event["set"] not in names or not columns.keys() <= event.keys():
+            continue  # older runs under `pixel` were judged by a targeted attack
+        group = names[event["set"]], event["model"], flags["ipc"]
+        for column, attack in columns.items():
+            measure = measure_name("pixel" if pixel else "in the run", *attack)
+            for k, values in enumerate(np.array_split(event[column], flags.get("num_exp", 1))):
+                name = f"{k} of seed {flags['seed']}" if flags.get("seed") else str(k)
+                yield group, measure, name, values, event["n"]
 
 
 def measure_name(threat, attack, targeted, eps):
-    return f"{threat}: {label(attack, targeted, eps)}"
+    return f"{threat}: {attack_label(attack, targeted, eps)}"
 
 
-def place_of(row):
-    """Where the network of a row belongs among the figures: ((method, network, ipc), its set)."""
-    match, of_a_set = (pattern(row["evaluated_on"]) for pattern in (NETWORK_NAME.match, OF_A_SET.search))
-    return ((row["method"], match["model"] if match else "", row["ipc"]),
-            of_a_set[1] if of_a_set else row["evaluated_on"])
+def group_and_set(row, measure):
+    """(method, network, ipc), measure and set of a row, by the name of its network."""
+    name = row["evaluated_on"]
+    network, number = NETWORK_NAME.match(name), SET_NUMBER.search(name)
+    group = row["method"], network["model"] if network else "", row["ipc"]
+    return group, measure, number[1] if number else name
 
 
-def least_to_most(numbers):
-    """'1 to 3', or '3' where they are all the same."""
+def add_improved_rr(accuracies, rows):
+    """Add I-RR of each network, by threat model and form, to `accuracies_by_set`."""
+    networks = group_by(filter(attacked_itself, rows), lambda row: row["evaluated_on"])
+    for of_network in networks.values():
+        for entry in metrics_of(of_network, THREATS, 0.5):  # the weight plays no part in I-RR
+            if entry["kind"] == "white-box":
+                group, measure, name = group_and_set(
+                    of_network[0], f"{entry['threat_model']}: I-RR {FORMS[entry['targeted']]}")
+                of_sets = accuracies[group].setdefault(measure, {})
+                of_sets.setdefault(name, []).append(entry["I-RR"])
+
+
+def set_means(of_sets):
+    """Percent, (sets,): the mean over the networks of each. of_sets: {set: [percent]}, or None."""
+    return np.array([np.mean(values) for _, values in sorted((of_sets or {}).items())])
+
+
+def spread_text(of_sets):
+    """'20.3 +- 1.1' over sets; None without any."""
+    return mean_std(set_means(of_sets), 1, ddof=1) if of_sets else None
+
+
+def count_text(cells):
+    """How many sets stand behind cells: '1 to 3', or '3' where they are all the same."""
+    numbers = {len(of_sets) for of_sets in cells if of_sets}
     return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
-def of_sets(cells):
-    """Percent, one figure a set, (sets,): the mean over its networks. cells: {set: [percent of each network]}, or None."""
-    return np.array([np.mean(values) for _, values in sorted((cells or {}).items())])
-
-
-def mean_and_spread(values):
-    """'20.3 +- 1.1', the sample standard deviation; None for no values."""
-    if len(values) == 0:
+def table_robust(dataset, accuracies, counts, num_classes):
+    """What sets are worth under `pixel`, beside a constant classifier."""
+    names = {measure_name("pixel", *CLEAN): "clean"}
+    for attack, title in (("PGD20", "PGD-20"), ("AA", "AutoAttack")):
+        for eps in RADII:
+            names[measure_name("pixel", attack, False, eps)] = f"{title} {255 * eps:g}/255"
+    groups = {group: cells for group, cells in accuracies.items()
+              if len(names.keys() & cells.keys()) > 1}
+    if not groups:
         return None
-    return f"{np.mean(values):.1f}" + (f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    names = {measure: name for measure, name in names.items()
+             if any(measure in cells for cells in groups.values())}
+    table = Table(
+        f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} "
+        "(accuracy in percent; mean +- standard deviation over sets of several seeds, of each the "
+        "mean over its networks)", ["set", "network", "ipc", *names.values(), "sets"])
+    least = [f"{chance(dataset, num_classes):.1f}"] * len(names)
+    table.rows.append(["constant classifier", "", "", *least, ""])
+    for group in sorted(groups, key=lambda group: (group[1], group[2] or 0, group[0])):
+        cells = [groups[group].get(measure) for measure in names]
+        table.rows.append([*group, *map(spread_text, cells), count_text(cells)])
+    images = "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
+                       for measure, name in names.items())
+    table.notes = [f"test images: {images}. PGD-20: untargeted, with a random start. Where two "
+                   "numbers of sets stand, AutoAttack was made on the fewer."]
+    return table
 
 
+# ---- comparisons
 def welch(one, other):
-    """The difference of two means and its 95 % interval by Welch's method (scipy): (difference, low, high). The interval is NaN
-    where one of the two has a single value; where nothing varies it is the difference."""
+    """The difference of two means and its 95 % interval by Welch's method (scipy): NaN where one
+    has a single value, the difference itself where nothing varies."""
     from scipy import stats
     difference = float(np.mean(one) - np.mean(other))
     if min(len(one), len(other)) < 2:
@@ -122,120 +151,131 @@ def welch(one, other):
 
 
 def verdict(low, high):
-    """What an interval says of the claim that a difference is above 0: one of VERDICTS."""
-    return VERDICTS[2] if low > 0 else VERDICTS[0] if high < 0 else VERDICTS[1]
+    """What an interval says of the claim that a difference is above 0."""
+    return "supported" if low > 0 else "refuted" if high < 0 else "not supported"
 
 
 def read_comparisons(path):
-    """The tables that a file of comparisons asks for, a list of dicts: name, title, measures (a list), and either `sets`,
-    [{"set", "network", "ipc"}, ...], or `pairs`, [{"of", "than", "network", "ipc": [...], "claim" (optional)}, ...], as
-    sentences with "sentences": true. Raises InputError if it is something else."""
-    entries = {"sets": {"set": str, "network": str, "ipc": int},
-               "pairs": {"of": str, "than": str, "network": str, "ipc": list, "claim": str}}
-
-    def check(where, kinds):
+    """The tables that a file asks for: dicts of COMPARISON and a list of one of COMPARED. A pair
+    may have a "claim" (text), a table "sentences": true. Raises InputError for anything else."""
+    def check(values, kinds):
         for key, kind in kinds.items():
-            if not isinstance(where.get(key, "" if key == "claim" else None), kind):
-                raise TypeError(f"{key} of {where} is no {kind.__name__}")
+            if not isinstance(values.get(key), kind):
+                raise TypeError(f"{key} of {values} is no {kind.__name__}")
     if not path.is_file():
-        raise InputError(f"--compare {path}: there is no such file; give one, or the names of at least two sets")
+        raise InputError(f"--compare {path}: there is no such file; give one, or the names of at "
+                         "least two sets")
     try:
         tables = json.loads(path.read_text())
         for table in tables:
-            (what,) = set(entries) & set(table)
-            check(table, {"name": str, "title": str, "measures": list, what: list})
-            for entry in table[what]:
-                check(entry, entries[what])
+            (kind,) = set(COMPARED) & set(table)
+            check(table, {**COMPARISON, kind: list})
+            for entry in table[kind]:
+                check({"claim": "", **entry}, {**COMPARED[kind], "claim": str})
         return tables
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is damaged or no file of comparisons ({type(error).__name__}: {error})") from None
+    except (*DAMAGES, AttributeError) as error:
+        raise InputError(f"{path} is damaged or no file of comparisons ({type(error).__name__}: "
+                         f"{error})") from None
 
 
-def usual_comparison(dataset, names, figures):
-    """The tables that `--compare A B ...` stands for, as `read_comparisons` returns them: figures of these sets, and the
-    differences of each to the last one, for each network and number of images a class that they have in common.
-
-    A name may leave out the "-pixel" of its threat model. Clean accuracy and attacks under `pixel`, those that were measured.
-    Raises InputError for a name that no result has.
-    """
-    there = {method for method, _, _ in figures}
+def comparisons_of(dataset, names, accuracies):
+    """What `--compare A B ...` asks for, like `read_comparisons`: these sets and their differences
+    to the last one, for each network and ipc that all have. Measures: clean and attacks under
+    `pixel`, else all. A name may leave out "-pixel"."""
+    methods = {method for method, _, _ in accuracies}
     stem = "compare_" + re.sub(r"[^A-Za-z0-9]+", "_", "_".join(names)) + f"_{dataset}"
-    names = [name if name in there or f"{name}-pixel" not in there else f"{name}-pixel" for name in names]
-    unknown = [name for name in names if name not in there]
+    names = [name if name in methods or f"{name}-pixel" not in methods else f"{name}-pixel"
+             for name in names]
+    asked, unknown = f"--compare {' '.join(names)}", [name for name in names if name not in methods]
     if unknown:
-        raise InputError(f"--compare {' '.join(names)}: no result of {', '.join(unknown)} on {dataset}; there are "
-                         f"{', '.join(sorted(there))}")
-    settings = [{(model, ipc) for method, model, ipc in figures if method == name} for name in names]
-    common = sorted(set.intersection(*settings), key=str)
+        raise InputError(f"{asked}: no result of {', '.join(unknown)} on {dataset}; there are "
+                         f"{', '.join(sorted(methods))}")
+    settings = group_by(accuracies, lambda group: group[0])
+    common = set.intersection(*({group[1:] for group in settings[name]} for name in names))
     if not common:
-        raise InputError(f"--compare {' '.join(names)}: no network and number of images a class that all of them have")
-    measured = {measure for (method, model, ipc), cells in figures.items() if method in names and (model, ipc) in common
-                for measure in cells}
-    wanted = [measure_name("pixel", "Clean", None, None), *(measure_name("pixel", attack, False, eps)
-                                                            for attack in ("PGD20", "PGD", "AA") for eps in RADII)]
-    chosen = [measure for measure in wanted if measure in measured] or sorted(measured)
+        raise InputError(f"{asked}: no network and number of images a class that all of them have")
+    sets = [{"set": name, "network": model, "ipc": ipc}
+            for model, ipc in sorted(common, key=str) for name in names]
     *compared, reference = names
-    sets = [{"set": name, "network": model, "ipc": ipc} for model, ipc in common for name in names]
-    pairs = [{"of": name, "than": reference, "network": model, "ipc": [ipc]} for model, ipc in common for name in compared]
-    return [{"name": stem, "title": f"{', '.join(names)} on {dataset}", "measures": chosen, "sets": sets},
-            {"name": f"{stem}_differences", "title": f"Differences to {reference} on {dataset}", "measures": chosen,
-             "pairs": pairs}]
+    pairs = [{**one, "of": one["set"], "than": reference, "ipc": [one["ipc"]]}
+             for one in sets if one["set"] in compared]
+    measured = {measure for one in sets for measure in accuracies[tuple(one.values())]}
+    usual = [CLEAN, *itertools.product(("PGD20", "PGD", "AA"), (False,), RADII)]
+    usual = [measure_name("pixel", *attack) for attack in usual]
+    measures = [measure for measure in usual if measure in measured] or sorted(measured)
+    return [{"name": stem, "title": f"{', '.join(names)} on {dataset}", "measures": measures,
+             "sets": sets},
+            {"name": f"{stem}_differences", "title": f"Differences to {reference} on {dataset}",
+             "measures": measures, "pairs": pairs}]
 
 
-def table_comparison(asked, figures):
-    """A table of `read_comparisons`; None if there is nothing for it. figures: of `figures_of`."""
-    return table_sets(asked, figures) if "sets" in asked else table_differences(asked, figures)
+def has_any(accuracies, names):
+    """Whether one of the methods, with or without "-pixel", is among the names."""
+    stems = {name.removesuffix("-pixel") for name in names}
+    return any(method.removesuffix("-pixel") in stems for method, _, _ in accuracies)
 
 
-def table_sets(asked, figures):
-    """Measures down, sets across: mean and standard deviation over sets."""
-    found = {group: {measure: cells for measure, cells in figures.get(group, {}).items() if measure in asked["measures"]}
-             for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"])}
-    groups = {group: cells for group, cells in found.items() if cells}
-    measures = [measure for measure in asked["measures"] if any(measure in cells for cells in groups.values())]
-    if not measures:
+def table_comparison(asked, accuracies):
+    """A table of `read_comparisons`; None if there is nothing for it."""
+    return (table_sets if "sets" in asked else table_differences)(asked, accuracies)
+
+
+def table_sets(asked, accuracies):
+    """Measures down, sets across."""
+    groups, missing = {}, []
+    for group in ((one["set"], one["network"], one["ipc"]) for one in asked["sets"]):
+        cells = accuracies.get(group, {})
+        if any(measure in cells for measure in asked["measures"]):
+            groups[group] = cells
+        else:
+            missing.append("no results of {}, {}, {} a class".format(*group))
+    if not groups:
         return None
     names, common = [group[0] for group in groups], ""
-    for part in ([network for _, network, _ in groups], [f"{ipc} a class" for *_, ipc in groups]):
-        if len(set(part)) == 1:  # the title says it, else each column
-            common += f", {part[0]}"
+    for parts in ([model for _, model, _ in groups], [f"{ipc} a class" for *_, ipc in groups]):
+        if len(set(parts)) == 1:  # the title names it, else each column
+            common += f", {parts[0]}"
         else:
-            names = [f"{name}, {its}" for name, its in zip(names, part)]
-    table = Table(asked["name"], f"{asked['title']}{common} (percent; mean +- standard deviation over sets)",
-                  ["", *names], [])
-    table.rows = [[measure, *(mean_and_spread(of_sets(cells.get(measure))) for cells in groups.values())]
-                  for measure in measures]
-    table.rows.append(["sets", *(least_to_most([len(sets) for sets in cells.values()]) for cells in groups.values())])
-    table.notes += [f"no results of {group[0]}, {group[1]}, {group[2]} a class" for group, cells in found.items() if not cells]
+            names = list(map(", ".join, zip(names, parts)))
+    table = Table(asked["name"], f"{asked['title']}{common} (percent; mean +- standard deviation "
+                  "over sets)", ["", *names], notes=missing)
+    grid = {measure: [cells.get(measure) for cells in groups.values()]
+            for measure in asked["measures"]}
+    grid = {measure: cells for measure, cells in grid.items() if any(cells)}
+    table.rows = [[measure, *map(spread_text, cells)] for measure, cells in grid.items()]
+    table.rows.append(["sets", *map(count_text, zip(*grid.values()))])
     return table
 
 
-def table_differences(asked, figures):
-    """Differences between sets as a Table; None if there is none to be had. asked: of `read_comparisons`.
-
-    Where a pair has a claim, namely that `of` is above `than`, each difference says whether it supports it.
-    """
-    table = Table(asked["name"], f"{asked['title']} (percentage points, with the 95 % interval by Welch's method over sets)",
-                  ["", *asked["measures"], "sets"], [], sentences=bool(asked.get("sentences")))
+def table_differences(asked, accuracies):
+    """Differences between sets; a claim is that `of` is above `than`."""
+    table = Table(asked["name"], f"{asked['title']} (percentage points, with the 95 % interval by "
+                  "Welch's method over sets)", ["", *asked["measures"], "sets"],
+                  sentences=bool(asked.get("sentences")))
     missing = []
-    for pair in asked["pairs"]:
-        for ipc in pair["ipc"]:
-            one, other = (figures.get((pair[key], pair["network"], ipc), {}) for key in ("of", "than"))
-            name = f"{pair['of']} - {pair['than']}, {pair['network']}, {ipc} a class"
-            cells, sizes = [], set()
-            for measure in asked["measures"]:
-                a, b = of_sets(one.get(measure)), of_sets(other.get(measure))
-                if not len(a) or not len(b):
-                    cells.append(None)
-                    continue
-                difference, low, high = welch(a, b)
-                sizes |= {len(a), len(b)}
-                text = f"{difference:+.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
-                cells.append(text + (f": {verdict(low, high)}" if "claim" in pair and not np.isnan(low) else ""))
-            if not sizes:
-                missing.append(name)
-                continue
-            table.rows.append([f"{pair['claim']} ({name})" if "claim" in pair else name, *cells, least_to_most(sizes)])
+    for pair, ipc in ((pair, ipc) for pair in asked["pairs"] for ipc in pair["ipc"]):
+        name = f"{pair['of']} - {pair['than']}, {pair['network']}, {ipc} a class"
+        one, other = (accuracies.get((pair[key], pair["network"], ipc), {})
+                      for key in ("of", "than"))
+        there = [measure for measure in asked["measures"] if measure in one and measure in other]
+        cells = [difference_text(set_means(one[measure]), set_means(other[measure]),
+                                 "claim" in pair) if measure in there else None
+                 for measure in asked["measures"]]
+        if there:
+            sets = count_text([cells[measure] for measure in there for cells in (one, other)])
+            claim = f"{pair['claim']} ({name})" if "claim" in pair else name
+            table.rows.append([claim, *cells, sets])
+        else:
+            missing.append(name)
     if missing:
         table.notes.append(f"no results: {'; '.join(missing)}")
     return table if table.rows else None
+
+
+def difference_text(one, other, claimed):
+    """'+9.0 [5.1, 12.9]: supported'; a verdict for a claim, no interval for single sets."""
+    difference, low, high = welch(one, other)
+    if np.isnan(low):
+        return f"{difference:+.1f}"
+    conclusion = f": {verdict(low, high)}" if claimed else ""
+    return f"{difference:+.1f} [{low:.1f}, {high:.1f}]{conclusion}"

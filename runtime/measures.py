@@ -8,6 +8,13 @@ COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "rob
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
 HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
+FORMS = {True: "targeted", False: "untargeted"}
+
+
+def attack_label(attack, targeted, eps=None):
+    """An attack as tables name it: 'PGD untargeted 8/255'. targeted: None where it has no form."""
+    form = "" if targeted is None else f" {FORMS[targeted]}"
+    return f"{attack}{form}" + ("" if eps is None else f" {255 * eps:g}/255")
 
 
 def by_model(rows):

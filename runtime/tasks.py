@@ -12,7 +12,7 @@ from runtime import distributed
 from runtime.progress import duration
 from runtime.device import device_name, versions
 from runtime.compilation import forward
-from reporting.records import check_rows, label
+from runtime.measures import attack_label
 from runtime.safe_io import InputError, write_json
 from runtime.checkpoint import lock, require_same_flags
 
@@ -28,7 +28,7 @@ class Job:
     eps: float = None
 
     def __str__(self):
-        return f"{self.crafted_on}: {self.threat_model} {label(self.attack, self.targeted, self.eps)}"
+        return f"{self.crafted_on}: {self.threat_model} {attack_label(self.attack, self.targeted, self.eps)}"
 
     def is_of(self, row):
         """Whether a row of results.json is a result of this job."""
@@ -106,19 +106,19 @@ class Results:
     """results.json and, for the job that is not finished, unfinished.json. Both are only ever replaced whole. Of several
     processes all have the content, and the first one writes.
 
-    flags: {name: value} of the run. may_change: those that a run that goes on may change. known: the names of the attacks and
-    the threat models that there are, as for `check_rows`.
+    flags: {name: value} of the run. may_change: those that a run that goes on may change. check_rows: raises KeyError,
+    TypeError or ValueError for rows that are none.
     """
 
-    def __init__(self, args, flags, device, may_change, known):
+    def __init__(self, args, flags, device, may_change, check_rows):
         self.folder = Path(args.out)
         self.path, self.unfinished_path = self.folder / "results.json", self.folder / "unfinished.json"
         self._lock = None
         self.content, self._unfinished = distributed.run_on_rank0(
-            lambda: (self._begin(args, flags, device, may_change, known), self._read_unfinished()))
+            lambda: (self._begin(args, flags, device, may_change, check_rows), self._read_unfinished()))
         self.save()
 
-    def _begin(self, args, flags, device, may_change, known):
+    def _begin(self, args, flags, device, may_change, check_rows):
         """Lock the folder. Returns the content: that of an interrupted run, or none yet."""
         if self.folder.exists():
             self._lock = lock(self.folder)
@@ -127,7 +127,7 @@ class Results:
         if self.path.exists():
             if not args.resume and not distributed.is_restart():
                 raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
-            content = self._read(self.path, known)
+            content = self._read(self.path, check_rows)
             saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
             require_same_flags(saved, flags, may_change, f"the run in {self.folder}", "another --out")
             if content["rows"] and content["device"] != device_name(device):
@@ -145,14 +145,14 @@ class Results:
         if self._lock:
             self._lock.close()
 
-    def _read(self, path, known):
+    def _read(self, path, check_rows):
         try:
             content = json.loads(path.read_text())
             for key in ("flags", "sanity", "networks", "versions"):
                 if not isinstance(content[key], dict):
                     raise TypeError(f"{key} is no object")
             content["device"]
-            check_rows(content["rows"], **known)
+            check_rows(content["rows"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged or no file of ours ({type(error).__name__}: {error})") from None
         return content

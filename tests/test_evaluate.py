@@ -19,7 +19,7 @@ from attacks import ATTACKS, attack_images, get_threat_model
 from runtime.measures import CONTROLS
 from runtime.safe_io import InputError
 from runtime.checkpoint import lock
-from reporting.tables import warnings_of
+from reporting.results_md import warnings_of
 from networks import get_network
 from target_models import TargetModel
 
