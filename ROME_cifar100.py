@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
-from attacks import THREAT_MODELS, attack_images, get_threat_model
+from attacks import THREAT_MODELS, attack, get_threat_model
 from augment import draws_to_device, dsa_apply, dsa_draw, parse_dsa_strategy, unpack
 from runtime import distributed
 from runtime.perturbation import deferred_checks
@@ -116,7 +116,8 @@ def robust_prior(net, data, threat, args, rng):
         img_adv = img_real[own]
         if args.attack_prior:
             label_real = torch.cat([torch.full((n,), c, device=data.device) for c, n in zip(classes, sizes)])
-            img_adv = attack_images(net, img_real, label_real, threat, rng["attack"], micro_batch=data.micro_batch, own=own)
+            img_adv = attack(net, img_real, label_real, threat, generator=rng["attack"],
+                             micro_batch=data.micro_batch, shard=own)
         with torch.no_grad():
             embeddings = torch.cat([graphed_call(lambda net, x: embed(net, x, args.embed_last)[:1], ("embed", args.embed_last), net,
                                          x)[0] for x in img_adv.split(data.micro_batch)])
@@ -143,7 +144,8 @@ def pool_step(members, data, threat, args, rng):
             seen, own = len(label_real), distributed.shard(len(label_real))
             img_adv = img_real[own]
             if args.attack_pool:
-                img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], micro_batch=data.micro_batch, own=own)
+                img_adv = attack(member.net, img_real, label_real, threat, generator=rng["attack"],
+                                 micro_batch=data.micro_batch, shard=own)
             loss, right = training_step(member.net, member.optimizer, img_adv, label_real[own], seen)
             member.record(right, seen)
             losses.append(loss)

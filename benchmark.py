@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import utils
-from attacks import attack_images, get_threat_model
+from attacks import attack, get_threat_model
 from augment import dsa_apply, dsa_draw, unpack
 from runtime import compilation, distributed
 from runtime.command_line import add_switch, at_least, run_script
@@ -77,7 +77,8 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
         img_real = data.sample_class(c, args.batch_real, rng["data"])
         draw = dsa_draw(args.dsa_strategy, data.size, rng["dsa"])
         label_real = torch.full((len(img_real),), c, device=data.device)
-        img_adv = attack_images(member.net, dsa_apply(img_real, draw), label_real, threat, rng["attack"], micro_batch=len(img_real))
+        img_adv = attack(member.net, dsa_apply(img_real, draw), label_real, threat, generator=rng["attack"],
+                             micro_batch=len(img_real))
         img_syn = image_syn[c * args.ipc:(c + 1) * args.ipc]
         emb_syn, logits = member.net.embed_and_classify(dsa_apply(unpack(img_syn, args.pack), draw))
         with torch.no_grad():
@@ -90,7 +91,8 @@ def plain_iteration(image_syn, optimizer_img, member, trained, data, threat, arg
     for member in trained:
         for _ in range(args.model_train_steps):
             img_real, label_real = data.sample(args.trained_bs, rng["data"])
-            img_adv = attack_images(member.net, img_real, label_real, threat, rng["attack"], micro_batch=len(img_real))
+            img_adv = attack(member.net, img_real, label_real, threat, generator=rng["attack"],
+                             micro_batch=len(img_real))
             logits = member.net(img_adv)
             member.optimizer.zero_grad()
             F.cross_entropy(logits, label_real).backward()
@@ -198,9 +200,9 @@ def pgd_step(bench):
     images, labels = bench.data.get_batch("train", slice(bench.pgd_batch))
     net, rng = bench.network(0), torch.Generator(bench.device).manual_seed(0)
 
-    def attack():
-        attack_images(net, images, labels, bench.threat, rng, steps=10, micro_batch=len(images))
-    return len(images), [seconds / 10 for seconds in bench.compare(attack, attack)], len(images)
+    def attacked():
+        attack(net, images, labels, bench.threat, generator=rng, steps=10, micro_batch=len(images))
+    return len(images), [seconds / 10 for seconds in bench.compare(attacked, attacked)], len(images)
 
 
 def pool_step(bench):

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from attacks import PGD_STEPS, THREAT_MODELS, attack_images, check_threat_model, get_threat_model
+from attacks import THREAT_MODELS, attack, check_threat_model, get_threat_model
 from augment import dsa_apply, dsa_draw, parse_dsa_strategy
 from runtime import distributed
 from runtime.progress import duration
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
     add_switch(parser, "targeted", False, "attacks in training aim at the next class, as in distillation")
-    add("--attack_steps", type=at_least(0), default=PGD_STEPS, help="PGD steps in training; 0 trains on clean images")
+    add("--attack_steps", type=at_least(0), default=10, help="PGD steps in training; 0 trains on clean images")
     add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
     add("--lr_net", type=at_least(0, float), default=0.05, help="largest learning rate; it warms up and falls as a cosine")
@@ -138,8 +138,8 @@ def train(args, k, data, threat, states, interrupts):
                     own = distributed.shard(len(labels))  # of several processes each has its share of the batch
                     attacked, seen = images[own], seen + len(labels)
                     if args.attack_steps:
-                        attacked = attack_images(net, images, labels, threat, rng["attack"], targeted=args.targeted,
-                                                 steps=args.attack_steps, micro_batch=data.micro_batch, own=own)
+                        attacked = attack(net, images, labels, threat, generator=rng["attack"], targeted=args.targeted,
+                                                 steps=args.attack_steps, micro_batch=data.micro_batch, shard=own)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(args, step, steps)
                     loss, right = training_step(net, optimizer, attacked, labels[own], len(labels))
@@ -281,7 +281,8 @@ def measure(args, k, net, train_acc, data, threat):
              "flags": vars(args), "versions": versions(), "device": device_name(data.device)}
     if args.aa_limit:
         with disable_bf16():
-            x_adv = attack_images(net, images[:args.aa_limit], labels[:args.aa_limit], threat, rng, "AA", targeted=False)
+            x_adv = attack(net, images[:args.aa_limit], labels[:args.aa_limit], threat, "AA", targeted=False,
+                           generator=rng)
         about |= {"aa_acc": utils.accuracy(net, x_adv, labels[:args.aa_limit]), "aa_n": len(x_adv)}
     return about
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import utils
-from attacks import ATTACKS, THREAT_MODELS, attack_images, get_threat_model
+from attacks import ATTACKS, THREAT_MODELS, attack, get_threat_model
 from runtime.command_line import at_least, fraction, run_script
 from reporting.statistics import (figures_of, place_of, read_comparisons, table_comparison, table_robust,
                                usual_comparison)
@@ -198,7 +198,7 @@ def figure_tsne(path, data_path, seed):
     net = network_for(data, model, derive_seed(seed, "tsne", "init"))
     utils.train_on_set(net, images, labels, generator=make_generator(seed, "tsne", "train"), **protocol_of(meta))
     real, real_labels = data.get_batch("test", slice(600))
-    attacked = attack_images(net, real, real_labels, threat, make_generator(seed, "tsne", "attack"), targeted=False)
+    attacked = attack(net, real, real_labels, threat, targeted=False, generator=make_generator(seed, "tsne", "attack"))
     with torch.no_grad():
         embeddings = [net.embed_and_classify(x)[0].numpy() for x in (real, attacked, images)]
     points = TSNE(random_state=seed, init="pca").fit_transform(np.concatenate(embeddings))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attacks import ATTACKS, attack_images, check_threat_model
+from attacks import ATTACKS, attack, check_threat_model
 from augment import dsa_apply, dsa_draw, unpack
 from runtime import distributed
 from runtime.device import MICRO_BATCH
@@ -208,8 +208,8 @@ def robust_accuracies(net, images, labels, threat, generator, micro_batch=MICRO_
     Returns {column: accuracy}; the columns are those of reporting.records.COLUMNS that the threat model has.
     """
     with disable_bf16():
-        return {column: accuracy(net, attack_images(net, images, labels, threat, generator, eps=eps, micro_batch=micro_batch,
-                                                    **threat.judge), labels) for column, eps in threat.eval_eps.items()}
+        return {column: accuracy(net, attack(net, images, labels, threat, generator=generator, eps=eps,
+                                             micro_batch=micro_batch, **threat.eval_attack), labels) for column, eps in threat.eval_eps.items()}
 
 
 def diverged(error, args, exp, it):

@@ -33,7 +33,7 @@ if os.environ.get("KEEP"):
 
 who, where, call = os.environ.get("AT", "-1::0").split(":")
 if who == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    owner = utils if hasattr(utils, where) and where != "attack_images" else script
+    owner = utils if hasattr(utils, where) and where != "attack" else script
     function, calls = getattr(owner, where), []
 
     def disturbed(*args, **options):

@@ -12,7 +12,7 @@ from conftest import ROOT, random_dataset, sigterm_at
 import benchmark
 import ROME_cifar10 as rome
 import utils
-from attacks import craft, get_threat_model
+from attacks import attack_with_norms, get_threat_model
 from runtime import compilation
 from formats.synset_file import SyntheticSet
 from runtime.measures import percent
@@ -71,7 +71,7 @@ def test_compiled_equals_plain(compiled, monkeypatch):
         results = []
         for plain in (False, True):
             with benchmark.plain_mode() if plain else torch.enable_grad():
-                adv, linf, _ = craft(net, x, labels, threat, "PGD", targeted=False, random_start=False, steps=1)
+                adv, linf, _ = attack_with_norms(net, x, labels, threat, targeted=False, random_start=False, steps=1)
                 net.zero_grad()
                 F.cross_entropy(compilation.forward(net, x), labels).backward()
                 results.append((adv, [p.grad.clone() for p in net.parameters()]))

@@ -5,7 +5,7 @@ from conftest import random_dataset
 from fake_cuda import run_again
 
 from runtime.training import training_step
-from attacks import attack_images, get_threat_model
+from attacks import attack, get_threat_model
 from runtime import compilation, cuda_graphs
 from networks import get_network
 
@@ -26,7 +26,7 @@ def recorded(monkeypatch):
 
 def attacked(net, data, threat, seed=0, **options):
     x, labels = data.get_batch("train", slice(10))
-    return attack_images(net, x, labels, threat, torch.Generator().manual_seed(seed), micro_batch=4, **options)
+    return attack(net, x, labels, threat, generator=torch.Generator().manual_seed(seed), micro_batch=4, **options)
 
 
 def trained(net, data, steps=3):
@@ -109,7 +109,7 @@ def test_real_graphs(precision):
         def run(seed):
             net = get_network("ConvNetW32", 3, 10, (32, 32), seed, device)
             x, labels = data.get_batch("train", slice(10))
-            adv = attack_images(net.eval(), x, labels, threat, torch.Generator(device).manual_seed(seed), micro_batch=4)
+            adv = attack(net.eval(), x, labels, threat, generator=torch.Generator(device).manual_seed(seed), micro_batch=4)
             return adv, trained(net, data)
         plain = [run(seed) for seed in range(2)]
         with cuda_graphs.use_cuda_graphs(True):

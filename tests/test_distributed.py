@@ -199,7 +199,7 @@ def test_pretrain(tmp_path, data):
              "--attack_steps", 2, "--batch_train", 64, "--test_limit", 20, "--aa_limit", 0, "--no_compile"]
     run(tmp_path / "one", None, *flags, "--num_nets", 2)
     run(tmp_path / "dealt", 2, *flags, "--num_nets", 2)
-    run(tmp_path / "shared", 2, *flags, AT="1:attack_images:6", SIGNAL=str(int(signal.SIGTERM)), status=1)
+    run(tmp_path / "shared", 2, *flags, AT="1:attack:6", SIGNAL=str(int(signal.SIGTERM)), status=1)
     out, _ = run(tmp_path / "shared", None, *flags)
     assert "going on with network 0 at step 6" in out
     for k, folder, bits in ((0, "dealt", True), (1, "dealt", True), (0, "shared", False)):

@@ -375,7 +375,7 @@ def test_a_network_that_was_made_for_other_values(digits, mean, std):
         right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
         return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
 
-    target = TargetModel("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
+    target = TargetModel("a.pth", "A", 10, "MLP", net, meta={"file": "a.pth"})
     warnings = check_normalisation(target, digits)
     if mean == 0.3054:
         assert warnings == []

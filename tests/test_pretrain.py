@@ -12,7 +12,7 @@ import evaluate
 import pretrain
 import ROME_cifar10 as rome
 import utils
-from attacks import ATTACKS, craft, get_threat_model
+from attacks import ATTACKS, attack, get_threat_model
 from formats.network_file import load_into
 from network_pool import NetworkPool
 from runtime.measures import CONTROLS
@@ -61,20 +61,20 @@ def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeyp
     threat, kept = get_threat_model("pixel", digits), []
     for path in (pretrained / NETWORKS[1], tmp_path / "checkpoints" / "full_LeNet_Digits_142_None_seed0-1.pth"):
         net = load_into(get_network("LeNet", 3, 10, (32, 32), 0), path)
-        x_adv = craft(net, images, labels, threat, "PGD", targeted=False, eps=24 / 255, random_start=False)[0]
+        x_adv = attack(net, images, labels, threat, targeted=False, eps=24 / 255, random_start=False)
         kept.append(utils.accuracy(net, x_adv, labels) / utils.accuracy(net, images, labels))
     assert kept[0] > kept[1] + 0.05, kept
 
 
 def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch):
-    attack_images, calls, stops = pretrain.attack_images, [], 0
+    attack, calls, stops = pretrain.attack, [], 0
 
     def disturbed(*args, **options):
         calls.append(1)
         if len(calls) % 61 == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return attack_images(*args, **options)
-    monkeypatch.setattr(pretrain, "attack_images", disturbed)
+        return attack(*args, **options)
+    monkeypatch.setattr(pretrain, "attack", disturbed)
     for _ in range(20):
         try:
             main(monkeypatch, tmp_path, *FLAGS)
@@ -137,7 +137,7 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
         seen.append((member.net.classifier.weight.clone(), member.running_accuracy().item(), member.net.training))
         return matching_step(image_syn, optimizer_img, member, *rest)
     monkeypatch.setattr(rome, "matching_step", watched)
-    monkeypatch.setattr(utils, "attack_images", utils.attack_images)
+    monkeypatch.setattr(utils, "attack", utils.attack)
     main(monkeypatch, tmp_path, *ROME, "--method", "+AP", "--robust_prior", *(str(pretrained / name) for name in NETWORKS),
          script=rome)
     assert (tmp_path / "result" / "ROME_res_+AP_Digits_LeNet_1ipc.pt").exists()
@@ -185,7 +185,7 @@ def test_a_prior_that_is_no_network(pretrained, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- ablations
 def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
     args = rome.parse_args(["--model", "LeNet", "--fetch_net_num", "1", "--model_train_steps", "1", "--no_attack_pool"])
-    monkeypatch.setattr(rome, "attack_images", lambda *a, **k: pytest.fail("attacked"))
+    monkeypatch.setattr(rome, "attack", lambda *a, **k: pytest.fail("attacked"))
     pool = NetworkPool(lambda k: get_network("LeNet", 3, 10, (32, 32), k),
                          lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
     seen = []
