@@ -1,11 +1,10 @@
 """Adversarial attacks and the two threat models under which they run. Source: SPEC 2, 3.2.
 
-An attack works in attack space, the box [0, 1]; eps and step sizes are in its units. A threat model
-maps the normalised images that networks take to attack space and back:
+An attack works in attack space, the box [0, 1]; eps and step sizes are in its units:
 
 - `pixel`: attack space holds pixels; the attacked model includes the normalisation. Valid.
-- `published`: attack space holds the normalised images. The clamp to [0, 1] destroys about three
-  quarters of their values, and 8/255 is about 1.6/255 in pixels. Kept, bug for bug, to reproduce
+- `published`: attack space holds normalised images. The clamp to [0, 1] destroys about three
+  quarters of the values, and 8/255 is about 1.6/255 in pixels. Kept, bug for bug, to reproduce
   published figures; the control `clamp_only` measures the clamp alone.
 
     x_adv = attack(net, x, labels, get_threat_model("pixel", data), "PGD", targeted=False)
@@ -34,10 +33,9 @@ TINY = 1e-10  # keeps a division by a norm finite
 class ThreatModel:
     """The space in which images are attacked, and how far an attack may go.
 
-    encode: (N, C, H, W) normalised images -> attack space, not yet clamped. decode: its inverse.
-    eps, step_size, steps: of the standard PGD, L-inf.
-    target_classes: a targeted attack aims at class (y + 1) mod this.
-    eval_attack: options of the PGD that measures robust accuracies. eval_eps: its radii by the
+    encode: (N, C, H, W) normalised images -> attack space, not clamped. decode: its inverse.
+    eps, step_size, steps: of the standard L-inf PGD. target_classes: modulus of target labels.
+    eval_attack, eval_eps: options of the PGD that measures robust accuracies, and its radii by the
     name of the accuracy (runtime.measures.COLUMNS).
     """
 
@@ -57,11 +55,11 @@ class ThreatModel:
         return self.eval_attack["steps"] * len(self.eval_eps)
 
     def target_labels(self, labels):
-        """The class that a targeted attack aims at: the next one. (N,) int64 -> (N,) int64."""
+        """The class that a targeted attack aims at, the next one: (N,) -> (N,)."""
         return (labels + 1) % self.target_classes
 
     def clamp_only(self, x):
-        """The control without an attack: normalised images through encode, clamp, decode."""
+        """The control without an attack: encode, clamp and decode normalised images."""
         return self.decode(self.encode(x).clamp(0, 1))
 
 
@@ -74,8 +72,8 @@ def _published(data):
 
 
 def _pixel(data):
-    # Encode clamps because augmented images leave the box. The evaluation is untargeted: targeted
-    # PGD leaves 2 to 6 % accuracy on networks where untargeted PGD leaves none.
+    # Augmented images leave the box, so encode clamps. The evaluation is untargeted: targeted PGD
+    # leaves 2 to 6 % accuracy on networks where untargeted PGD leaves none.
     return ThreatModel(
         "pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=data.normalize, eps=EPS,
         step_size=2 / 255, steps=10, target_classes=data.num_classes,
@@ -88,10 +86,13 @@ THREAT_MODELS = {"published": _published, "pixel": _pixel}
 
 def get_threat_model(name, data):
     """The threat model `name` for a Dataset. Raises ValueError for an unknown name."""
-    if name not in THREAT_MODELS:
-        choices = ", ".join(THREAT_MODELS)
-        raise ValueError(f"unknown threat model {name!r}; choose one of {choices}")
-    return THREAT_MODELS[name](data)
+    return _choose("threat model", name, THREAT_MODELS)(data)
+
+
+def _choose(what, name, table):
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(table)}")
+    return table[name]
 
 
 def check_threat_model(name, data):
@@ -103,9 +104,9 @@ def check_threat_model(name, data):
 
 
 # ---------------------------------------------------------------------------------------- attacks
-# Arguments of all attacks: model: attack-space images -> (N, num_classes) logits. x: (N, C, H, W)
-# attack-space images. labels: (N,) int64, the true classes, or the ones to reach if targeted.
-# eps, step_size: attack-space units. generator: on x's device. Returns x_adv like x, inside [0, 1].
+# Arguments of all attacks. model: attack-space images -> (N, num_classes) logits. x: (N, C, H, W)
+# attack-space images. labels: (N,) int64, true classes; the classes to reach if targeted. eps,
+# step_size: attack-space units. generator: on x's device. All return x_adv like x, in [0, 1].
 def _input_gradient(model, x, labels, targeted):
     """The gradient in x of the loss that the attack increases, summed over the batch."""
     x = x.detach().requires_grad_()
@@ -176,10 +177,9 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
     Wagner 2017.
 
     Deviation: no search over c, as in the published benchmark. A failed image comes back as it
-    was. One that has reached the goal leaves the batch once its cost, read at every tenth of the
-    steps, was no new minimum twice in a row: same accuracy, changes up to 5 % larger.
-    logit_floor: the least value of a logit in the margin. 0 is a QUIRK (published): it blinds the
-    attack while the target's logit is negative.
+    was. An image at its goal leaves the batch once its cost, read at every tenth of the steps, was
+    no new minimum twice in a row: same accuracy, changes up to 5 % larger. logit_floor: least
+    logit in the margin. 0 is a QUIRK (published): blind while the target's logit is negative.
     """
     x_best, l2_best = x.clone(), x.new_full((len(x),), torch.inf)
     rows = torch.arange(len(x), device=x.device)  # the images still in the batch
@@ -203,9 +203,7 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
 
 
 def _cw_cost(model, w, x, labels, c, kappa, targeted, logit_floor):
-    """The images at w (tanh space), their squared L2 changes, whether they reach the goal, their
-    costs and the gradient of these in w.
-    """
+    """At w: images, squared L2 changes, whether they reach the goal, costs, gradient in w."""
     w = w.requires_grad_()
     z = (torch.tanh(w) + 1) / 2
     l2 = (z - x).square().sum((1, 2, 3))
@@ -217,9 +215,9 @@ def _cw_cost(model, w, x, labels, c, kappa, targeted, logit_floor):
     return z.detach(), l2.detach(), reached, cost.detach(), gradient
 
 
-# DeepFool skips classes whose boundary cannot be the nearest one, given a bound on their gradient's
-# norm relative to that of the first class: STEEPER (largest seen: 1.6 on ConvNet, 5.2 on AlexNet),
-# after num_classes passes MARGIN times the largest ratio of this call.
+# DeepFool skips classes too far away to have the nearest boundary, given a bound on the ratio of
+# their gradient norm to the first class's: STEEPER (largest seen: 1.6 on ConvNet, 5.2 on AlexNet),
+# after num_classes passes MARGIN times the largest ratio of the call.
 STEEPER = 5.0
 MARGIN = 1.2
 
@@ -228,9 +226,8 @@ def deepfool(model, x, labels, *, steps=50, overshoot=0.02, batch=MICRO_BATCH):
     """DeepFool: step to the nearest linearised class boundary until the class changes, or a step
     changes nothing. L2, untargeted. Moosavi-Dezfooli et al. 2016.
 
-    *Performance-impacting*: a pass takes the gradient of one class for each of `batch` images. An
-    image without a class left takes its step; one that is done makes room for the next. So
-    batches stay full, of the size that is compiled.
+    *Performance-impacting*: a pass looks at one class of each of `batch` images. An image without
+    a class left steps; one that is done makes room for the next. So batches stay full.
     """
     state = _DeepFool(x, labels)
     rows, waiting = torch.arange(len(x), device=x.device).tensor_split([batch])
@@ -258,9 +255,8 @@ class _DeepFool:
         self.passes = 0
 
     def look_at_next_class(self, model, rows):
-        """Find the boundary of the class with the largest logit among those left.
-
-        Returns two masks of rows: classified correctly; has further classes to look at.
+        """Find the boundary of the class with the largest logit among those left. Returns masks of
+        rows that are classified correctly, and that have further classes to look at.
         """
         x = self.x_adv[rows].requires_grad_()
         logits = model(x)
@@ -280,7 +276,7 @@ class _DeepFool:
         return logits.argmax(1) == self.labels[rows], unfinished
 
     def _record(self, rows, gap, gradient):
-        """Keep each boundary that is nearer than those before."""
+        """Keep the boundaries that are nearer than those before."""
         norm = _l2(gradient).flatten() + TINY
         distance, first = gap / norm, self.nearest[rows].isinf()
         closer = first | (distance < self.nearest[rows])
@@ -362,11 +358,11 @@ def square_attack(model, x, labels, *, eps=EPS, queries=5000, targeted=False, ge
 class Attack:
     """An attack and its properties.
 
-    run: a function above. norm: "Linf" or "L2". eps, step_size, options: threat model -> default;
-    eps None: looks for the least change. targetable: has a targeted form. query: sees logits only.
-    random: takes a generator. random_start: takes noise, and always repeats the same operations.
-    keeps_failed_input: returns an image that it fails on as it came, which under `published` may
-    lie outside the box. batches: takes all images, and the size of its batches.
+    run: a function above. eps, step_size, options: threat model -> default; eps None: looks for
+    the least change. targetable: has a targeted form. query: sees logits only. random: takes a
+    generator. random_start: takes noise, and repeats the same operations. keeps_failed_input:
+    returns an image that it fails on as it came, which under `published` may be outside [0, 1].
+    batches: takes all images and a batch size.
     """
 
     run: Callable
@@ -399,13 +395,6 @@ ATTACKS = {  # Source of the settings: SPEC 3.2
 }
 
 
-def get_attack(name):
-    """The Attack called `name`. Raises ValueError for an unknown name."""
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
-    return ATTACKS[name]
-
-
 def attack(net, x, labels, threat, name="PGD", **options):
     """The x_adv of `attack_with_norms`, which has the same arguments."""
     return attack_with_norms(net, x, labels, threat, name, **options)[0]
@@ -415,18 +404,18 @@ def attack_with_norms(net, x, labels, threat, name="PGD", *, targeted=True, eps=
                       generator=None, micro_batch=MICRO_BATCH, shard=None, counter=None, **options):
     """Attack a network on normalised images, and check the result.
 
-    net: attacked in eval mode. x: (N, C, H, W) normalised. labels: (N,) int64, the true classes; a
-    targeted attack aims at `threat.target_labels` of them. name: of ATTACKS. eps: attack-space
-    units; None: that of the threat model. generator: on x's device. micro_batch: images attacked
-    at a time. shard: a slice; attack these images only, with the noise that they have in the whole
-    batch. counter: a PassCounter (runtime.tasks). options: passed to the attack; by default the
-    step size is proportional to eps. random_start=False: start PGD at x.
+    net: attacked in eval mode. x: (N, C, H, W) normalised. labels: (N,) true classes; a targeted
+    attack aims at the next ones. name: of ATTACKS. eps: attack-space units; default: the threat
+    model's. generator: on x's device. micro_batch: images at a time. shard: a slice; attack these
+    images only, with the noise that they have in the whole batch. counter: a PassCounter
+    (runtime.tasks). options: of the attack; the default step size is proportional to eps, and
+    random_start=False starts PGD at x.
 
-    Returns x_adv, normalised, and its L-inf and L2 change of each image in attack space, (N,).
+    Returns x_adv, normalised, and the L-inf and L2 change of each image in attack space, (N,).
     Raises ValueError for an unknown attack, or a form or eps that it does not have;
     RuntimeError if x_adv is out of bounds, FloatingPointError if it is not finite.
     """
-    spec = get_attack(name)
+    spec = _choose("attack", name, ATTACKS)
     start = options.pop("random_start", spec.random_start)
     options = _attack_options(spec, name, threat, targeted, eps, generator, options)
     tensors = [x, threat.target_labels(labels) if targeted else labels]

@@ -3,8 +3,8 @@
     python evaluate.py --synset result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --out result/rome10
     python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000
 
-Writes results.json (all figures), results.md and plots into --out. --resume goes on with a killed
-run. Source: BEARD (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
+Writes results.json, results.md and plots into --out; --resume goes on with a killed run.
+Source: BEARD (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
 """
 import argparse
 import functools
@@ -26,12 +26,10 @@ from networks import NETWORKS
 from reporting.plots import draw_results
 from reporting.records import check_rows
 from reporting.tables import results_markdown
-from runtime import distributed
+from runtime import compilation, distributed
 from runtime.checkpoint import Interrupted
 from runtime.command_line import (add_dataset_flag, add_switch, at_least, fraction, method_name,
                                   run_script)
-from runtime.compilation import (PRECISIONS, disable_bf16, resolve_precision, set_precision,
-                                 stop_compiling)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.device import choose_micro_batch, device_name, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
@@ -46,7 +44,7 @@ from target_models import (TrainingPlan, check_normalisation, target_from_networ
 from utils import QUERY, WHITE_BOX
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
-# Flags that a resumed run may change: they add work and leave finished work as it is.
+# A resumed run may change these: they add work and leave finished work as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted",
               "untargeted", "eps", "query", "transfer", "craft_on", "sanity", "crei_weight",
               "compile")
@@ -73,17 +71,14 @@ def parse_args(argv=None):
         args.attacks += QUERY
     for name in ("attacks", "threat_model", "eps", "labels"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
-    problem = contradiction(args)
-    if problem:
-        parser.error(problem)
+    check_flags(parser, args)
     return args
 
 
 def add_input_flags(group):
     add = group.add_argument
     add("--synset", nargs="+", default=[], metavar="FILE",
-        help="synthetic sets, files or folders; networks are trained on them "
-        "(docs/foreign_files.md)")
+        help="synthetic sets, files or folders, to train networks on (docs/foreign_files.md)")
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
     add_dataset_flag(group, None, "; default: what the files say, else CIFAR10")
     add("--model", choices=NETWORKS, metavar="MODEL",
@@ -91,20 +86,20 @@ def add_input_flags(group):
     add("--method", nargs="+", default=[], metavar="NAME", type=method_name,
         help="a name for each file; default: what the file says")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--limit", type=at_least(0), default=0, metavar="N", help="first N test images; 0: all")
+    add("--limit", type=at_least(0), default=0, help="first N test images; 0: all")
     add_switch(group, "zca", False, "ZCA-whitened images, where a file does not say so")
     add("--network_mean", nargs="+", type=float, metavar="M",
-        help="mean of the networks' normalisation, one number or one a channel (0 with "
-        "--network_std 1: pixels in [0, 1])")
+        help="mean of the networks' images, one number or one a channel (pixels in [0, 1]: 0, with "
+        "--network_std 1)")
     add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S",
-        help="and its standard deviation")
+        help="standard deviation of the networks' images")
 
 
 def add_training_flags(group):
     add, recipe = group.add_argument, "default: the set's recipe, else"
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
     add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K",
-        help="images hold K x K sub-images, where a file does not say so; no number: 2")
+        help="K x K sub-images in each image, where a file does not say so; no number: 2")
     add("--images", choices=SPACES, help="default: bytes are pixels, floats are normalised")
     add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"],
         help="of sets with soft labels: train on those, or on the classes alone")
@@ -116,9 +111,9 @@ def add_training_flags(group):
     add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {PROTOCOL['lr_schedule']}")
     add("--label_temperature", type=at_least(0.01, float),
         help=f"of soft labels; {recipe} {PROTOCOL['temperature']}")
-    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training")
-    add("--adv_train", action="store_true",
-        help="adversarial training (PGD), once for each threat model")
+    add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32",
+        help="of this training")
+    add("--adv_train", action="store_true", help="train adversarially, for each threat model")
 
 
 def add_attack_flags(group):
@@ -130,15 +125,14 @@ def add_attack_flags(group):
     add("--query", action="store_true", help=f"also the query attacks: {', '.join(QUERY)}")
     add("--targeted", action="store_true", help="targeted attacks only; default: both forms")
     add("--untargeted", action="store_true", help="untargeted attacks only")
-    add("--eps", nargs="+", type=at_least(0, float), default=[], metavar="E",
+    add("--eps", nargs="+", type=at_least(0, float), default=[],
         help="radii in 1/255; default: 8 (L-inf), 128 (L2), AA under pixel 2, 4 and 8")
     add("--transfer", action="store_true", help="evaluate examples of each network on all")
     add("--craft_on", nargs="+", default=[], metavar="METHOD",
         help="attack networks of these methods only")
     add("--aa_iterations", type=at_least(1), default=100,
         help="of AutoAttack's parts (published benchmark: 10)")
-    add("--aa_limit", type=at_least(0), default=0, metavar="N",
-        help="AA on the first N test images; 0: all")
+    add("--aa_limit", type=at_least(0), default=0, help="AA on the first N test images; 0: all")
     add("--queries", type=at_least(1), default=5000, help="of Square, also in AutoAttack")
     add("--attack_precision", choices=("fp32", "bf16"), default="fp32",
         help="of the attacks; accuracies are measured in fp32 (docs/robustness.md)")
@@ -146,24 +140,26 @@ def add_attack_flags(group):
     add_switch(group, "sanity", True, "check every network for signs of a broken evaluation")
 
 
-def contradiction(args):
-    """What is wrong with the flags, or None."""
+def check_flags(parser, args):
+    """End the script if flags contradict each other."""
     try:
         parse_dsa_strategy(args.dsa_strategy or "none")
     except ValueError as error:
-        return str(error)
+        parser.error(str(error))
     count, named = len(args.synset + args.networks), len(args.method)
     specs, names = [ATTACKS[name] for name in args.attacks], ", ".join(args.attacks)
-    if not count:
-        return "nothing to attack: give --synset or --networks"
-    if named not in (0, count):
-        return f"--method has {named} name(s) for {count} file(s)"
-    if args.targeted and not args.untargeted and not any(spec.targetable for spec in specs):
-        return f"{names}: no targeted form; leave out --targeted"
-    if args.eps and not any(spec.eps for spec in specs):
-        return f"{names}: no attack that --eps bounds"
-    if (args.network_mean is None) != (args.network_std is None):
-        return "--network_mean and --network_std go together"
+    targeted = args.targeted and not args.untargeted
+    for wrong, message in (
+            (not count, "nothing to attack: give --synset or --networks"),
+            (named not in (0, count), f"--method has {named} name(s) for {count} file(s)"),
+            (targeted and not any(spec.targetable for spec in specs),
+             f"{names}: no targeted form; leave out --targeted"),
+            (args.eps and not any(spec.eps for spec in specs),
+             f"{names}: no attack that --eps bounds"),
+            ((args.network_mean is None) != (args.network_std is None),
+             "--network_mean and --network_std go together")):
+        if wrong:
+            parser.error(message)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -174,11 +170,11 @@ def main():
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without "
                          "it choose other --attacks, with --no_sanity")
     device = get_device(distributed.init(args))
-    precision = resolve_precision(args, device)
+    precision = compilation.resolve_precision(args, device)
     inputs = read_inputs(args, NETWORKS)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
-    # All processes take the same one: another one draws other random numbers on CUDA.
+    # The same for all processes: random starts on CUDA depend on it.
     micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
     check_limits(args, inputs, data)
     threats = choose_threats(args.threat_model, data)
@@ -189,8 +185,14 @@ def main():
     with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE, check)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(one.path): {"taken_as": one.taken_as, "warnings": one.warnings} for one in inputs}}
+        plan = TrainingPlan(protocol(args), args.num_eval, args.labels, args.images,
+                            list(threats) if args.adv_train else [None], precision, args.compile,
+                            args.seed)
         try:
-            targets += train_on_sets(args, precision, inputs, list(threats), data, results)
+            for one in inputs:
+                if one.synset:
+                    folder = results.folder / "networks"
+                    targets += targets_from_synset(one, data, folder, plan)
             evaluate(args, targets, threats, data, micro_batch, results)
         except (KeyboardInterrupt, Interrupted):
             distributed.print_rank0(f"{results.folder} has the finished work; --resume goes on")
@@ -210,18 +212,16 @@ def check_limits(args, inputs, data):
 
 
 def choose_threats(names, data):
-    """{name: ThreatModel} of these names; without names, of all that the data set allows."""
-    if not names and data.num_classes < PUBLISHED_CLASSES:
-        names = ["pixel"]
-    threats = {}
-    for name in names or THREAT_MODELS:
+    """{name: ThreatModel}; without names, of all that the data set allows."""
+    if not names:
+        names = THREAT_MODELS if data.num_classes >= PUBLISHED_CLASSES else ["pixel"]
+    for name in names:
         check_threat_model(name, data)
-        threats[name] = get_threat_model(name, data)
-    return threats
+    return {name: get_threat_model(name, data) for name in names}
 
 
 def check_inputs(args, inputs, data):
-    """Normalise `data` as the inputs are, check and print these. Returns the networks' targets."""
+    """Check and print the inputs, and let `data` normalise as they do. Returns the networks."""
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
     targets = []
     for one in inputs:
@@ -240,36 +240,24 @@ def network_normalisation(args, channels):
     """(mean, std) of --network_mean and --network_std, for each channel; None without them."""
     if args.network_mean is None:
         return None
-    mean, std = (value * channels if len(value) == 1 else value
-                 for value in (args.network_mean, args.network_std))
-    if not len(mean) == len(std) == channels:
+    given = [value * channels if len(value) == 1 else value
+             for value in (args.network_mean, args.network_std)]
+    if any(len(value) != channels for value in given):
         raise InputError("--network_mean, --network_std: one number, or one for each of "
                          f"{channels} channel(s)")
-    return mean, std
-
-
-def train_on_sets(args, precision, inputs, threat_names, data, results):
-    """The networks trained on the sets among the inputs."""
-    plan = TrainingPlan(protocol(args), args.num_eval, args.labels, args.images,
-                        threat_names if args.adv_train else [None], precision, args.compile,
-                        args.seed)
-    folder, targets = results.folder / "networks", []
-    for one in inputs:
-        if one.synset:
-            targets += targets_from_synset(one, data, folder, plan)
-    if precision != args.attack_precision:
-        stop_compiling()
-    return targets
+    return given
 
 
 def evaluate(args, targets, threats, data, micro_batch, results):
     """Attack all networks, check them, and write tables and plots."""
     for target in targets:
         results.register(target)
+    if compilation.precision() != args.attack_precision:
+        compilation.stop_compiling()
+    compilation.set_precision(args.attack_precision)  # accuracies are in fp32: see run_slice
     test = data.get_batch("test", slice(args.limit or None))
-    set_precision(args.attack_precision)  # accuracies are in fp32: see run_slice
     run_attacks(args, targets, threats, test, data, micro_batch, results)
-    set_precision("fp32")
+    compilation.set_precision("fp32")
     if args.sanity:
         attacked = [(name, target) for name in threats
                     for target in crafting_targets(args, targets, name)]
@@ -289,30 +277,33 @@ def evaluate(args, targets, threats, data, micro_batch, results):
 
 
 # ---------------------------------------------------------------------------------------- attacks
+def under(threat, targets):
+    """The networks that are evaluated under a threat model."""
+    return [target for target in targets if target.threat in (None, threat)]
+
+
 def crafting_targets(args, targets, threat):
     """The networks that are attacked under a threat model."""
-    return [target for target in targets if target.threat in (None, threat)
-            and (not args.craft_on or target.method in args.craft_on)]
+    return [target for target in under(threat, targets)
+            if not args.craft_on or target.method in args.craft_on]
 
 
 def plan_tasks(args, targets, threats):
     """{Task: networks to evaluate on, the attacked one first}; quick attacks come first."""
     plan = {}
     for control, threat in itertools.product(CONTROLS, threats):
-        for target in targets:
-            if target.threat in (None, threat):
-                plan[Task(target.name, threat, control)] = [target]
+        for target in under(threat, targets):
+            plan[Task(target.name, threat, control)] = [target]
     both = args.targeted == args.untargeted
     for attack, spec in ATTACKS.items():
-        forms = [True] if spec.targetable and (both or args.targeted) else []
-        forms += [False] if both or args.untargeted else []
         if attack not in args.attacks:
             continue
+        forms = [True] if spec.targetable and (both or args.targeted) else []
+        forms += [False] if both or args.untargeted else []
         for threat, targeted in itertools.product(threats, forms):
             crafting = crafting_targets(args, targets, threat)
             for eps, target in itertools.product(radii(args, attack, threats[threat]), crafting):
-                others = [other for other in targets
-                          if other is not target and other.threat in (None, threat)]
+                others = [other for other in under(threat, targets) if other is not target]
                 task = Task(target.name, threat, attack, targeted, eps)
                 plan[task] = [target, *others] if args.transfer else [target]
     return plan
@@ -337,28 +328,24 @@ def attack_options(args, attack):
 
 
 def typical_cost(args, attack):
-    """Forward-backward passes an image, for estimates; of early-stopping attacks a rough guess."""
+    """Forward-backward passes an image; a rough guess for attacks that stop early."""
     square = 0.5 * FORWARD * args.queries
-    costs = {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
-             "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
-             "SPSA": 256 * FORWARD * args.spsa_steps}
-    return costs.get(attack, FORWARD)
+    return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
+            "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
+            "SPSA": 256 * FORWARD * args.spsa_steps}.get(attack, FORWARD)
 
 
 def run_attacks(args, targets, threats, test, data, micro_batch, results):
-    """Run all tasks that have no results yet, slice by slice of the test images."""
+    """Run the tasks that have no results yet, slice by slice of the test images."""
     plan = plan_tasks(args, targets, threats)
     waiting = [task for task, evaluated in plan.items() if not results.has(task, evaluated)]
     # The interrupted task goes first: the next one overwrites its slices.
     waiting.sort(key=lambda task: vars(task) != results.unfinished["job"])
-    slices, cost = {}, 0
-    for task in waiting:
-        n = min(len(test[1]), args.aa_limit or len(test[1])) if task.attack == "AA" else None
-        size = 4 * SLICE if task.attack in ATTACKS and ATTACKS[task.attack].batches else SLICE
-        slices[task] = list(zip(*(tensor[:n].split(size) for tensor in test)))
-        cost += typical_cost(args, task.attack) * len(test[1][:n])
+    slices = {task: cut(args, task.attack, test) for task in waiting}
+    sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:
         compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
+    cost = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
     seconds = cost / forward_backward_rate(targets[0].net, data) / distributed.world_size()
     distributed.print_rank0(
         f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of "
@@ -370,29 +357,30 @@ def run_attacks(args, targets, threats, test, data, micro_batch, results):
         if task not in warm:
             warm_up(plan[task][0].net, slices[task][0][0][:micro_batch])
             warm.add(task)
-        threat = threats[task.threat_model]
-        return run_slice(task, number, *slices[task][number], plan[task], threat,
-                         micro_batch, args.seed, attack_options(args, task.attack))
+        threat, options = threats[task.threat_model], attack_options(args, task.attack)
+        return run_slice(task, number, *slices[task][number], plan[task], threat, micro_batch,
+                         args.seed, options)
 
-    sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     run_tasks({task: (plan[task], sizes[task]) for task in waiting}, work, results)
+
+
+def cut(args, attack, test):
+    """The test images of an attack, in slices: [(images, labels), ...]."""
+    size = 4 * SLICE if attack in ATTACKS and ATTACKS[attack].batches else SLICE
+    limit = args.aa_limit or None if attack == "AA" else None
+    return list(zip(*(tensor[:limit].split(size) for tensor in test)))
 
 
 def compile_attacks(args, tasks, targets, n, data, micro_batch):
     """Compile for the attacks that take whole batches, if there are enough of them."""
+    batch = min(micro_batch, SLICE)
     for model in dict.fromkeys(target.model for target in targets):
         nets = {target.name: target.net for target in targets if target.model == model}
-        attacked = scored = 0  # images, with and without gradients
-        for task in tasks:
-            if task.crafted_on not in nets:
-                continue
-            if task.attack not in ("Square", "SPSA"):
-                attacked += n * typical_cost(args, task.attack)
-            if task.attack in ("AA", "Square"):
-                fab = 3 * args.aa_iterations if task.attack == "AA" else 0
-                scored += n * FORWARD * (0.2 * args.queries + fab)
-        batch = min(micro_batch, SLICE)
-        planned = {"attacked": {batch: attacked}, "scored": {batch: scored}}
+        names = [task.attack for task in tasks if task.crafted_on in nets]
+        attacked = sum(typical_cost(args, name) for name in names if name not in QUERY)
+        scored = sum(0.2 * args.queries + (3 * args.aa_iterations if name == "AA" else 0)
+                     for name in names if name in ("AA", "Square"))
+        planned = {"attacked": {batch: n * attacked}, "scored": {batch: n * FORWARD * scored}}
         compile_planned(next(iter(nets.values())), data, planned, distributed.print_rank0)
 
 
@@ -426,7 +414,7 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
         x_adv, linf, l2 = craft(x, labels)
         again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, micro_batch)
         if again.any():
-            with disable_bf16():
+            with compilation.disable_bf16():
                 x_adv[again], linf[again], l2[again] = craft(x[again], labels[again])
     with torch.no_grad():
         correct = {own.name: count_correct(own)}
