@@ -425,11 +425,13 @@ def attack_with_norms(net, x, labels, threat, name="PGD", *, targeted=True, eps=
         tensors = [tensor[shard] for tensor in tensors]
     if spec.batches:
         options["batch"], micro_batch = micro_batch, max(len(x), 1)
+    # Where the operations repeat, CUDA graphs can replay them.
+    key = (name, id(threat), *sorted(options.items())) if spec.random_start else None
     was_training, results = net.training, []
     net.eval()
     with freeze_parameters(net):
         for parts in zip(*(tensor.split(micro_batch) for tensor in tensors)):
-            results.append(_attack_batch(spec, net, threat, counter, options, *parts))
+            results.append(_attack_batch(spec, net, threat, counter, options, key, *parts))
     net.train(was_training)
     return tuple(torch.cat(part) for part in zip(*results))
 
@@ -453,16 +455,13 @@ def _attack_options(spec, name, threat, targeted, eps, generator, options):
     return options
 
 
-def _attack_batch(spec, net, threat, counter, options, x, goal, *noise):
+def _attack_batch(spec, net, threat, counter, options, key, x, goal, *noise):
     """Attack and check one batch. Returns what `attack_with_norms` does."""
     def run(net, z, goal, *noise):
         def model(z):
             return forward(net, threat.decode(z))
         return spec.run(counter.wrap(model) if counter else model, z, goal, *noise, **options),
 
-    key = None  # where the operations repeat, CUDA graphs can replay them
-    if spec.random_start:
-        key = spec.run, id(threat), *sorted(options.items())
     z = threat.encode(x)
     (z_adv,) = graphed_call(run, key, net, z, goal, *noise)
     norms = check_perturbation(z, z_adv, spec.norm, options.get("eps"), spec.keeps_failed_input)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 import utils
 from attacks import attack, get_threat_model
 from formats.network_file import load_into
+from formats.synset_file import SyntheticSet
 from networks import network_for
 from runtime import distributed
 from runtime.compilation import set_precision
@@ -45,9 +46,9 @@ class TargetModel:
 class TrainingPlan:
     """How networks are trained on sets.
 
-    given: options of utils.train_on_set, None where the set's recipe decides. num_eval: networks a
-    set. labels: "own", "hard" or both. images: what the images of the sets are, if the user says
-    so. threats: threat models of the adversarial training; (None,): natural training.
+    given: options of utils.train_on_set, None where the recipe of a set decides. num_eval: networks
+    a set. labels: "own", "hard" or both. images: "normalised" or "pixels", if the user says so.
+    threats: names of threat models to train under; [None]: natural training.
     """
 
     given: dict
@@ -70,9 +71,7 @@ def target_from_network(source, data):
 
 @torch.no_grad()
 def check_normalisation(target, data):
-    """A list with a warning if another common normalisation gives a network a much higher
-    accuracy: then it was probably trained with that. Else an empty list.
-    """
+    """[a warning] if a network is much better with another common normalisation, else []."""
     pixels = data.images["test"][:NORMALISATION_IMAGES].float() / 255
     labels = data.labels["test"][:NORMALISATION_IMAGES]
 
@@ -90,9 +89,8 @@ def check_normalisation(target, data):
 
 
 def targets_from_synset(source, data, folder, plan):
-    """The networks of an Input that is a set. Those that `folder` lacks are trained first, each by
-    the next free process. Returns a list of TargetModel. Raises InputError if a network in
-    `folder` was trained otherwise.
+    """The TargetModels of an Input that is a set. Those that `folder` lacks are trained first, each
+    by the next free process. Raises InputError if one in `folder` was trained otherwise.
     """
     folder.mkdir(exist_ok=True)
     file = source.synset
@@ -124,12 +122,10 @@ def targets_from_synset(source, data, folder, plan):
 
 
 def _plan_set(source, index, data, folder, training, plan):
-    """The networks of one set of a file: yields (TargetModel, the SyntheticSet to train on, key of
-    the random generators).
-    """
+    """Yields (TargetModel, SyntheticSet to train on, key of its seeds) for one set of a file."""
     file = source.synset
     synset = file.sets[index]
-    synset = type(synset)(*(x if x is None else x.to(data.device) for x in synset))
+    synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in synset))
     ipc = len(synset.labels) // data.num_classes
     if file.derived and "own" not in plan.labels:
         raise InputError(f"{source.path} has soft labels only, no classes; leave out --labels hard")

@@ -1,7 +1,7 @@
 """AutoAttack and Square from the package pyautoattack: silent, and seeded by our generators.
 
-FAB projects every image onto a hyperplane in every iteration. The package sorts the pixels for
-that, half the time of AutoAttack on a CPU; `project_linf` finds the same point without sorting.
+FAB sorts the pixels of every image in every iteration to project it onto a hyperplane, half the
+time of AutoAttack on a CPU; `project_linf` finds the same point without sorting.
 """
 import logging
 from contextlib import contextmanager, nullcontext
@@ -25,10 +25,9 @@ def project_linf(points, w, b):
     """The least L-inf change that brings each point onto the hyperplane w . x = b, or as close as
     the box [0, 1] allows. points, w: (N, D); b: (N,). Returns (N, D).
 
-    Each coordinate moves towards the plane by `step`, at most to the border of the box. `step`
-    solves sum |w| min(step, room) = distance. The sum is concave and piecewise linear, so Newton's
-    method from below never overshoots and ends after at most D steps.
-    Source: Croce and Hein 2020 (FAB), section 2.2.
+    Each coordinate moves by `step`, at most to the border of the box. Newton's method solves
+    sum |w| min(step, room) = distance; the sum is concave and piecewise linear, so it never
+    overshoots. Source: Croce and Hein 2020 (FAB), section 2.2.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
     upwards = (w < 0) == (residual >= 0)  # the coordinates that grow
@@ -56,9 +55,7 @@ def draw_seed(generator):
 
 @contextmanager
 def patched(device):
-    """Inside, FAB uses `project_linf`, and the global generators, which pyautoattack seeds, are put
-    back at the end.
-    """
+    """Let FAB use `project_linf`, and put back the global generators, which pyautoattack seeds."""
     from pyautoattack import fab_base
     cuda, theirs = device.type == "cuda", fab_base.projection_linf
     fab_base.projection_linf = project_linf

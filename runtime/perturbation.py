@@ -1,4 +1,4 @@
-"""The check of every adversarial example: is it an image, and as close to the original as claimed?"""
+"""The check that an attack returned images, as close to the originals as it claims."""
 import math
 from contextlib import contextmanager
 
@@ -10,15 +10,13 @@ _deferred = None  # the DeferredChecks inside `deferred_checks`
 
 
 class DeferredChecks:
-    """Extremes of attacks that were not read yet: reading them makes the host wait for the device."""
+    """Extremes of attacks, not read yet: reading makes the host wait for the device."""
 
     def __init__(self):
         self.found, self.allowed = [], []
 
     def read(self, values=()):
-        """Read the extremes and `values`, () tensors, in one transfer. Returns the values as floats.
-        Raises as `check_perturbation` does.
-        """
+        """Check the extremes. Returns `values`, () tensors, as floats: one transfer for all."""
         tensors = [*self.found, *(value.detach().view(1) for value in values)]
         found = torch.cat(tensors).tolist() if tensors else []
         for k, (norm, eps) in enumerate(self.allowed):
@@ -30,7 +28,7 @@ class DeferredChecks:
 
 @contextmanager
 def deferred_checks():
-    """Checks inside are read together: by `read` of the yielded DeferredChecks, or at the end."""
+    """Checks inside wait for `read` of the yielded DeferredChecks, or for the end."""
     global _deferred
     _deferred = checks = DeferredChecks()
     try:
@@ -44,9 +42,9 @@ def check_perturbation(x, x_adv, norm, eps, keeps_failed_input=False):
     """Check that x_adv is finite, inside [0, 1] and within eps of the clamped x.
 
     x, x_adv: (N, C, H, W), attack space. norm: "Linf" or "L2", of eps; eps None: no bound.
-    keeps_failed_input: an image equal to its original passes, and counts as unchanged.
+    keeps_failed_input: an image equal to its original passes, wherever it lies.
     Returns the L-inf and the L2 change of each image, (N,). Raises FloatingPointError if x_adv is
-    not finite, RuntimeError if it is out of bounds: a broken attack must never become a result.
+    not finite, RuntimeError if it is out of bounds.
     """
     change = x_adv - x.clamp(0, 1)
     if keeps_failed_input:

@@ -58,7 +58,7 @@ class PassCounter:
 
 
 def warm_up(net, images):
-    """Run a forward pass, on a GPU also a backward pass, before a timer starts."""
+    """Run a forward pass, on a GPU also a backward pass, that no timer sees."""
     x = images.clone().requires_grad_(images.device.type != "cpu")
     with torch.set_grad_enabled(x.requires_grad):
         logits = forward(net, x)
@@ -99,11 +99,11 @@ def run_tasks(plan, work, results):
 
 
 class Results:
-    """results.json and, for an interrupted task, unfinished.json. Both are replaced as a whole.
+    """results.json and, for an interrupted task, unfinished.json. All processes hold the content;
+    the first one writes.
 
-    All processes hold the content; the first one writes. flags: {name: value}, with the dataset
-    and the seed. resume: go on with the file in `folder`. may_change: names of flags that may
-    differ then. check_rows: raises ValueError, KeyError or TypeError for damaged rows.
+    flags: {name: value}. resume: go on with the file in `folder`. may_change: flags that may differ
+    then. check_rows: raises ValueError, KeyError or TypeError for damaged rows.
     """
 
     def __init__(self, folder, flags, device, resume, may_change, check_rows):
@@ -178,7 +178,7 @@ class Results:
         return {target.name for target in targets} <= found
 
     def finished_slices(self, task, targets, sizes):
-        """The slices of an interrupted task, if the same networks and slices were evaluated."""
+        """The slices of the task, if it was interrupted with the same networks and sizes."""
         unfinished, slices = self.unfinished, self.unfinished["slices"]
         same = (unfinished["job"] == vars(task)
                 and unfinished["evaluated_on"] == [target.name for target in targets]
@@ -194,19 +194,21 @@ class Results:
 
     def add(self, task, targets, slices):
         """Write the rows of a finished task, in place of earlier ones. Returns the first row."""
-        total = {key: sum(part[key] for part in slices)
-                 for key in ("n", "seconds", "forward", "backward")}
-        n = total["n"]
-        rows = [{"dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
-                 "crafted_on": task.crafted_on, "evaluated_on": target.name,
-                 "threat_model": task.threat_model, "attack": task.attack,
-                 "targeted": task.targeted, "eps": task.eps, "n": n,
-                 "accuracy": sum(part["correct"][target.name] for part in slices) / n,
-                 "seconds": round(total["seconds"], 3),
-                 "forward": total["forward"] / n, "backward": total["backward"] / n,
-                 "max_linf": max(part["max_linf"] for part in slices),
-                 "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]}
-                for target in targets]
+        def total(key):
+            return sum(part[key] for part in slices)
+
+        n, rows = total("n"), []
+        for target in targets:
+            correct = sum(part["correct"][target.name] for part in slices)
+            rows.append({
+                "dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
+                "crafted_on": task.crafted_on, "evaluated_on": target.name,
+                "threat_model": task.threat_model, "attack": task.attack,
+                "targeted": task.targeted, "eps": task.eps, "n": n, "accuracy": correct / n,
+                "seconds": round(total("seconds"), 3), "forward": total("forward") / n,
+                "backward": total("backward") / n,
+                "max_linf": max(part["max_linf"] for part in slices),
+                "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]})
         others = [row for row in self.content["rows"] if not task.matches(row)]
         self.content["rows"] = others + rows
         self.save()

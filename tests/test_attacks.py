@@ -431,6 +431,8 @@ def test_autoattack_and_square_equal_pyautoattack(digits_network, monkeypatch):
     def standard():
         with torch.random.fork_rng():
             theirs = AutoAttack(net, norm="Linf", eps=EPS, seed=seed, version="standard")
+            for part in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
+                part.n_iter = 20
             theirs.square.n_queries, theirs.square.resc_schedule = 100, True
             return theirs.run_standard_evaluation(x, labels, batch_size=10)[0]
 
@@ -439,7 +441,7 @@ def test_autoattack_and_square_equal_pyautoattack(digits_network, monkeypatch):
         patch.setattr(fab_base, "projection_linf", project_linf)
         theirs_with_our_projection = standard()
     state = torch.get_rng_state()
-    ours = autoattack(net, x, labels, eps=EPS, queries=100, generator=seeded(5))
+    ours = autoattack(net, x, labels, eps=EPS, iterations=20, queries=100, generator=seeded(5))
     assert torch.equal(ours, theirs_with_our_projection)
     assert (ours - theirs).abs().max() <= 1e-5
     for targeted in (False, True):

@@ -53,8 +53,8 @@ def test_attacks_by_recordings_of_another_network(recorded, threat_model):
         attacked(nets[0], data, threat, eps=4 / 255)  # what a recording depends on
         attacked(nets[0], data, threat, targeted=False)
         assert len(recorded) == 6
-        attacked(nets[0], data, threat, attack="FGSM")
-        attacked(nets[0], data, threat, attack="CW", targeted=False)  # whose passes depend on the images
+        attacked(nets[0], data, threat, name="FGSM")
+        attacked(nets[0], data, threat, name="CW", targeted=False)  # whose passes depend on the images
         assert len(recorded) == 6
     attacked(nets[0], data, threat)
     assert len(recorded) == 6 and not any(parameter.grad is not None for net in nets for parameter in net.parameters())
