@@ -184,15 +184,16 @@ def main():
     check = functools.partial(check_rows, attacks=ATTACKS, threat_models=THREAT_MODELS)
     with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE, check)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
-            str(one.path): {"taken_as": one.taken_as, "warnings": one.warnings} for one in inputs}}
+            str(source.path): {"taken_as": source.taken_as, "warnings": source.warnings}
+            for source in inputs}}
         plan = TrainingPlan(protocol(args), args.num_eval, args.labels, args.images,
                             list(threats) if args.adv_train else [None], precision, args.compile,
                             args.seed)
         try:
-            for one in inputs:
-                if one.synset:
+            for source in inputs:
+                if source.synset:
                     folder = results.folder / "networks"
-                    targets += targets_from_synset(one, data, folder, plan)
+                    targets += targets_from_synset(source, data, folder, plan)
             evaluate(args, targets, threats, data, micro_batch, results)
         except (KeyboardInterrupt, Interrupted):
             distributed.print_rank0(f"{results.folder} has the finished work; --resume goes on")
@@ -205,7 +206,7 @@ def check_limits(args, inputs, data):
     for flag, limit in (("limit", args.limit), ("aa_limit", args.aa_limit)):
         if limit > count:
             raise InputError(f"--{flag} {limit} is more than the {count} test images")
-    methods = list(dict.fromkeys(one.method for one in inputs))
+    methods = list(dict.fromkeys(source.method for source in inputs))
     if not set(args.craft_on) <= set(methods):
         raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are "
                          f"{', '.join(methods)}")
@@ -224,14 +225,14 @@ def check_inputs(args, inputs, data):
     """Check and print the inputs, and let `data` normalise as they do. Returns the networks."""
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
     targets = []
-    for one in inputs:
-        utils.check_network(one.model, data)
-        if not one.synset:
-            targets.append(target_from_network(one, data))
-            one.warnings += check_normalisation(targets[-1], data)
-        understand(one, data, args.images)
-        distributed.print_rank0(f"{one.path} taken as: {one.taken_as}")
-        for warning in one.warnings:
+    for source in inputs:
+        utils.check_network(source.model, data)
+        if not source.synset:
+            targets.append(target_from_network(source, data))
+            source.warnings += check_normalisation(targets[-1], data)
+        understand(source, data, args.images)
+        distributed.print_rank0(f"{source.path} taken as: {source.taken_as}")
+        for warning in source.warnings:
             distributed.print_rank0(f"warning: {warning}")
     return targets
 
@@ -260,7 +261,7 @@ def evaluate(args, targets, threats, data, micro_batch, results):
     compilation.set_precision("fp32")
     if args.sanity:
         attacked = [(name, target) for name in threats
-                    for target in crafting_targets(args, targets, name)]
+                    for target in attacked_targets(args, targets, name)]
         run_sanity(attacked, threats, test, data, results, args.seed)
 
     content = results.content
@@ -282,7 +283,7 @@ def under(threat, targets):
     return [target for target in targets if target.threat in (None, threat)]
 
 
-def crafting_targets(args, targets, threat):
+def attacked_targets(args, targets, threat):
     """The networks that are attacked under a threat model."""
     return [target for target in under(threat, targets)
             if not args.craft_on or target.method in args.craft_on]
@@ -301,8 +302,8 @@ def plan_tasks(args, targets, threats):
         forms = [True] if spec.targetable and (both or args.targeted) else []
         forms += [False] if both or args.untargeted else []
         for threat, targeted in itertools.product(threats, forms):
-            crafting = crafting_targets(args, targets, threat)
-            for eps, target in itertools.product(radii(args, attack, threats[threat]), crafting):
+            attacked = attacked_targets(args, targets, threat)
+            for eps, target in itertools.product(radii(args, attack, threats[threat]), attacked):
                 others = [other for other in under(threat, targets) if other is not target]
                 task = Task(target.name, threat, attack, targeted, eps)
                 plan[task] = [target, *others] if args.transfer else [target]
@@ -388,16 +389,16 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
     """Attack one slice of the test images and evaluate it.
 
     targets: the networks to evaluate on, the attacked one first. options: of the attack.
-    Returns numbers: correct (by network), n, seconds (of the attack, and of the evaluation on the
+    Returns numbers: correct (by network), n, seconds (of the attack and of the evaluation of the
     attacked network), forward and backward passes (in images), max_linf, max_l2 (attack space).
     """
-    own, *others = targets
+    attacked, *others = targets
     counter = PassCounter()
     rng = make_generator(seed, *map(str, vars(task).values()), number, device=x.device)
 
-    def craft(x, labels):
+    def run_attack(x, labels):
         return attack_with_norms(
-            own.net, x, labels, threat, task.attack, targeted=task.targeted, eps=task.eps,
+            attacked.net, x, labels, threat, task.attack, targeted=task.targeted, eps=task.eps,
             generator=rng, micro_batch=micro_batch, counter=counter, **options)
 
     def count_correct(target):  # by the network itself, not `forward`: in fp32
@@ -411,13 +412,13 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
     elif task.attack == "Clamp-only":
         x_adv = threat.clamp_only(x)
     else:
-        x_adv, linf, l2 = craft(x, labels)
-        again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, micro_batch)
+        x_adv, linf, l2 = run_attack(x, labels)
+        again = utils.wrong_in_bf16_alone(attacked.net, x_adv, labels, micro_batch)
         if again.any():
             with compilation.disable_bf16():
-                x_adv[again], linf[again], l2[again] = craft(x[again], labels[again])
+                x_adv[again], linf[again], l2[again] = run_attack(x[again], labels[again])
     with torch.no_grad():
-        correct = {own.name: count_correct(own)}
+        correct = {attacked.name: count_correct(attacked)}
         seconds = time.perf_counter() - start
         correct |= {target.name: count_correct(target) for target in others}
     return {"correct": correct, "n": len(labels), "seconds": seconds, "forward": counter.forward,

@@ -85,7 +85,8 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
     wanted = {(net, threat, *form) for net in networks for threat in ("published", "pixel")
               for form in [*forms, *((control, None) for control in CONTROLS)]}
     assert len(rows) == len(wanted)
-    assert {(r["crafted_on"], r["threat_model"], r["attack"], r["targeted"]) for r in rows} == wanted
+    keys = ("crafted_on", "threat_model", "attack", "targeted")
+    assert {tuple(row[key] for key in keys) for row in rows} == wanted
 
     images, labels = digits.get_batch("test", slice(40))
     for row in rows:
@@ -222,7 +223,7 @@ def test_packing_and_adversarial_training(digits, digits_set, tmp_path, monkeypa
         ("PGD-published", "published"), ("PGD-pixel", "pixel")}
 
 
-# ---------------------------------------------------------------------------------- interrupted runs
+# -------------------------------------------------------------------------------- interrupted runs
 def strip(rows):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
