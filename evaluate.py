@@ -1,344 +1,428 @@
-"""The robustness benchmark: attack networks, or networks trained on synthetic sets, under two threat models.
+"""The robustness benchmark: attack networks, or networks trained on synthetic sets.
 
     python evaluate.py --synset result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --out result/rome10
-    python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000 --out result/bacon
+    python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000
 
-Writes results.json (every figure), results.md and pictures into --out. A run that was killed goes on with --resume.
-Source: attacks and metrics of the BEARD benchmark (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
+Writes results.json, results.md and plots into --out; --resume goes on with a killed run.
+Source: BEARD (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
 """
 import argparse
+import functools
 import itertools
 import time
 from contextlib import closing
 from importlib.util import find_spec
 
 import torch
-from tqdm import tqdm
 
 import utils
-from attacks import ATTACKS, PGD_STEPS, PUBLISHED_CLASSES, THREAT_MODELS, check_threat_model, craft, get_threat_model
+from attacks import (ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms,
+                     check_threat_model, get_threat_model)
 from augment import parse_dsa_strategy
-from runtime import distributed
-from runtime.progress import duration
-from runtime.command_line import add_dataset_flag, add_switch, at_least, fraction, method_name, run_script
 from datasets import dataset_name, load_dataset
-from runtime.device import device_name, get_device, synchronise
-from runtime.compilation import PRECISIONS, resolve_precision, disable_bf16, set_precision, stop_compiling
-from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
-from runtime.tasks import Job, PassCounter, Results, run_tasks, warm_up
-from reporting.plots import draw_results
-from runtime.cost import FORWARD, compile_planned, forward_backward_rate
-from runtime.measures import CONTROLS, HEADLINE_EPS
-from runtime.safe_io import InputError, write_text
-from runtime.checkpoint import Interrupted
-from runtime.seeding import make_generator
+from formats.inputs import choose_dataset, choose_normalisation, read_inputs, understand
 from formats.synset_file import PACKS, SPACES
-from reporting.metrics import QUERY, WHITE_BOX, metrics_of, transfer_of
-from reporting.records import check_rows
-from reporting.results_md import results_markdown
 from networks import NETWORKS
+from reporting.plots import draw_results
+from reporting.records import check_rows
+from reporting.tables import results_markdown
+from runtime import compilation, distributed
+from runtime.checkpoint import Interrupted
+from runtime.command_line import (add_dataset_flag, add_switch, at_least, fraction, method_name,
+                                  run_script)
+from runtime.cost import FORWARD, compile_planned, forward_backward_rate
+from runtime.device import choose_micro_batch, device_name, get_device, synchronise
+from runtime.measures import CONTROLS, HEADLINE_EPS
+from runtime.progress import duration
+from runtime.safe_io import InputError, write_text
+from runtime.seeding import make_generator
+from runtime.tasks import PassCounter, Results, Task, run_tasks, warm_up
 from sanity import run_sanity
-from synsets import LR_SCHEDULES, PROTOCOL
-from target_models import check_normalisation, target_from_network, targets_from_synset
+from synsets import LR_SCHEDULES, PROTOCOL, protocol
+from target_models import (TrainingPlan, check_normalisation, target_from_network,
+                           targets_from_synset)
+from utils import QUERY, WHITE_BOX
 
-SLICE = 256  # images between two saves; four times as many of an attack that fills its batches anew: full to the last images
-REFILLED = [name for name, attack in ATTACKS.items() if attack.batches]
-# Flags that a resumed run may change: they add work and leave what is done as it is.
-MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted", "untargeted", "eps", "query",
-              "transfer", "craft_on", "sanity", "crei_weight", "compile")
+SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
+# A resumed run may change these: they add work and leave finished work as it is.
+MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted",
+              "untargeted", "eps", "query", "transfer", "craft_on", "sanity", "crei_weight",
+              "compile")
 
 
+# ------------------------------------------------------------------------------------------ flags
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what = parser.add_argument_group("what is attacked")
-    add = what.add_argument
-    add("--synset", nargs="+", default=[], metavar="FILE", help="synthetic sets, files or folders: fresh networks are trained "
-        "on each (docs/foreign_files.md)")
-    add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
-    add_dataset_flag(what, None, "; default: what the files say, else CIFAR10")
-    add("--model", choices=NETWORKS, metavar="MODEL", help="default: what the files say, else ConvNet")
-    add("--method", nargs="+", default=[], metavar="NAME", type=method_name, help="a name for each file; default: what "
-        "the file says")
-    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--limit", type=at_least(0), default=0, metavar="N", help="the first N test images; 0: all")
-    add_switch(what, "zca", False, "what does not say so itself is of ZCA-whitened images")
-    add("--network_mean", nargs="+", type=float, metavar="M", help="networks that were trained on images normalised otherwise: "
-        "the mean, one number or one a channel (0 with --network_std 1: on pixels in [0, 1])")
-    add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S", help="and the standard deviation")
-
-    training = parser.add_argument_group("training on a set")
-    add = training.add_argument
-    add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
-    add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K", help="sets that do not say so "
-        "themselves hold K x K sub-images in each image; without a number 2")
-    add("--images", choices=SPACES, help="what the images of the sets are; default: bytes are pixels, floats normalised")
-    add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"], help="of a set with soft labels: train on "
-        "those, or on the classes alone")
-    said = "what the set's recipe says, else"
-    add("--epoch_eval_train", type=at_least(1), help=f"epochs; default: {said} {PROTOCOL['epochs']}")
-    add("--batch_train", type=at_least(1), help=f"batch; default: {said} {PROTOCOL['batch_train']}")
-    add("--lr_net", type=at_least(0, float), help=f"learning rate; default: {said} {PROTOCOL['lr_net']}")
-    add("--dsa_strategy", help=f"augmentations joined by '_', or none; default: {said} {PROTOCOL['dsa_strategy']}")
-    add("--lr_schedule", choices=LR_SCHEDULES, help=f"default: {said} {PROTOCOL['lr_schedule']}")
-    add("--label_temperature", type=at_least(0.01, float), help=f"of soft labels; default: {said} {PROTOCOL['temperature']}")
-    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32", help="of this training")
-    add("--adv_train", action="store_true", help="train adversarially (PGD), once for each threat model")
-
-    attack = parser.add_argument_group("attacks")
-    add = attack.add_argument
-    add("--threat_model", nargs="+", choices=THREAT_MODELS, help=f"default: all that the number of classes allows ("
-        f"published: at least {PUBLISHED_CLASSES})")
-    add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
-        help=f"of {', '.join(ATTACKS)}")
-    add("--query", action="store_true", help=f"the query attacks as well: {', '.join(QUERY)}")
-    add("--targeted", action="store_true", help="the targeted form only; default: both where there are both")
-    add("--untargeted", action="store_true", help="the untargeted form only")
-    add("--eps", nargs="+", type=at_least(0, float), default=[], metavar="E",
-        help="radii in 1/255, of the norm of each attack; default: 8 (L-inf), 128 (L2); under pixel AA at 2, 4 and 8")
-    add("--transfer", action="store_true", help="evaluate all networks on what was crafted on each")
-    add("--craft_on", nargs="+", default=[], metavar="METHOD", help="craft on the networks of these methods only")
-    add("--aa_iterations", type=at_least(1), default=100, help="of AutoAttack's components (the published benchmark: 10)")
-    add("--aa_limit", type=at_least(0), default=0, metavar="N", help="AA on the first N test images only; 0: on all")
-    add("--queries", type=at_least(1), default=5000, help="of Square, alone and in AutoAttack")
-    add("--attack_precision", choices=("fp32", "bf16"), default="fp32", help="what attacks compute in; accuracies "
-        "are judged in fp32 (docs/evaluate.md)")
-    add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
-    add_switch(attack, "sanity", True, "check every network for signs of a broken evaluation")
-
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_input_flags(parser.add_argument_group("what is attacked"))
+    add_training_flags(parser.add_argument_group("training on a set"))
+    add_attack_flags(parser.add_argument_group("attacks"))
     run = parser.add_argument_group("the run")
     add = run.add_argument
     add("--out", default="./result/evaluation", metavar="DIR", help="folder for the results")
     add("--resume", action="store_true", help="go on with the results in --out")
-    add("--seed", type=at_least(0), default=0, help="governs everything that is random")
+    add("--seed", type=at_least(0), default=0, help="of all random generators")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add_switch(run, "compile", True, "torch.compile for the batches of which there are enough to pay for it")
+    add_switch(run, "compile", True, "torch.compile where enough batches pay for it")
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     args = parser.parse_args(argv)
+    if args.query:
+        args.attacks += QUERY
+    for name in ("attacks", "threat_model", "eps", "labels"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
+    check_flags(parser, args)
+    return args
 
+
+def add_input_flags(group):
+    add = group.add_argument
+    add("--synset", nargs="+", default=[], metavar="FILE",
+        help="synthetic sets, files or folders, to train networks on (docs/foreign_files.md)")
+    add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
+    add_dataset_flag(group, None, "; default: what the files say, else CIFAR10")
+    add("--model", choices=NETWORKS, metavar="MODEL",
+        help="default: what the files say, else ConvNet")
+    add("--method", nargs="+", default=[], metavar="NAME", type=method_name,
+        help="a name for each file; default: what the file says")
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--limit", type=at_least(0), default=0, help="first N test images; 0: all")
+    add_switch(group, "zca", False, "ZCA-whitened images, where a file does not say so")
+    add("--network_mean", nargs="+", type=float, metavar="M",
+        help="mean of the networks' images, one number or one a channel (pixels in [0, 1]: 0, with "
+        "--network_std 1)")
+    add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S",
+        help="standard deviation of the networks' images")
+
+
+def add_training_flags(group):
+    add, recipe = group.add_argument, "default: the set's recipe, else"
+    add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
+    add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K",
+        help="K x K sub-images in each image, where a file does not say so; no number: 2")
+    add("--images", choices=SPACES, help="default: bytes are pixels, floats are normalised")
+    add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"],
+        help="of sets with soft labels: train on those, or on the classes alone")
+    add("--epoch_eval_train", type=at_least(1), help=f"epochs; {recipe} {PROTOCOL['epochs']}")
+    add("--batch_train", type=at_least(1), help=f"{recipe} {PROTOCOL['batch_train']}")
+    add("--lr_net", type=at_least(0, float), help=f"{recipe} {PROTOCOL['lr_net']}")
+    add("--dsa_strategy",
+        help=f"augmentations joined by '_', or none; {recipe} {PROTOCOL['dsa_strategy']}")
+    add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {PROTOCOL['lr_schedule']}")
+    add("--label_temperature", type=at_least(0.01, float),
+        help=f"of soft labels; {recipe} {PROTOCOL['temperature']}")
+    add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32",
+        help="of this training")
+    add("--adv_train", action="store_true", help="train adversarially, for each threat model")
+
+
+def add_attack_flags(group):
+    add = group.add_argument
+    add("--threat_model", nargs="+", choices=THREAT_MODELS,
+        help=f"default: both; only pixel below {PUBLISHED_CLASSES} classes")
+    add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
+        help=f"of {', '.join(ATTACKS)}")
+    add("--query", action="store_true", help=f"also the query attacks: {', '.join(QUERY)}")
+    add("--targeted", action="store_true", help="targeted attacks only; default: both forms")
+    add("--untargeted", action="store_true", help="untargeted attacks only")
+    add("--eps", nargs="+", type=at_least(0, float), default=[],
+        help="radii in 1/255; default: 8 (L-inf), 128 (L2), AA under pixel 2, 4 and 8")
+    add("--transfer", action="store_true", help="evaluate examples of each network on all")
+    add("--craft_on", nargs="+", default=[], metavar="METHOD",
+        help="attack networks of these methods only")
+    add("--aa_iterations", type=at_least(1), default=100,
+        help="of AutoAttack's parts (published benchmark: 10)")
+    add("--aa_limit", type=at_least(0), default=0, help="AA on the first N test images; 0: all")
+    add("--queries", type=at_least(1), default=5000, help="of Square, also in AutoAttack")
+    add("--attack_precision", choices=("fp32", "bf16"), default="fp32",
+        help="of the attacks; accuracies are measured in fp32 (docs/robustness.md)")
+    add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
+    add_switch(group, "sanity", True, "check every network for signs of a broken evaluation")
+
+
+def check_flags(parser, args):
+    """End the script if flags contradict each other."""
     try:
         parse_dsa_strategy(args.dsa_strategy or "none")
     except ValueError as error:
         parser.error(str(error))
-    files = args.synset + args.networks
-    if not files:
-        parser.error("nothing to attack: give --synset or --networks")
-    if args.method and len(args.method) != len(files):
-        parser.error(f"--method has {len(args.method)} name(s) for {len(files)} file(s)")
-    if args.query:
-        args.attacks += [name for name in QUERY if name not in args.attacks]
-    if args.targeted and not args.untargeted and not any(ATTACKS[name].targetable for name in args.attacks):
-        parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
-    if args.eps and not any(ATTACKS[name].eps for name in args.attacks):
-        parser.error(f"{', '.join(args.attacks)}: no attack that --eps bounds")
-    if (args.network_mean is None) != (args.network_std is None):
-        parser.error("--network_mean and --network_std go together")
-    for name in ("attacks", "threat_model", "eps", "labels"):  # named twice is named once
-        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
-    return args
+    count, named = len(args.synset + args.networks), len(args.method)
+    specs, names = [ATTACKS[name] for name in args.attacks], ", ".join(args.attacks)
+    targeted = args.targeted and not args.untargeted
+    for wrong, message in (
+            (not count, "nothing to attack: give --synset or --networks"),
+            (named not in (0, count), f"--method has {named} name(s) for {count} file(s)"),
+            (targeted and not any(spec.targetable for spec in specs),
+             f"{names}: no targeted form; leave out --targeted"),
+            (args.eps and not any(spec.eps for spec in specs),
+             f"{names}: no attack that --eps bounds"),
+            ((args.network_mean is None) != (args.network_std is None),
+             "--network_mean and --network_std go together")):
+        if wrong:
+            parser.error(message)
 
 
-# ------------------------------------------------------------------------------------------------------------ the jobs
-def plan(args, targets, threats):
-    """All jobs, the quick attacks first, so that a table is soon there. threats: {name: ThreatModel}."""
-    forms = [form for form, asked in ((True, args.targeted), (False, args.untargeted)) if asked] or [True, False]
-    jobs = [Job(v.name, threat, attack) for attack in CONTROLS for threat in threats for v in targets
-            if v.threat in (None, threat)]
-    for attack, spec in ATTACKS.items():
-        if attack not in args.attacks:
-            continue
-        for threat, targeted in itertools.product(threats, forms if spec.targetable else [False] * (False in forms)):
-            radii = [None] if not spec.eps else [eps / 255 for eps in args.eps] or (
-                HEADLINE_EPS if attack == "AA" and threat == "pixel" else [spec.eps(threats[threat])])
-            jobs += [Job(v.name, threat, attack, targeted, eps) for eps in radii for v in crafting(args, targets, threat)]
-    return jobs
-
-
-def crafting(args, targets, threat):
-    """The networks that adversarial examples are crafted on."""
-    return [v for v in targets if v.threat in (None, threat) and (not args.craft_on or v.method in args.craft_on)]
-
-
-def evaluated(args, job, targets):
-    """The networks that a job's adversarial examples are evaluated on, the crafting one first."""
-    own = next(v for v in targets if v.name == job.crafted_on)
-    others = [v for v in targets if v is not own and v.threat in (None, job.threat_model)]
-    return [own] + (others if args.transfer and job.attack not in CONTROLS else [])
-
-
-def attack_options(args, attack):
-    """What the flags say to an attack; no random start in the grid (SPEC 3.2)."""
-    return {"PGD": {"random_start": False}, "AA": {"iterations": args.aa_iterations, "queries": args.queries},
-            "Square": {"queries": args.queries}, "SPSA": {"steps": args.spsa_steps}}.get(attack, {})
-
-
-def typical_cost(args, attack):
-    """Image-gradients that an image takes, for the estimate at the start; what gives up images early varies widely."""
-    return {"FGSM": 1, "PGD": PGD_STEPS, "PGD20": 2 * PGD_STEPS, "PGD_L2": PGD_STEPS, "CW": 60, "Deepfool": 12,
-            "AA": 10 * args.aa_iterations + 0.2 * FORWARD * args.queries, "Square": 0.5 * FORWARD * args.queries,
-            "SPSA": 256 * FORWARD * args.spsa_steps}.get(attack, FORWARD)
-
-
-# ---------------------------------------------------------------------------------------------------------- one attack
-def run_slice(job, number, x, labels, targets, threat, micro_batch, args):
-    """One slice of test images: attack, evaluate, measure.
-
-    targets: the networks to evaluate on, the crafting one first. micro_batch: images attacked at a time.
-    Returns plain numbers: right answers by evaluated network, n, seconds (attack, and evaluation on the crafting network),
-    forward and backward passes of the attack (in images), max_linf, max_l2 (attack space).
-    """
-    own, *others = targets
-    counter = PassCounter(own.net).eval()
-    rng = make_generator(args.seed, *map(str, vars(job).values()), number, device=x.device)
-    synchronise(x.device)
-    start = time.perf_counter()
-    linf = l2 = torch.zeros(1)
-    if job.attack == "Clean":
-        x_adv = x
-    elif job.attack == "Clamp-only":
-        x_adv = threat.clamp_only(x)
-    else:
-        options = {"targeted": job.targeted, "eps": job.eps, "generator": rng, "micro_batch": micro_batch}
-        options |= attack_options(args, job.attack)
-        x_adv, linf, l2 = craft(counter, x, labels, threat, job.attack, **options)
-        again = utils.wrong_in_bf16_alone(own.net, x_adv, labels, micro_batch)
-        if again.any():
-            with disable_bf16():
-                x_adv[again], linf[again], l2[again] = craft(counter, x[again], labels[again], threat, job.attack, **options)
-    with torch.no_grad():  # the networks as they are, not `forward`: in fp32
-        correct = {own.name: int((own.net(x_adv).argmax(1) == labels).sum())}  # to int: waits for the device
-        seconds = time.perf_counter() - start
-        correct |= {v.name: int((v.net(x_adv).argmax(1) == labels).sum()) for v in others}
-    return {"correct": correct, "n": len(labels), "seconds": seconds, "forward": counter.forward_passes,
-            "backward": counter.backward_passes, "max_linf": float(linf.max()), "max_l2": float(l2.max())}
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    if (args.sanity or {"AA", "Square"} & set(args.attacks)) and find_spec("pyautoattack") is None:
-        raise InputError("AA, Square and the sanity checks need the package pyautoattack; without it choose other --attacks, "
-                         "with --no_sanity")
-    resolve_precision(args, device := get_device(distributed.init(args)))
-    inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset, args.model,
-                         args.packed)
+    needs_package = args.sanity or {"AA", "Square"} & set(args.attacks)
+    if needs_package and find_spec("pyautoattack") is None:
+        raise InputError("AA, Square and the sanity checks need the package pyautoattack; without "
+                         "it choose other --attacks, with --no_sanity")
+    device = get_device(distributed.init(args))
+    precision = compilation.resolve_precision(args, device)
+    inputs = read_inputs(args, NETWORKS)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
-    data.micro_batch = distributed.run_on_rank0(lambda: data.micro_batch)  # another one draws other random numbers on CUDA
-    for flag in ("limit", "aa_limit"):
-        if getattr(args, flag) > len(data.labels["test"]):
-            raise InputError(f"--{flag} {getattr(args, flag)} is more than the {len(data.labels['test'])} test images")
-    methods = list(dict.fromkeys(one.method for one in inputs))
+    # The same for all processes: random starts on CUDA depend on it.
+    micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
+    check_limits(args, inputs, data)
+    threats = choose_threats(args.threat_model, data)
+    targets = check_inputs(args, inputs, data)
+
+    flags = {**vars(args), "dataset": data.name, "threat_model": list(threats)}
+    check = functools.partial(check_rows, attacks=ATTACKS, threat_models=THREAT_MODELS)
+    with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE, check)) as results:
+        results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
+            str(source.path): {"taken_as": source.taken_as, "warnings": source.warnings}
+            for source in inputs}}
+        plan = TrainingPlan(protocol(args), args.num_eval, args.labels, args.images,
+                            list(threats) if args.adv_train else [None], precision, args.compile,
+                            args.seed)
+        try:
+            for source in inputs:
+                if source.synset:
+                    folder = results.folder / "networks"
+                    targets += targets_from_synset(source, data, folder, plan)
+            evaluate(args, targets, threats, data, micro_batch, results)
+        except (KeyboardInterrupt, Interrupted):
+            distributed.print_rank0(f"{results.folder} has the finished work; --resume goes on")
+            raise
+
+
+def check_limits(args, inputs, data):
+    """Raise InputError for flags that this data set or these files cannot serve."""
+    count = len(data.labels["test"])
+    for flag, limit in (("limit", args.limit), ("aa_limit", args.aa_limit)):
+        if limit > count:
+            raise InputError(f"--{flag} {limit} is more than the {count} test images")
+    methods = list(dict.fromkeys(source.method for source in inputs))
     if not set(args.craft_on) <= set(methods):
-        raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are {', '.join(methods)}")
-    if not args.threat_model:
-        args.threat_model = [name for name in THREAT_MODELS if name != "published" or data.num_classes >= PUBLISHED_CLASSES]
-    for name in args.threat_model:
+        raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are "
+                         f"{', '.join(methods)}")
+
+
+def choose_threats(names, data):
+    """{name: ThreatModel}; without names, of all that the data set allows."""
+    if not names:
+        names = THREAT_MODELS if data.num_classes >= PUBLISHED_CLASSES else ["pixel"]
+    for name in names:
         check_threat_model(name, data)
+    return {name: get_threat_model(name, data) for name in names}
+
+
+def check_inputs(args, inputs, data):
+    """Check and print the inputs, and let `data` normalise as they do. Returns the networks."""
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
     targets = []
-    for one in inputs:
-        utils.check_network(one.model, data)
-        if not one.synset:
-            targets.append(target_from_network(one, data))
-            one.warnings += check_normalisation(targets[-1], data)
-        check_and_normalise(one, data, args.images)
-        for line in (f"{one.path} taken as: {one.description}", *(f"warning: {warning}" for warning in one.warnings)):
-            distributed.print_rank0(line)
-
-    flags = {**vars(args), "dataset": data.name}
-    with closing(Results(args, flags, device, MAY_CHANGE, check_rows)) as results:  # nothing is written before here
-        results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
-            str(one.path): {"taken_as": one.description, "warnings": one.warnings} for one in inputs}}
-        try:
-            run(args, inputs, targets, data, results)
-        except (KeyboardInterrupt, Interrupted):
-            distributed.print_rank0(f"{results.folder} has what was done so far; --resume goes on with it")
-            raise
+    for source in inputs:
+        utils.check_network(source.model, data)
+        if not source.synset:
+            targets.append(target_from_network(source, data))
+            source.warnings += check_normalisation(targets[-1], data)
+        understand(source, data, args.images)
+        distributed.print_rank0(f"{source.path} taken as: {source.taken_as}")
+        for warning in source.warnings:
+            distributed.print_rank0(f"warning: {warning}")
+    return targets
 
 
 def network_normalisation(args, channels):
     """(mean, std) of --network_mean and --network_std, for each channel; None without them."""
     if args.network_mean is None:
         return None
-    given = [value * channels if len(value) == 1 else value for value in (args.network_mean, args.network_std)]
+    given = [value * channels if len(value) == 1 else value
+             for value in (args.network_mean, args.network_std)]
     if any(len(value) != channels for value in given):
-        raise InputError(f"--network_mean, --network_std: one number, or one for each of {channels} channel(s)")
+        raise InputError("--network_mean, --network_std: one number, or one for each of "
+                         f"{channels} channel(s)")
     return given
 
 
-def run(args, inputs, targets, data, results):
-    """Train what is to be trained, attack everything, write tables and pictures."""
-    for one in inputs:
-        if one.synset:
-            targets += targets_from_synset(args, one, data, results.folder / "networks")
-    if args.precision != args.attack_precision:
-        stop_compiling()
-    set_precision(args.attack_precision)  # the accuracies: see run_slice
+def evaluate(args, targets, threats, data, micro_batch, results):
+    """Attack all networks, check them, and write tables and plots."""
     for target in targets:
         results.register(target)
-
-    threats = {name: get_threat_model(name, data) for name in args.threat_model}
+    if compilation.precision() != args.attack_precision:
+        compilation.stop_compiling()
+    compilation.set_precision(args.attack_precision)  # accuracies are in fp32: see run_slice
     test = data.get_batch("test", slice(args.limit or None))
-    jobs = plan(args, targets, threats)
-    limits = {"AA": args.aa_limit or len(test[1])}  # test images of an attack, where not all
-    waiting = [job for job in jobs if not results.has(job, evaluated(args, job, targets))]
-    interrupted = results.unfinished()["job"]
-    waiting.sort(key=lambda job: vars(job) != interrupted)  # that one first, before another one takes its place
-    if args.compile:
-        compile_attacks(args, waiting, targets, len(test[1]), data)
-    rate = forward_backward_rate(targets[0].net, data)
-    counts = {job: min(limits.get(job.attack, len(test[1])), len(test[1])) for job in waiting}
-    cost = sum(typical_cost(args, job.attack) * n for job, n in counts.items())
-    distributed.print_rank0(f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of {data.name}: "
-                 f"{len(jobs)} attacks and controls, {len(jobs) - len(waiting)} of them done, about "
-                 f"{duration(cost / rate / distributed.world_size())} to go; results in {results.folder}")
-    run_jobs({job: counts[job] for job in waiting}, targets, threats, test, data, args, results)
-    set_precision("fp32")
+    run_attacks(args, targets, threats, test, data, micro_batch, results)
+    compilation.set_precision("fp32")
     if args.sanity:
-        attacked = [(name, target) for name in threats for target in crafting(args, targets, name)]
+        attacked = [(name, target) for name in threats
+                    for target in attacked_targets(args, targets, name)]
         run_sanity(attacked, threats, test, data, results, args.seed)
 
     content = results.content
-    threats = {name: get_threat_model(name, data) for name in THREAT_MODELS
-               if any(row["threat_model"] == name for row in content["rows"])}  # an earlier part of the run may have had more
-    content["metrics"] = metrics_of(content["rows"], threats, args.crei_weight)
-    content["transfer"] = transfer_of(content["rows"], threats)
+    found = {row["threat_model"] for row in content["rows"]}  # an earlier run may have had more
+    threats = {name: get_threat_model(name, data) for name in THREAT_MODELS if name in found}
+    content["metrics"] = utils.metrics_of(content["rows"], threats, args.crei_weight)
+    content["transfer"] = utils.transfer_of(content["rows"], threats)
     results.save()
-    text = results_markdown(content)
+    text = results_markdown(content, threats)
     if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
-        draw_results(content, results.folder)
+        draw_results(content, threats, ATTACKS, results.folder)
     distributed.print_rank0(text)
 
 
-def compile_attacks(args, jobs, targets, n, data):
+# ---------------------------------------------------------------------------------------- attacks
+def under(threat, targets):
+    """The networks that are evaluated under a threat model."""
+    return [target for target in targets if target.threat in (None, threat)]
+
+
+def attacked_targets(args, targets, threat):
+    """The networks that are attacked under a threat model."""
+    return [target for target in under(threat, targets)
+            if not args.craft_on or target.method in args.craft_on]
+
+
+def plan_tasks(args, targets, threats):
+    """{Task: networks to evaluate on, the attacked one first}; quick attacks come first."""
+    plan = {}
+    for control, threat in itertools.product(CONTROLS, threats):
+        for target in under(threat, targets):
+            plan[Task(target.name, threat, control)] = [target]
+    both = args.targeted == args.untargeted
+    for attack, spec in ATTACKS.items():
+        if attack not in args.attacks:
+            continue
+        forms = [True] if spec.targetable and (both or args.targeted) else []
+        forms += [False] if both or args.untargeted else []
+        for threat, targeted in itertools.product(threats, forms):
+            attacked = attacked_targets(args, targets, threat)
+            for eps, target in itertools.product(radii(args, attack, threats[threat]), attacked):
+                others = [other for other in under(threat, targets) if other is not target]
+                task = Task(target.name, threat, attack, targeted, eps)
+                plan[task] = [target, *others] if args.transfer else [target]
+    return plan
+
+
+def radii(args, attack, threat):
+    """The radii of an attack, in attack space; [None] if it has none."""
+    if not ATTACKS[attack].eps:
+        return [None]
+    if args.eps:
+        return [eps / 255 for eps in args.eps]
+    if attack == "AA" and threat.name == "pixel":
+        return HEADLINE_EPS
+    return [ATTACKS[attack].eps(threat)]
+
+
+def attack_options(args, attack):
+    """Options of an attack. PGD has no random start in the grid (SPEC 3.2)."""
+    return {"PGD": {"random_start": False}, "SPSA": {"steps": args.spsa_steps},
+            "AA": {"iterations": args.aa_iterations, "queries": args.queries},
+            "Square": {"queries": args.queries}}.get(attack, {})
+
+
+def typical_cost(args, attack):
+    """Forward-backward passes an image; a rough guess for attacks that stop early."""
+    square = 0.5 * FORWARD * args.queries
+    return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
+            "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
+            "SPSA": 256 * FORWARD * args.spsa_steps}.get(attack, FORWARD)
+
+
+def run_attacks(args, targets, threats, test, data, micro_batch, results):
+    """Run the tasks that have no results yet, slice by slice of the test images."""
+    plan = plan_tasks(args, targets, threats)
+    waiting = [task for task, evaluated in plan.items() if not results.has(task, evaluated)]
+    # The interrupted task goes first: the next one overwrites its slices.
+    waiting.sort(key=lambda task: vars(task) != results.unfinished["job"])
+    slices = {task: cut(args, task.attack, test) for task in waiting}
+    sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
+    if args.compile:
+        compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
+    cost = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
+    seconds = cost / forward_backward_rate(targets[0].net, data) / distributed.world_size()
+    distributed.print_rank0(
+        f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of "
+        f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done, "
+        f"about {duration(seconds)} to go; results in {results.folder}")
+    warm = set()
+
+    def work(task, number):
+        if task not in warm:
+            warm_up(plan[task][0].net, slices[task][0][0][:micro_batch])
+            warm.add(task)
+        threat, options = threats[task.threat_model], attack_options(args, task.attack)
+        return run_slice(task, number, *slices[task][number], plan[task], threat, micro_batch,
+                         args.seed, options)
+
+    run_tasks({task: (plan[task], sizes[task]) for task in waiting}, work, results)
+
+
+def cut(args, attack, test):
+    """The test images of an attack, in slices: [(images, labels), ...]."""
+    size = 4 * SLICE if attack in ATTACKS and ATTACKS[attack].batches else SLICE
+    limit = args.aa_limit or None if attack == "AA" else None
+    return list(zip(*(tensor[:limit].split(size) for tensor in test)))
+
+
+def compile_attacks(args, tasks, targets, n, data, micro_batch):
     """Compile for the attacks that take whole batches, if there are enough of them."""
-    for model in dict.fromkeys(v.model for v in targets):
-        nets = {v.name: v.net for v in targets if v.model == model}
-        there = [job.attack for job in jobs if job.crafted_on in nets]
-        attacked = n * sum(typical_cost(args, attack) for attack in there if attack not in ("Square", "SPSA"))
-        scored = n * FORWARD * sum(0.2 * args.queries + 3 * args.aa_iterations * (attack == "AA")
-                                   for attack in there if attack in ("AA", "Square"))  # FAB looks at each of its steps
-        batch = min(data.micro_batch, SLICE)
-        compile_planned([*nets.values()][0], data, {"attacked": {batch: attacked}, "scored": {batch: scored}}, distributed.print_rank0)
+    batch = min(micro_batch, SLICE)
+    for model in dict.fromkeys(target.model for target in targets):
+        nets = {target.name: target.net for target in targets if target.model == model}
+        names = [task.attack for task in tasks if task.crafted_on in nets]
+        attacked = sum(typical_cost(args, name) for name in names if name not in QUERY)
+        scored = sum(0.2 * args.queries + (3 * args.aa_iterations if name == "AA" else 0)
+                     for name in names if name in ("AA", "Square"))
+        planned = {"attacked": {batch: n * attacked}, "scored": {batch: n * FORWARD * scored}}
+        compile_planned(next(iter(nets.values())), data, planned, distributed.print_rank0)
 
 
-def run_jobs(counts, targets, threats, test, data, args, results):
-    """Attack the test images slice by slice. counts: {Job: how many of them}."""
-    parts = {job: list(zip(*(tensor[:n].split(4 * SLICE if job.attack in REFILLED else SLICE) for tensor in test)))
-             for job, n in counts.items()}
-    warm = set()  # jobs
+def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, options):
+    """Attack one slice of the test images and evaluate it.
 
-    def work(job, number):
-        own, *others = evaluated(args, job, targets)
-        if job not in warm:
-            warm_up(own.net, parts[job][0][0], data.micro_batch)
-            warm.add(job)
-        return run_slice(job, number, *parts[job][number], [own, *others], threats[job.threat_model], data.micro_batch, args)
-    with tqdm(total=sum(counts.values()), unit="img", disable=distributed.disable_tqdm()) as bar:
-        run_tasks({job: (evaluated(args, job, targets), [len(labels) for _, labels in parts[job]]) for job in counts}, work,
-                results, data.name, args.seed, bar)
+    targets: the networks to evaluate on, the attacked one first. options: of the attack.
+    Returns numbers: correct (by network), n, seconds (of the attack and of the evaluation of the
+    attacked network), forward and backward passes (in images), max_linf, max_l2 (attack space).
+    """
+    attacked, *others = targets
+    counter = PassCounter()
+    rng = make_generator(seed, *map(str, vars(task).values()), number, device=x.device)
+
+    def run_attack(x, labels):
+        return attack_with_norms(
+            attacked.net, x, labels, threat, task.attack, targeted=task.targeted, eps=task.eps,
+            generator=rng, micro_batch=micro_batch, counter=counter, **options)
+
+    def count_correct(target):  # by the network itself, not `forward`: in fp32
+        return int((target.net(x_adv).argmax(1) == labels).sum())  # int waits for the device
+
+    synchronise(x.device)
+    start = time.perf_counter()
+    linf = l2 = torch.zeros(1)
+    if task.attack == "Clean":
+        x_adv = x
+    elif task.attack == "Clamp-only":
+        x_adv = threat.clamp_only(x)
+    else:
+        x_adv, linf, l2 = run_attack(x, labels)
+        again = utils.wrong_in_bf16_alone(attacked.net, x_adv, labels, micro_batch)
+        if again.any():
+            with compilation.disable_bf16():
+                x_adv[again], linf[again], l2[again] = run_attack(x[again], labels[again])
+    with torch.no_grad():
+        correct = {attacked.name: count_correct(attacked)}
+        seconds = time.perf_counter() - start
+        correct |= {target.name: count_correct(target) for target in others}
+    return {"correct": correct, "n": len(labels), "seconds": seconds, "forward": counter.forward,
+            "backward": counter.backward, "max_linf": float(linf.max()), "max_l2": float(l2.max())}
 
 
 if __name__ == "__main__":

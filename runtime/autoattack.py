@@ -1,7 +1,7 @@
-"""AutoAttack and Square of their authors, as the package pyautoattack: found where it is installed, silent, with our seeds.
+"""AutoAttack and Square from the package pyautoattack: silent, and seeded by our generators.
 
-One function of it is ours. FAB projects every image onto a hyperplane in every iteration, and sorts its pixels to do so, which
-takes half the time of AutoAttack on a CPU; project_linf finds the same point without sorting.
+FAB sorts the pixels of every image in every iteration to project it onto a hyperplane, half the
+time of AutoAttack on a CPU; `project_linf` finds the same point without sorting.
 """
 import logging
 from contextlib import contextmanager, nullcontext
@@ -15,18 +15,19 @@ def pyautoattack():
         from pyautoattack import AutoAttack
         from pyautoattack.square import SquareAttack
     except ImportError:
-        raise ValueError("AA and Square need the package pyautoattack (pip install pyautoattack)") from None
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # its advice, batch by batch; evaluate.py has a sanity report
+        raise ValueError("AA and Square need the package pyautoattack "
+                         "(pip install pyautoattack)") from None
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # a warning for every batch
     return AutoAttack, SquareAttack
 
 
 def project_linf(points, w, b):
-    """The smallest change in L-inf that brings each point onto the hyperplane w . x = b, or as near as the box [0, 1] lets it.
+    """The least L-inf change that brings each point onto the hyperplane w . x = b, or as close as
+    the box [0, 1] allows. points, w: (N, D); b: (N,). Returns (N, D).
 
-    points, w: (N, D); b: (N,). Returns (N, D). Each coordinate moves towards the plane by `step`, or up to the border of the
-    box, from outside back to it; `step` is where what that gains, sum |w| min(step, room), equals the distance. This sum is
-    concave and piecewise linear: Newton's method from below does not overshoot, and takes as many steps as pieces at most.
-    Source: Croce and Hein 2020 (FAB), section 2.2.
+    Each coordinate moves by `step`, at most to the border of the box. Newton's method solves
+    sum |w| min(step, room) = distance; the sum is concave and piecewise linear, so it never
+    overshoots. Source: Croce and Hein 2020 (FAB), section 2.2.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
     upwards = (w < 0) == (residual >= 0)  # the coordinates that grow
@@ -36,29 +37,31 @@ def project_linf(points, w, b):
     step = distance / total
     for _ in range(w.shape[1]):
         at_border = (room <= step).to(w.dtype) * weight
-        slope = total - at_border.sum(1, keepdim=True)  # 0: nobody can go further
-        longer = torch.where(slope > 0, (distance - (at_border * room).sum(1, keepdim=True)) / slope, step)
+        slope = total - at_border.sum(1, keepdim=True)  # 0: all are at the border
+        left = distance - (at_border * room).sum(1, keepdim=True)
+        longer = torch.where(slope > 0, left / slope, step)
         if not (longer > step * (1 + 1e-6)).any():
             break
         step = torch.maximum(step, longer)
-    change = torch.where(w != 0, torch.minimum(room, step), 0)  # a gradient of zeros: nowhere to go
+    change = torch.where(w != 0, torch.minimum(room, step), 0)
     return torch.where(upwards, change, -change)
 
 
 def draw_seed(generator):
-    """An int for the seed of an attack, drawn from our generator."""
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else None))
+    """An int, drawn from `generator` or, for None, from the global one."""
+    device = generator.device if generator else None
+    return int(torch.randint(2**31, (), generator=generator, device=device))
 
 
 @contextmanager
 def patched(device):
-    """Inside, FAB projects with `project_linf`; its own projection is put back. So are the caller's global generators, which
-    pyautoattack seeds (of CUDA that of the current device)."""
+    """Let FAB use `project_linf`, and put back the global generators, which pyautoattack seeds."""
     from pyautoattack import fab_base
     cuda, theirs = device.type == "cuda", fab_base.projection_linf
     fab_base.projection_linf = project_linf
     try:
-        with torch.random.fork_rng(devices=[device] if cuda else []), torch.cuda.device(device) if cuda else nullcontext():
+        with torch.random.fork_rng(devices=[device] if cuda else []), \
+                torch.cuda.device(device) if cuda else nullcontext():
             yield
     finally:
         fab_base.projection_linf = theirs

@@ -1,25 +1,25 @@
-"""The jobs of evaluate.py, and results.json, which a killed run goes on from.
+"""The tasks of evaluate.py, and results.json, from which a killed run goes on.
 
-Finished jobs are not done again; of the one that was interrupted, the finished slices of images are kept.
+Finished tasks are not repeated. Of an interrupted task, the finished slices of images are kept.
 """
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from runtime import distributed
-from runtime.progress import duration
-from runtime.device import device_name, versions
-from runtime.compilation import forward
-from runtime.measures import attack_label
-from runtime.safe_io import InputError, write_json
 from runtime.checkpoint import lock, require_same_flags
+from runtime.compilation import forward
+from runtime.device import device_name, versions
+from runtime.progress import duration
+from runtime.safe_io import InputError, write_json
 
 
 @dataclass(frozen=True)
-class Job:
-    """One attack on one network, by the keys of a row of results.json. eps: attack space; None: the attack has none."""
+class Task:
+    """One attack on one network, by the keys of a row of results.json. eps: attack space."""
 
     crafted_on: str
     threat_model: str
@@ -28,170 +28,126 @@ class Job:
     eps: float = None
 
     def __str__(self):
-        return f"{self.crafted_on}: {self.threat_model} {attack_label(self.attack, self.targeted, self.eps)}"
+        form = {None: "", True: " targeted", False: " untargeted"}[self.targeted]
+        eps = "" if self.eps is None else f" {255 * self.eps:g}/255"
+        return f"{self.crafted_on}: {self.threat_model} {self.attack}{form}{eps}"
 
-    def is_of(self, row):
-        """Whether a row of results.json is a result of this job."""
+    def matches(self, row):
+        """Whether a row of results.json belongs to this task."""
         return all(row[key] == value for key, value in vars(self).items())
 
 
-def rows_of(job, slices, targets, dataset, seed):
-    """The slices of a finished job -> rows of results.json, one for each network evaluated."""
-    total = {key: sum(s[key] for s in slices) for key in ("n", "seconds", "forward", "backward")}
-    largest = {key: max(s[key] for s in slices) for key in ("max_linf", "max_l2")}
-    return [{"dataset": dataset, "ipc": v.ipc, "method": v.method, "crafted_on": job.crafted_on, "evaluated_on": v.name,
-             "threat_model": job.threat_model, "attack": job.attack, "targeted": job.targeted, "eps": job.eps,
-             "n": total["n"], "accuracy": sum(s["correct"][v.name] for s in slices) / total["n"],
-             "seconds": round(total["seconds"], 3), "forward": total["forward"] / total["n"],
-             "backward": total["backward"] / total["n"], **largest, "seed": seed} for v in targets]
+class PassCounter:
+    """Counts the forward and backward passes through a model, in images."""
 
+    def __init__(self):
+        self.forward = self.backward = 0
 
-class PassCounter(torch.nn.Module):
-    """A network that counts, in images, the forward and the backward passes through it."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.forward_passes, self.backward_passes = net, 0, 0
-
-    def forward(self, x):
-        self.forward_passes += len(x)
-        logits = forward(self.net, x)
-        if logits.requires_grad:
-            logits.register_hook(self._count_backward)
-        return logits
+    def wrap(self, model):
+        """`model`, images -> logits, with its passes counted."""
+        def counted(x):
+            self.forward += len(x)
+            logits = model(x)
+            if logits.requires_grad:
+                logits.register_hook(self._count_backward)
+            return logits
+        return counted
 
     def _count_backward(self, gradient):
-        self.backward_passes += len(gradient)
+        self.backward += len(gradient)
 
 
-def warm_up(net, images, micro_batch):
-    """A pass forward, and on a GPU backward, that no timer sees. images: (N, C, H, W) normalised."""
-    x = images[:micro_batch].clone().requires_grad_(images.device.type != "cpu")
+def warm_up(net, images):
+    """Run a forward pass, on a GPU also a backward pass, that no timer sees."""
+    x = images.clone().requires_grad_(images.device.type != "cpu")
     with torch.set_grad_enabled(x.requires_grad):
         logits = forward(net, x)
     if x.requires_grad:
         torch.autograd.grad(logits.sum(), x)
 
 
-def run_tasks(plan, work, results, dataset, seed, bar):
-    """Every slice of every job, by whichever process is free; slices that an interrupted run has done are taken over.
+def run_tasks(plan, work, results):
+    """Run every slice of every task, each by the next free process.
 
-    plan: {Job: (the networks evaluated on, the sizes of its slices)}, in order. work: (job, number of a slice) -> its plain
-    numbers, see `rows_of`. results: takes the rows. bar: of test images.
+    plan: {Task: (networks evaluated, crafting one first, sizes of its slices)}, in order. work:
+    (task, number of a slice) -> its figures, see `evaluate.run_slice`. results: of class Results.
     """
-    done = {job: results.slices(job, targets, sizes) for job, (targets, sizes) in plan.items()}
-    todo = [(job, number) for job, (_, sizes) in plan.items() for number in range(len(done[job]), len(sizes))]
+    done = {task: results.finished_slices(task, *plan[task]) for task in plan}
+    todo = [(task, number) for task, (_, sizes) in plan.items()
+            for number in range(len(done[task]), len(sizes))]
 
-    def finish(job):
-        rows = rows_of(job, done[job], plan[job][0], dataset, seed)
-        results.add(job, rows)
-        distributed.print_rank0(f"{job}: {100 * rows[0]['accuracy']:.2f} % in {duration(rows[0]['seconds'])}")
+    def finish(task):
+        targets, sizes = plan[task]
+        if len(done[task]) == len(sizes):
+            row = results.add(task, targets, done[task])
+            seconds = duration(row["seconds"])
+            distributed.print_rank0(f"{task}: {100 * row['accuracy']:.2f} % in {seconds}")
 
     def collect(k, result):
-        job, (targets, sizes) = todo[k][0], plan[todo[k][0]]
-        done[job].append(result)
-        results.save_slices(job, targets, done[job])
+        task = todo[k][0]
+        done[task].append(result)
+        results.save_slices(task, plan[task][0], done[task])
         bar.update(result["n"])
-        if len(done[job]) == len(sizes):
-            finish(job)
+        finish(task)
 
-    for job, slices in done.items():
-        bar.update(sum(s["n"] for s in slices))
-        if len(slices) == len(plan[job][1]):
-            finish(job)
-    distributed.map_dynamic(len(todo), lambda k: work(*todo[k]), collect)
+    images = sum(sum(sizes) for _, sizes in plan.values())
+    with tqdm(total=images, unit="img", disable=distributed.disable_tqdm()) as bar:
+        for task in plan:
+            bar.update(sum(part["n"] for part in done[task]))
+            finish(task)
+        distributed.map_dynamic(len(todo), lambda k: work(*todo[k]), collect)
 
 
 class Results:
-    """results.json and, for the job that is not finished, unfinished.json. Both are only ever replaced whole. Of several
-    processes all have the content, and the first one writes.
+    """results.json and, for an interrupted task, unfinished.json. All processes hold the content;
+    the first one writes.
 
-    flags: {name: value} of the run. may_change: those that a run that goes on may change. check_rows: raises KeyError,
-    TypeError or ValueError for rows that are none.
+    flags: {name: value}. resume: go on with the file in `folder`. may_change: flags that may differ
+    then. check_rows: raises ValueError, KeyError or TypeError for damaged rows.
     """
 
-    def __init__(self, args, flags, device, may_change, check_rows):
-        self.folder = Path(args.out)
-        self.path, self.unfinished_path = self.folder / "results.json", self.folder / "unfinished.json"
+    def __init__(self, folder, flags, device, resume, may_change, check_rows):
+        self.folder = Path(folder)
+        self.path = self.folder / "results.json"
+        self.unfinished_path = self.folder / "unfinished.json"
+        self.flags, self.device = flags, device_name(device)
         self._lock = None
-        self.content, self._unfinished = distributed.run_on_rank0(
-            lambda: (self._begin(args, flags, device, may_change, check_rows), self._read_unfinished()))
+        self.content, self.unfinished = distributed.run_on_rank0(
+            lambda: (self._begin(resume, may_change, check_rows), self._read_unfinished()))
         self.save()
 
-    def _begin(self, args, flags, device, may_change, check_rows):
-        """Lock the folder. Returns the content: that of an interrupted run, or none yet."""
-        if self.folder.exists():
-            self._lock = lock(self.folder)
-        content = {"rows": [], "metrics": [], "sanity": {}, "networks": {}, "flags": flags,
-                   "versions": versions(), "device": device_name(device)}
-        if self.path.exists():
-            if not args.resume and not distributed.is_restart():
-                raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
-            content = self._read(self.path, check_rows)
-            saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
-            require_same_flags(saved, flags, may_change, f"the run in {self.folder}", "another --out")
-            if content["rows"] and content["device"] != device_name(device):
-                raise InputError(f"the seconds in {self.path} are those of {content['device']}, this is "
-                                 f"{device_name(device)}: AE and CREI would mix them; go on there, or choose another "
-                                 "--out")
-            content |= {"flags": flags, "device": device_name(device)}
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            self._lock = lock(self.folder)
-        return content
+    def _begin(self, resume, may_change, check_rows):
+        """Lock the folder. Returns the content: new, or that of the run to go on with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
+        current = {"flags": self.flags, "device": self.device}
+        if not self.path.exists():
+            return {"rows": [], "metrics": [], "sanity": {}, "networks": {}, **current,
+                    "versions": versions()}
+        if not resume and not distributed.is_restart():
+            raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
+        content = self._read(check_rows)
+        saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
+        require_same_flags(saved, self.flags, may_change, f"the run in {self.folder}",
+                           "another --out")
+        if content["rows"] and content["device"] != self.device:
+            raise InputError(
+                f"the seconds in {self.path} are those of {content['device']}, this is "
+                f"{self.device}: AE and CREI would mix them; choose another --out")
+        return content | current
 
-    def close(self):
-        """Let another process have the folder."""
-        if self._lock:
-            self._lock.close()
-
-    def _read(self, path, check_rows):
+    def _read(self, check_rows):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(self.path.read_text())
             for key in ("flags", "sanity", "networks", "versions"):
                 if not isinstance(content[key], dict):
                     raise TypeError(f"{key} is no object")
             content["device"]
             check_rows(content["rows"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged or no file of ours ({type(error).__name__}: {error})") from None
+            raise InputError(f"{self.path} is damaged or not a file of evaluate.py "
+                             f"({type(error).__name__}: {error})") from None
         return content
-
-    def register(self, target):
-        """Note where a network comes from. Refuses one that has changed since the run began."""
-        before = self.content["networks"].setdefault(target.name, target.about)
-        if before.get("sha256") != target.about["sha256"]:
-            raise InputError(f"{target.about['file']} is not the file that {self.path} has results of; choose another --out")
-
-    def has(self, job, targets):
-        """Whether rows of this job are there for all networks that it is evaluated on."""
-        return {v.name for v in targets} <= {row["evaluated_on"] for row in self.content["rows"] if job.is_of(row)}
-
-    def add(self, job, rows):
-        """Rows of a job that is done, in place of those that fewer evaluated networks have left."""
-        self.content["rows"] = [row for row in self.content["rows"] if not job.is_of(row)] + rows
-        self.save()
-        if distributed.is_main_process() and self.unfinished()["job"] == vars(job):
-            self.unfinished_path.unlink()
-
-    def save(self):
-        if distributed.is_main_process():
-            write_json(self.path, self.content)
-
-    def slices(self, job, targets, sizes):
-        """The finished slices of `job`, if it is the one that was interrupted and was evaluated on the same networks.
-
-        sizes: of all its slices; those of a version that cut them otherwise do not count.
-        """
-        unfinished = self.unfinished()
-        slices = unfinished["slices"]
-        same = (unfinished["job"] == vars(job) and unfinished["evaluated_on"] == [v.name for v in targets]
-                and [s["n"] for s in slices] == sizes[:len(slices)])
-        return slices if same else []
-
-    def unfinished(self):
-        """What is known of the job that was interrupted: its fields, the networks evaluated on, its finished slices."""
-        return self._read_unfinished() if distributed.is_main_process() else self._unfinished
 
     def _read_unfinished(self):
         try:
@@ -200,6 +156,62 @@ class Results:
         except (OSError, ValueError, KeyError, TypeError):
             return {"job": None, "evaluated_on": None, "slices": []}
 
-    def save_slices(self, job, targets, slices):
+    def close(self):
+        """Release the folder."""
+        if self._lock:
+            self._lock.close()
+
+    def save(self):
         if distributed.is_main_process():
-            write_json(self.unfinished_path, {"job": vars(job), "evaluated_on": [v.name for v in targets], "slices": slices})
+            write_json(self.path, self.content)
+
+    def register(self, target):
+        """Note the origin of a network. Raises InputError if its file has changed since."""
+        known = self.content["networks"].setdefault(target.name, target.meta)
+        if known.get("sha256") != target.meta["sha256"]:
+            raise InputError(f"{target.meta['file']} is not the file that {self.path} has results "
+                             "of; choose another --out")
+
+    def has(self, task, targets):
+        """Whether the rows of a task are there for all these networks."""
+        found = {row["evaluated_on"] for row in self.content["rows"] if task.matches(row)}
+        return {target.name for target in targets} <= found
+
+    def finished_slices(self, task, targets, sizes):
+        """The slices of the task, if it was interrupted with the same networks and sizes."""
+        unfinished, slices = self.unfinished, self.unfinished["slices"]
+        same = (unfinished["job"] == vars(task)
+                and unfinished["evaluated_on"] == [target.name for target in targets]
+                and [part["n"] for part in slices] == sizes[:len(slices)])
+        return list(slices) if same else []
+
+    def save_slices(self, task, targets, slices):
+        """Write the finished slices of the task that is running."""
+        if distributed.is_main_process():
+            names = [target.name for target in targets]
+            content = {"job": vars(task), "evaluated_on": names, "slices": slices}
+            write_json(self.unfinished_path, content)
+
+    def add(self, task, targets, slices):
+        """Write the rows of a finished task, in place of earlier ones. Returns the first row."""
+        def total(key):
+            return sum(part[key] for part in slices)
+
+        n, rows = total("n"), []
+        for target in targets:
+            correct = sum(part["correct"][target.name] for part in slices)
+            rows.append({
+                "dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
+                "crafted_on": task.crafted_on, "evaluated_on": target.name,
+                "threat_model": task.threat_model, "attack": task.attack,
+                "targeted": task.targeted, "eps": task.eps, "n": n, "accuracy": correct / n,
+                "seconds": round(total("seconds"), 3), "forward": total("forward") / n,
+                "backward": total("backward") / n,
+                "max_linf": max(part["max_linf"] for part in slices),
+                "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]})
+        others = [row for row in self.content["rows"] if not task.matches(row)]
+        self.content["rows"] = others + rows
+        self.save()
+        if distributed.is_main_process():
+            self.unfinished_path.unlink(missing_ok=True)
+        return rows[0]

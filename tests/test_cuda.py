@@ -118,7 +118,7 @@ def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
     flags = """--dataset Digits --model LeNet --threat_model pixel --epochs 1 --attack_steps 1
         --batch_train 256 --test_limit 10 --aa_limit 2 --device cuda --no_compile""".split()
     main(monkeypatch, tmp_path / "a", pretrain, *flags)
-    sigterm_at(monkeypatch, pretrain, "attack_images", 3)
+    sigterm_at(monkeypatch, pretrain, "attack", 3)
     with pytest.raises(Interrupted):
         main(monkeypatch, tmp_path / "b", pretrain, *flags)
     main(monkeypatch, tmp_path / "b", pretrain, *flags)
