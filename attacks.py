@@ -75,8 +75,9 @@ def _pixel(data):
     # Augmented images leave the box, so encode clamps. The evaluation is untargeted: targeted PGD
     # leaves 2 to 6 % accuracy on networks where untargeted PGD leaves none.
     return ThreatModel(
-        "pixel", encode=lambda x: data.denormalize(x).clamp(0, 1), decode=data.normalize, eps=EPS,
-        step_size=2 / 255, steps=10, target_classes=data.num_classes,
+        "pixel", encode=lambda x: data.denormalize(x).clamp(0, 1),
+        decode=lambda z: data.normalize(z), eps=EPS, step_size=2 / 255, steps=10,
+        target_classes=data and data.num_classes,
         eval_attack={"targeted": False, "steps": 20},
         eval_eps={"robust_2_acc": 2 / 255, "robust_4_acc": 4 / 255, "robust_acc": EPS})
 
@@ -84,8 +85,11 @@ def _pixel(data):
 THREAT_MODELS = {"published": _published, "pixel": _pixel}
 
 
-def get_threat_model(name, data):
-    """The threat model `name` for a Dataset. Raises ValueError for an unknown name."""
+def get_threat_model(name, data=None):
+    """The threat model `name` for a Dataset; None where only radii and steps are asked for.
+
+    Raises ValueError for an unknown name.
+    """
     return _choose("threat model", name, THREAT_MODELS)(data)
 
 

@@ -7,7 +7,6 @@ Writes results.json, results.md and plots into --out; --resume goes on with a ki
 Source: BEARD (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
 """
 import argparse
-import functools
 import itertools
 import time
 from contextlib import closing
@@ -15,33 +14,42 @@ from importlib.util import find_spec
 
 import torch
 
-import utils
-from attacks import (ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms,
-                     check_threat_model, get_threat_model)
-from augment import parse_dsa_strategy
-from datasets import dataset_name, load_dataset
-from formats.inputs import choose_dataset, choose_normalisation, read_inputs, understand
+from attacks import (
+    ATTACKS,
+    PUBLISHED_CLASSES,
+    THREAT_MODELS,
+    attack_with_norms,
+    check_threat_model,
+    get_threat_model,
+)
+from augment import dsa_strategy_flag
+from datasets import add_dataset_flag, dataset_name, load_dataset
+from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from formats.synset_file import PACKS, SPACES
-from networks import NETWORKS
+from networks import NETWORKS, network_for
+from reporting.metrics import QUERY, WHITE_BOX, metrics_of, transfer_of
 from reporting.plots import draw_results
 from reporting.records import check_rows
-from reporting.tables import results_markdown
+from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.checkpoint import Interrupted
-from runtime.command_line import (add_dataset_flag, add_switch, at_least, fraction, method_name,
-                                  run_script)
+from runtime.command_line import add_switch, at_least, fraction, method_name, run_script
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.device import choose_micro_batch, device_name, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
-from runtime.progress import duration
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_text
 from runtime.seeding import make_generator
 from runtime.tasks import PassCounter, Results, Task, run_tasks, warm_up
 from sanity import run_sanity
-from synsets import LR_SCHEDULES, PROTOCOL, protocol
-from target_models import (TrainingPlan, check_normalisation, target_from_network,
-                           targets_from_synset)
-from utils import QUERY, WHITE_BOX
+from synsets import LR_SCHEDULES, TrainConfig
+from target_models import (
+    TrainingPlan,
+    check_normalisation,
+    target_from_network,
+    targets_from_synset,
+)
+from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
@@ -96,21 +104,21 @@ def add_input_flags(group):
 
 
 def add_training_flags(group):
-    add, recipe = group.add_argument, "default: the set's recipe, else"
+    add, default, recipe = group.add_argument, TrainConfig(), "default: the set's recipe, else"
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
     add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K",
         help="K x K sub-images in each image, where a file does not say so; no number: 2")
     add("--images", choices=SPACES, help="default: bytes are pixels, floats are normalised")
     add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"],
         help="of sets with soft labels: train on those, or on the classes alone")
-    add("--epoch_eval_train", type=at_least(1), help=f"epochs; {recipe} {PROTOCOL['epochs']}")
-    add("--batch_train", type=at_least(1), help=f"{recipe} {PROTOCOL['batch_train']}")
-    add("--lr_net", type=at_least(0, float), help=f"{recipe} {PROTOCOL['lr_net']}")
-    add("--dsa_strategy",
-        help=f"augmentations joined by '_', or none; {recipe} {PROTOCOL['dsa_strategy']}")
-    add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {PROTOCOL['lr_schedule']}")
+    add("--epoch_eval_train", type=at_least(1), help=f"epochs; {recipe} {default.epochs}")
+    add("--batch_train", type=at_least(1), help=f"{recipe} {default.batch_train}")
+    add("--lr_net", type=at_least(0, float), help=f"{recipe} {default.lr_net}")
+    add("--dsa_strategy", type=dsa_strategy_flag,
+        help=f"augmentations joined by '_', or none; {recipe} {default.dsa_strategy}")
+    add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {default.lr_schedule}")
     add("--label_temperature", type=at_least(0.01, float),
-        help=f"of soft labels; {recipe} {PROTOCOL['temperature']}")
+        help=f"of soft labels; {recipe} {default.temperature}")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32",
         help="of this training")
     add("--adv_train", action="store_true", help="train adversarially, for each threat model")
@@ -135,17 +143,13 @@ def add_attack_flags(group):
     add("--aa_limit", type=at_least(0), default=0, help="AA on the first N test images; 0: all")
     add("--queries", type=at_least(1), default=5000, help="of Square, also in AutoAttack")
     add("--attack_precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the attacks; accuracies are measured in fp32 (docs/robustness.md)")
+        help="of the attacks; accuracies are measured in fp32 (docs/evaluate.md)")
     add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
     add_switch(group, "sanity", True, "check every network for signs of a broken evaluation")
 
 
 def check_flags(parser, args):
     """End the script if flags contradict each other."""
-    try:
-        parse_dsa_strategy(args.dsa_strategy or "none")
-    except ValueError as error:
-        parser.error(str(error))
     count, named = len(args.synset + args.networks), len(args.method)
     specs, names = [ATTACKS[name] for name in args.attacks], ", ".join(args.attacks)
     targeted = args.targeted and not args.untargeted
@@ -169,9 +173,10 @@ def main():
     if needs_package and find_spec("pyautoattack") is None:
         raise InputError("AA, Square and the sanity checks need the package pyautoattack; without "
                          "it choose other --attacks, with --no_sanity")
-    device = get_device(distributed.init(args))
-    precision = compilation.resolve_precision(args, device)
-    inputs = read_inputs(args, NETWORKS)
+    device = get_device(distributed.init(vars(args)))
+    precision = compilation.resolve_precision(args.precision, device)
+    inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset,
+                         args.model, args.packed)
     named = choose_dataset(args.dataset and dataset_name(args.dataset), inputs)
     data = load_dataset(args.dataset or named, args.data_path, device)
     # The same for all processes: random starts on CUDA depend on it.
@@ -180,13 +185,14 @@ def main():
     threats = choose_threats(args.threat_model, data)
     targets = check_inputs(args, inputs, data)
 
-    flags = {**vars(args), "dataset": data.name, "threat_model": list(threats)}
-    check = functools.partial(check_rows, attacks=ATTACKS, threat_models=THREAT_MODELS)
-    with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE, check)) as results:
+    flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
+             "precision": precision}
+    with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE,
+                         check_rows)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
-            str(source.path): {"taken_as": source.taken_as, "warnings": source.warnings}
+            str(source.path): {"taken_as": source.description, "warnings": source.warnings}
             for source in inputs}}
-        plan = TrainingPlan(protocol(args), args.num_eval, args.labels, args.images,
+        plan = TrainingPlan(given_config(args), args.num_eval, args.labels, args.images,
                             list(threats) if args.adv_train else [None], precision, args.compile,
                             args.seed)
         try:
@@ -198,6 +204,13 @@ def main():
         except (KeyboardInterrupt, Interrupted):
             distributed.print_rank0(f"{results.folder} has the finished work; --resume goes on")
             raise
+
+
+def given_config(args):
+    """What the flags say of training on a set; None where its recipe decides."""
+    return {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
+            "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
+            "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
 
 
 def check_limits(args, inputs, data):
@@ -226,12 +239,12 @@ def check_inputs(args, inputs, data):
     choose_normalisation(inputs, data, args.zca, network_normalisation(args, data.channel))
     targets = []
     for source in inputs:
-        utils.check_network(source.model, data)
+        network_for(data, source.model, 0)  # raises InputError where the images are too small
         if not source.synset:
             targets.append(target_from_network(source, data))
             source.warnings += check_normalisation(targets[-1], data)
-        understand(source, data, args.images)
-        distributed.print_rank0(f"{source.path} taken as: {source.taken_as}")
+        check_and_normalise(source, data, args.images)
+        distributed.print_rank0(f"{source.path} taken as: {source.description}")
         for warning in source.warnings:
             distributed.print_rank0(f"warning: {warning}")
     return targets
@@ -254,7 +267,7 @@ def evaluate(args, targets, threats, data, micro_batch, results):
     for target in targets:
         results.register(target)
     if compilation.precision() != args.attack_precision:
-        compilation.stop_compiling()
+        compilation.reset()
     compilation.set_precision(args.attack_precision)  # accuracies are in fp32: see run_slice
     test = data.get_batch("test", slice(args.limit or None))
     run_attacks(args, targets, threats, test, data, micro_batch, results)
@@ -267,13 +280,13 @@ def evaluate(args, targets, threats, data, micro_batch, results):
     content = results.content
     found = {row["threat_model"] for row in content["rows"]}  # an earlier run may have had more
     threats = {name: get_threat_model(name, data) for name in THREAT_MODELS if name in found}
-    content["metrics"] = utils.metrics_of(content["rows"], threats, args.crei_weight)
-    content["transfer"] = utils.transfer_of(content["rows"], threats)
+    content["metrics"] = metrics_of(content["rows"], threats, args.crei_weight)
+    content["transfer"] = transfer_of(content["rows"], threats)
     results.save()
-    text = results_markdown(content, threats)
+    text = results_markdown(content)
     if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
-        draw_results(content, threats, ATTACKS, results.folder)
+        draw_results(content, results.folder)
     distributed.print_rank0(text)
 
 
@@ -347,11 +360,11 @@ def run_attacks(args, targets, threats, test, data, micro_batch, results):
     if args.compile:
         compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
     cost = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
-    seconds = cost / forward_backward_rate(targets[0].net, data) / distributed.world_size()
+    rate = forward_backward_rate(targets[0].net, data, micro_batch) * distributed.world_size()
     distributed.print_rank0(
         f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of "
         f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done, "
-        f"about {duration(seconds)} to go; results in {results.folder}")
+        f"about {format_duration(cost / rate)} to go; results in {results.folder}")
     warm = set()
 
     def work(task, number):
@@ -413,7 +426,7 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
         x_adv = threat.clamp_only(x)
     else:
         x_adv, linf, l2 = run_attack(x, labels)
-        again = utils.wrong_in_bf16_alone(attacked.net, x_adv, labels, micro_batch)
+        again = wrong_only_in_bf16(attacked.net, x_adv, labels, micro_batch)
         if again.any():
             with compilation.disable_bf16():
                 x_adv[again], linf[again], l2[again] = run_attack(x[again], labels[again])

@@ -25,11 +25,9 @@ from augment import dsa_apply, dsa_draw, dsa_strategy_flag
 from datasets import add_dataset_flag, load_dataset
 from networks import NETWORKS, network_for
 from runtime import distributed
-from runtime.checkpoint import (CheckpointFile, Interrupted, SignalHandler, lock,
-                                require_same_flags)
+from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
 from runtime.command_line import add_fast_flags, add_switch, at_least, run_script
-from runtime.compilation import (disable_bf16, is_batch_dependent, resolve_precision,
-                                 set_precision)
+from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
 from runtime.cost import TRAINING_STEP, compile_planned, training_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.measures import COLUMNS

@@ -2,7 +2,7 @@
 import itertools
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from formats.synset_file import SyntheticSet
 from networks import network_for
 from runtime import distributed
 from runtime.compilation import set_precision
-from runtime.cost import compile_planned, set_batches
+from runtime.cost import compile_planned, training_batches
 from runtime.device import synchronise
 from runtime.safe_io import InputError, sha256, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite
-from synsets import protocol_of, training_set
+from synsets import TrainConfig, training_set
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -46,7 +46,7 @@ class TargetModel:
 class TrainingPlan:
     """How networks are trained on sets.
 
-    given: options of utils.train_on_set, None where the recipe of a set decides. num_eval: networks
+    given: fields of a TrainConfig, None where the recipe of a set decides. num_eval: networks
     a set. labels: "own", "hard" or both. images: "normalised" or "pixels", if the user says so.
     threats: names of threat models to train under; [None]: natural training.
     """
@@ -94,8 +94,8 @@ def targets_from_synset(source, data, folder, plan):
     """
     folder.mkdir(exist_ok=True)
     file = source.synset
-    options = protocol_of(file.meta, plan.given)
-    training = {"seed": plan.seed, **options, "pack": file.pack, "precision": plan.precision,
+    config = TrainConfig.from_meta(file.meta, **plan.given)
+    training = {"seed": plan.seed, **asdict(config), "pack": file.pack, "precision": plan.precision,
                 "set_sha256": file.sha256()}
     if plan.images:
         training["images"] = plan.images
@@ -107,7 +107,7 @@ def targets_from_synset(source, data, folder, plan):
               disable=distributed.disable_tqdm()) as bar:
         distributed.map_dynamic(
             len(untrained),
-            lambda k: _train(*untrained[k], options, file.pack, data, plan, len(planned)),
+            lambda k: _train(*untrained[k], config, file.pack, data, plan, len(planned)),
             lambda k, result: bar.update())
     for target, _, _ in planned:
         target.net = load_into(network_for(data, source.model, 0), folder / target.name).eval()
@@ -127,12 +127,12 @@ def _plan_set(source, index, data, folder, training, plan):
     synset = file.sets[index]
     synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in synset))
     ipc = len(synset.labels) // data.num_classes
-    if file.derived and "own" not in plan.labels:
+    if file.labels_from_soft and "own" not in plan.labels:
         raise InputError(f"{source.path} has soft labels only, no classes; leave out --labels hard")
     variants = {}
     if "own" in plan.labels or synset.soft_labels is None:
         variants[source.method] = synset
-    if "hard" in plan.labels and synset.soft_labels is not None and not file.derived:
+    if "hard" in plan.labels and synset.soft_labels is not None and not file.labels_from_soft:
         variants[f"{source.method}-hard"] = synset._replace(soft_labels=None)
     for method, threat, i in itertools.product(variants, plan.threats, range(plan.num_eval)):
         trained = f"PGD-{threat}" if threat else "None"
@@ -148,7 +148,7 @@ def _plan_set(source, index, data, folder, training, plan):
         yield target, variants[method], key
 
 
-def _train(target, synset, key, options, pack, data, plan, count):
+def _train(target, synset, key, config, pack, data, plan, count):
     """Train one of `count` networks on a SyntheticSet and write it with its .json."""
     set_precision(plan.precision)
     images, labels = training_set(synset, pack)
@@ -161,18 +161,18 @@ def _train(target, synset, key, options, pack, data, plan, count):
         def attack_batch(x, y):
             return attack(net, x, y, threat, targeted=False, generator=rng)
     elif plan.compile:
-        epochs = (options["epochs"] + 1) * count
-        batches = set_batches(len(labels), options["batch_train"], epochs)
+        epochs = (config.epochs + 1) * count
+        batches = training_batches(len(labels), config.batch_train, epochs)
         compile_planned(net, data, {"trained": batches}, distributed.print_rank0)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(target.meta["seed_train"])
-    utils.train_on_set(net, images, labels, attack=attack_batch, generator=generator, **options)
+    utils.train_on_set(net, images, labels, config, generator, attack_batch)
     synchronise(data.device)
     target.meta["train_seconds"] = round(time.perf_counter() - start, 2)
     path = Path(target.meta["file"])
     total = float(sum(parameter.detach().abs().sum() for parameter in net.parameters()))
     require_finite({f"a weight of {path.name} after training on {target.meta['set']} (--lr_net "
-                    f"{options['lr_net']})": total})
+                    f"{config.lr_net})": total})
     write_tensors(path, {name: value.cpu() for name, value in net.state_dict().items()})
     target.meta["sha256"] = sha256(path)
     write_json(path.with_name(f"{path.name}.json"), target.meta)

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from runtime import distributed
-from runtime.checkpoint import (CheckpointFile, Interrupted, SignalHandler, lock,
-                                require_same_flags)
+from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
 from runtime.device import device_name, versions
 from runtime.distributed import write_line
 from runtime.progress import format_duration

@@ -13,7 +13,7 @@ from runtime import distributed
 from runtime.checkpoint import lock, require_same_flags
 from runtime.compilation import forward
 from runtime.device import device_name, versions
-from runtime.progress import duration
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json
 
 
@@ -80,7 +80,7 @@ def run_tasks(plan, work, results):
         targets, sizes = plan[task]
         if len(done[task]) == len(sizes):
             row = results.add(task, targets, done[task])
-            seconds = duration(row["seconds"])
+            seconds = format_duration(row["seconds"])
             distributed.print_rank0(f"{task}: {100 * row['accuracy']:.2f} % in {seconds}")
 
     def collect(k, result):

@@ -14,8 +14,8 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 from datasets import DATASETS, Dataset, load_dataset  # noqa: E402
-from runtime.compilation import keep_freed_memory  # noqa: E402
 from formats.synset_file import read_synset  # noqa: E402
+from runtime.compilation import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()  # as the scripts do; a third of the time
 SEED = 1729  # of no generator in the tests: what one of those draws does not go with what is drawn without one

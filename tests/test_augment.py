@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from augment import (DSA_OPERATIONS, _sample_deterministically, dsa_apply, dsa_draw,
-                     dsa_strategy_flag, pack, parse_dsa_strategy, unpack)
+from augment import (
+    DSA_OPERATIONS,
+    _sample_deterministically,
+    dsa_apply,
+    dsa_draw,
+    dsa_strategy_flag,
+    pack,
+    parse_dsa_strategy,
+    unpack,
+)
 
 SIZE = (32, 32)
 ALL = "color_crop_cutout_flip_scale_rotate"

@@ -4,7 +4,7 @@ import torch
 from conftest import random_dataset
 from fake_cuda import run_again
 
-from attacks import attack_images, get_threat_model
+from attacks import attack, get_threat_model
 from networks import get_network
 from runtime import compilation, cuda_graphs
 from runtime.training import training_step
@@ -31,7 +31,7 @@ def network(seed=0, model="ConvNetW32", device="cpu"):
 def attacked(net, data, threat, seed=0, **options):
     x, labels = data.get_batch("train", slice(10))
     generator = torch.Generator(data.device).manual_seed(seed)
-    return attack_images(net.eval(), x, labels, threat, generator, micro_batch=4, **options)
+    return attack(net.eval(), x, labels, threat, generator=generator, micro_batch=4, **options)
 
 
 def trained(net, data, steps=3):

@@ -10,12 +10,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
-from conftest import ROOT
 
 import pretrain
-import processes
 import ROME_cifar10 as rome
 import utils
 from runtime import distributed
