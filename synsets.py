@@ -126,7 +126,7 @@ def init_flag(text):
 def labels_flag(text):
     """An argparse type: "hard" or "stored"; "prior" is what older commands call "stored"."""
     if text not in ("hard", "stored", "prior"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored (prior, its old name)")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored (once: prior)")
     return "hard" if text == "hard" else "stored"
 
 
