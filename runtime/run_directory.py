@@ -340,15 +340,6 @@ class RunDirectory:
         per_row = per_class * max(1, math.isqrt(classes // per_class)) if per_class > 1 else 10
         save_grid(self.folder / f"{name}.png", images, self.data, per_row)
 
-    def write_result(self, write):
-        """write(path) writes the final sets, which then get their published name too."""
-        write(self.result_file)
-        self.publish()
-
-    def write_best(self, exp, write):
-        """write(path) writes the best set of an experiment so far."""
-        write(self.checkpoint_folder / f"best_exp{exp}.pt")
-
 
 class NullRunDirectory(RunDirectory):
     """A run as the other processes see it: the same state, and nothing is written."""
@@ -362,7 +353,7 @@ class NullRunDirectory(RunDirectory):
     def _nothing(self, *args, **options):
         pass
 
-    log = log_metrics = save_grid = write_result = write_best = _nothing
+    log = log_metrics = save_grid = _nothing
     _should_save = save_checkpoint = _close = _gather_parts = _remove_parts = _nothing
 
     def finish(self):
@@ -387,7 +378,8 @@ def save_grid(path, images, data, per_row):
     """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, about 1000 pixels wide."""
     from torchvision.utils import make_grid, save_image
 
-    grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)
+    pixels = data.denormalize(images.detach().to(data.device)).clamp(0, 1)
+    grid = make_grid(pixels, nrow=per_row, pad_value=1.0)
     factor = max(1, min(math.ceil(960 / grid.shape[2]), 1200 // grid.shape[1]))
     grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     write_atomically(path, lambda partial: save_image(grid, partial))
