@@ -133,7 +133,10 @@ class RunDirectory:
         self._metrics.seek(0, os.SEEK_END)
         self.start = time.perf_counter() - saved.get("seconds", 0.0)
         if self.finished:
-            self._report_finished(saved)
+            longer = f"--Iteration {self.flags['Iteration']} does not prolong it; " * (
+                saved["flags"]["Iteration"] != self.flags["Iteration"])
+            self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; {longer}"
+                     "--fresh starts over")
             return
         if self.part is None:
             about = {key: self._identity[key] for key in ("flags", "versions", "device")}
@@ -148,14 +151,6 @@ class RunDirectory:
         if owner not in (None, self.name):
             self.log(f"{self.published_file} is {owner}'s and will be moved aside at the end")
 
-    def _report_finished(self, saved):
-        iterations = self.flags["Iteration"]
-        longer = ""
-        if saved["flags"]["Iteration"] != iterations:
-            longer = f"--Iteration {iterations} does not prolong it; "
-        self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; {longer}"
-                 "--fresh starts over")
-
     def _report_resumed(self, saved):
         exp = len(self.progress.get("sets", [])) if self.part is None else self.part
         where = f"experiment {exp}"
@@ -163,12 +158,10 @@ class RunDirectory:
             where += f", iteration {self.saved_experiment['it']}"
         self.log(f"going on with {self.name} at {where}, "
                  f"after {format_duration(saved['seconds'])}")
-        before, now = ({key: about[key] for key in ("versions", "device")}
-                       for about in (saved, self._identity))
+        before, now = ([about["versions"], about["device"]] for about in (saved, self._identity))
         if before != now:
-            self.log(f"the saved part ran with {before['versions']} on {before['device']}, this is "
-                     f"{now['versions']} on {now['device']}: the result may differ in the last "
-                     "bits from that of an undisturbed run")
+            self.log(f"the saved part ran with {before}, this is {now}: the result may differ in "
+                     "the last bits from that of an undisturbed run")
 
     # ------------------------------------------------------------------------- checkpoints
     def register_state(self, experiment):
