@@ -217,7 +217,7 @@ def test_one_pass_equals_class_after_class(make):
 # ------------------------------------------------------------------------------------ the pool
 def test_pool_step_counts_and_learns(digits):
     """model_train_steps batches for each network; the running accuracy is that of these."""
-    args = small_args(model_train_steps=3, trained_bs=64)
+    args = small_args(model_train_steps=3, trained_bs=64, attack_steps=3)
     pool = NetworkPool(lambda k: get_network("ConvNetW32", 3, 10, (32, 32), k),
                        lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), 100)
     rng = {name: torch.Generator().manual_seed(0) for name in ("data", "pool", "attack")}

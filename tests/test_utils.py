@@ -119,8 +119,8 @@ def test_the_attack_of_the_evaluation(digits, monkeypatch, name, targeted, steps
 
 def flags(**changes):
     return argparse.Namespace(**{
-        "eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 50, "seed": 0,
-        "select": "train", "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64,
+        "eval_mode": "S", "model": "MLP", "num_eval": 2, "test_limit": 50, "seed": 0,
+        "select": "train", "epoch_eval_train": 60, "lr_net": 0.02, "batch_train": 32,
         "dsa_strategy": "none", "label_temperature": 1.0, "lr_schedule": "step", **changes})
 
 
