@@ -29,14 +29,8 @@ from runtime import compilation, distributed
 from runtime.command_line import add_switch, at_least, run_script
 from runtime.cost import TRAINING_STEP, forward_flops, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
-from runtime.device import (
-    choose_micro_batch,
-    device_name,
-    get_device,
-    has_bf16,
-    synchronise,
-    versions,
-)
+from runtime.device import (choose_micro_batch, device_name, get_device, has_bf16, synchronise,
+                            versions)
 from runtime.safe_io import write_json
 from runtime.seeding import make_generator
 from synsets import TrainConfig, initial_set

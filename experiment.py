@@ -17,14 +17,8 @@ from datasets import load_dataset
 from formats.synset_file import SyntheticSet, save_synset
 from network_pool import load_prior_networks
 from networks import NETWORKS, network_for
-from rome import (
-    attack_options,
-    image_optimizer,
-    make_generators,
-    make_pool,
-    matching_groups,
-    sub_images,
-)
+from rome import (attack_options, image_optimizer, make_generators, make_pool, matching_groups,
+                  sub_images)
 from runtime import cost, distributed
 from runtime.compilation import resolve_precision, set_precision
 from runtime.cuda_graphs import use_cuda_graphs
@@ -36,17 +30,8 @@ from runtime.run_directory import open_run
 from runtime.safe_io import InputError
 from runtime.seeding import make_generator
 from runtime.training import require_finite
-from synsets import (
-    INITS,
-    baseline_packs,
-    baseline_set,
-    class_major,
-    describe_pool_networks,
-    describe_prior_networks,
-    initial_set,
-    load_initial_sets,
-    soft_labels,
-)
+from synsets import (INITS, baseline_packs, baseline_set, class_major, describe_pool_networks,
+                     describe_prior_networks, initial_set, load_initial_sets, soft_labels)
 
 LOG_INTERVAL = 10  # outer iterations
 NO_EFFECT = ("fresh", "save_interval", "parallel")  # flags that do not change the result
