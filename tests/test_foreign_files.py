@@ -17,8 +17,8 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
+import experiment
 import export
-import synsets
 import utils
 from augment import pack, unpack
 from datasets import DATASETS, load_dataset
@@ -35,6 +35,7 @@ from formats.synset_file import SyntheticSet, read_synset, save_synset
 from networks import NETWORKS, get_network
 from runtime.command_line import run_script
 from runtime.safe_io import InputError
+from synsets import TrainConfig, load_initial_sets, load_synset
 from target_models import TargetModel, check_normalisation
 
 ATTACK = "--threat_model pixel --attacks FGSM --untargeted --no_sanity --limit 100 --num_eval 1"
@@ -135,10 +136,10 @@ def test_a_set_keeps_its_own_normalisation(digits, digit_images, tmp_path):
 def test_a_network_of_other_pixels(digits, tmp_path):
     """A network that knows pixels in [0, 1] is right with --network_mean 0 --network_std 1."""
     net = get_network("MLP", 3, 10, (32, 32), 0)
-    options = {"epochs": 3, "lr_net": 0.05, "batch_train": 64, "dsa_strategy": "none"}
+    config = TrainConfig(epochs=3, lr_net=0.05, batch_train=64, dsa_strategy="none")
     pixels, labels = digits.images["train"].float() / 255, digits.labels["train"]
     generator = torch.Generator().manual_seed(0)
-    utils.train_on_set(net, pixels, labels, generator=generator, **options)
+    utils.train_on_set(net, pixels, labels, config, generator)
     path = tmp_path / "DM_MLP_Digits_10_None.pth"
     torch.save(net.state_dict(), path)
     flags = ["--networks", path, *QUICK, "--limit", 0, "--network_std", 1, "--network_mean"]
@@ -253,9 +254,9 @@ def test_a_whitened_set_by_flag(small, whitened, tmp_path):
     assert "small, ZCA-whitened, not packed, hard labels, ZCA" in text
     (about,) = content["networks"].values()
     net = get_network("MLP", 1, 10, (16, 16), about["seed_init"])
-    options = {"epochs": 50, "lr_net": 0.1, "batch_train": 256, "dsa_strategy": "none"}
+    config = TrainConfig(epochs=50, lr_net=0.1, dsa_strategy="none")
     generator = torch.Generator().manual_seed(about["seed_train"])
-    utils.train_on_set(net, images, LABELS, generator=generator, **options)
+    utils.train_on_set(net, images, LABELS, config, generator)
     accuracy = utils.accuracy(net, *data.get_batch("test", slice(100)))
     assert clean(content) == pytest.approx(accuracy, abs=0.011) and accuracy > 0.4
 
@@ -305,13 +306,13 @@ def test_files_of_different_normalisations(digits, digit_images, tmp_path):
 def test_init_is_of_the_same_normalisation(digits, digit_images, tmp_path, meta, message):
     path = write_set(tmp_path / "set.pt", digit_images, **meta)
     with pytest.raises(InputError, match=message):
-        synsets.start_from(path, digits, 10, 1)
+        load_initial_sets(path, digits, 10, 1)
 
 
 def test_init_tells_how_it_was_understood(whitened, tmp_path):
     data, images = whitened
     path = write_set(tmp_path / "set.pt", images, zca=True)
-    lines = utils.describe_inputs(SimpleNamespace(init=str(path), ipc=10, pack=1), data)
+    lines = experiment.describe_inputs(SimpleNamespace(init=str(path), ipc=10, pack=1), data)
     data_line = "small: 1437 training and 360 test images, 1x16x16, 10 classes, ZCA-whitened"
     assert lines[0].startswith(data_line)
     line = "taken as: small (assumed), ZCA-whitened, not packed, hard labels, ZCA"
@@ -327,7 +328,7 @@ def test_a_network_that_was_made_for_other_values(digits, mean, std):
         right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
         return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
 
-    target = TargetModel("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
+    target = TargetModel("a.pth", "A", 10, "MLP", net, meta={"file": "a.pth"})
     found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
     constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
     expected = [] if mean == 0.3054 else [f"{found} {constants}"]
@@ -408,7 +409,7 @@ def test_a_learning_rate_beside_the_images(digits, digit_images, tmp_path, name)
         torch.save(content, tmp_path / file)
     entry = understood(path, digits, dataset="Digits")
     assert f"lr 0.0123 from {name}" in entry.description
-    assert synsets.protocol_of(entry.synset.meta)["lr_net"] == pytest.approx(0.0123)
+    assert TrainConfig.from_meta(entry.synset.meta).lr_net == pytest.approx(0.0123)
     for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(InputError, match=f"{name} is no learning rate"):
@@ -459,14 +460,14 @@ def test_every_export_is_read_back(exported, monkeypatch, layout):
         assert {key: about[key] for key in RECIPE} == RECIPE
 
     trained = []
-    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
+    monkeypatch.setattr(utils, "train_on_set", lambda *given: trained.append(given))
     monkeypatch.chdir(folder / layout)
     (code,) = re.findall(r"```python\n(.*?)```", open("README.md").read(), flags=re.DOTALL)
     exec(code, {})
-    (((net, images, labels), options),) = trained
+    ((net, images, labels, config),) = trained
     tolerance = 1.01 / 255 / 0.3237 / 2 if layout == "folder" else 0
     assert torch.allclose(images, unpack(one.images), atol=tolerance)
-    assert torch.equal(labels, one.soft_labels) and options == RECIPE
+    assert torch.equal(labels, one.soft_labels) and config == TrainConfig(**RECIPE)
     assert net.architecture == ("MLP", 3, 10, (32, 32))
 
 
@@ -557,21 +558,21 @@ def test_the_lines_of_python_in_the_docs(page, monkeypatch):
     assert code or page == "README.md"
     monkeypatch.chdir(ROOT)
     trained = []
-    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
+    monkeypatch.setattr(utils, "train_on_set", lambda *given: trained.append(given))
     for lines in code:
         exec(lines, {})
-        (_, images, labels), recipe = trained[-1]
+        _, images, labels, config = trained[-1]
         assert images.shape == (1600, 3, 32, 32) and labels.shape == (1600, 10)
-        assert recipe["lr_schedule"] == "cosine"
+        assert config.lr_schedule == "cosine"
 
 
 def test_lines_of_python_with_pixels_warn(evaluated, digit_images):
     path = evaluated[0][1]
     with pytest.warns(UserWarning, match="look like pixels"):
-        synsets.load_synset(path)
-    images, labels, recipe = synsets.load_synset(path, images="pixels")
+        load_synset(path)
+    images, labels, config = load_synset(path, images="pixels")
     assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
-    assert recipe == synsets.PROTOCOL
+    assert config == TrainConfig()
 
 
 def test_a_terminal_without_the_letters_of_a_path(monkeypatch):
