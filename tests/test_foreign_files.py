@@ -3,7 +3,6 @@
 The rules: docs/foreign_files.md.
 """
 
-import io
 import json
 import re
 import sys
@@ -33,7 +32,6 @@ from formats.inputs import (
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, read_synset, save_synset
 from networks import NETWORKS, get_network
-from runtime.command_line import run_script
 from runtime.safe_io import InputError
 from synsets import TrainConfig, load_initial_sets, load_synset
 from target_models import TargetModel, check_normalisation
@@ -151,7 +149,6 @@ def test_a_network_of_other_pixels(digits, tmp_path):
         run(tmp_path / "x", *flags, 0, 0)
 
 
-# ---------------------------------------------------------------------------------- pixels, packing
 @pytest.mark.parametrize("scale, shift, space", [
     (1, 0, r"pixels in \[0, 1\]"),
     (255, 0, "pixels from 0 to 255"),
@@ -173,6 +170,11 @@ def test_pixels_in_place_of_normalised_images(digits, digit_images, tmp_path, sc
     assert not entry.warnings and not understood(path, digits, "normalised").warnings
     line = f"Digits, normalised from {space} with mean .*, not packed, hard labels, no ZCA"
     assert re.fullmatch(line, entry.description)
+    with pytest.warns(UserWarning, match="look like pixels"):
+        load_synset(path)
+    images, labels, config = load_synset(path, images="pixels")
+    assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
+    assert config == TrainConfig()
 
 
 def test_bytes_are_pixels(digits, digit_images, tmp_path):
@@ -198,6 +200,8 @@ def smooth_images(count):
 def test_seams_between_sub_images(packed, count):
     found, ratio = seams(pack(smooth_images(count * packed**2), packed))
     assert found == packed and (ratio > 1.75) == (packed > 1)
+    for images in torch.zeros(count, 3, 32, 32), torch.randn(100, 3, 32, 32):
+        assert seams(images) == (1, 1.0) == seams(images[:, :, :20])
 
 
 @pytest.mark.parametrize("packed", [1, 2, 4, 8])
@@ -206,11 +210,6 @@ def test_seams_on_real_images(cifar10_npz, packed):
     for seed in range(5):
         images = data.sample_class(seed, 10 * packed**2, torch.Generator().manual_seed(seed))
         assert seams(pack(images, packed))[0] == packed
-
-
-@pytest.mark.parametrize("images", [torch.zeros(10, 3, 32, 32), torch.randn(100, 3, 32, 32)])
-def test_flat_images_and_noise_have_no_seams(images):
-    assert seams(images) == (1, 1.0) == seams(images[:, :, :20])
 
 
 def test_a_packed_set_that_does_not_declare_it(tmp_path, digits):
@@ -310,13 +309,13 @@ def test_init_is_of_the_same_normalisation(digits, digit_images, tmp_path, meta,
 
 
 def test_init_tells_how_it_was_understood(whitened, tmp_path):
-    data, images = whitened
-    path = write_set(tmp_path / "set.pt", images, zca=True)
-    lines = experiment.describe_inputs(SimpleNamespace(init=str(path), ipc=10, pack=1), data)
+    path = write_set(tmp_path / "set.pt", whitened[1], zca=True)
+    args = SimpleNamespace(init=str(path), ipc=10, pack=1)
+    about, *lines = experiment.describe_inputs(args, whitened[0])
     data_line = "small: 1437 training and 360 test images, 1x16x16, 10 classes, ZCA-whitened"
-    assert lines[0].startswith(data_line)
+    assert about.startswith(data_line)
     line = "taken as: small (assumed), ZCA-whitened, not packed, hard labels, ZCA"
-    assert lines[1:] == [f"{path} {line}"]
+    assert lines == [f"{path} {line}"]
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
@@ -370,15 +369,7 @@ def test_names_in_any_case(tmp_path, name, dataset, model, method, ipc):
     assert choose_dataset(None, [entry]) == (dataset or "CIFAR10")
 
 
-def test_a_name_and_a_meta_that_disagree(tmp_path):
-    path = tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt"
-    write_set(path, torch.randn(10, 3, 32, 32), torch.arange(10), dataset="CIFAR10")
-    entry = read_input(path, NETWORKS, is_set=True)
-    assert entry.dataset == "CIFAR10"
-    assert "its name says CIFAR100, its meta CIFAR10" in entry.warnings[0]
-
-
-def test_what_is_assumed_is_marked(tmp_path, digits, digit_images):
+def test_what_is_assumed_is_marked_and_the_meta_is_believed(tmp_path, digits, digit_images):
     network = tmp_path / "best.pth"
     torch.save({}, network)
     line = understood(network, digits, dataset="Digits").description
@@ -387,6 +378,10 @@ def test_what_is_assumed_is_marked(tmp_path, digits, digit_images):
     assert line.startswith("Digits (assumed), MLP, for images") and line.endswith("], no ZCA")
     path = write_set(tmp_path / "set.pt", digit_images)
     assert understood(path, digits).description.startswith("Digits (assumed), normalised with")
+    path = tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt"
+    entry = understood(write_set(path, digit_images, dataset="Digits"), digits)
+    assert entry.dataset == "Digits"
+    assert "its name says CIFAR100, its meta Digits" in entry.warnings[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -528,29 +523,28 @@ def test_folders_are_matched_by_the_names_of_classes(tmp_path, digit_images, dig
     assert "its classes are eight, five, four" in warning
 
 
-def test_wrong_folders(tmp_path):
-    folder = tmp_path / "set"
-
-    def refused(message):
-        with pytest.raises(InputError, match=message):
-            read_synset(folder)
-
-    (folder / "a").mkdir(parents=True)
-    refused("no folders of pictures")
-    for name, size in (("0.png", 32), ("1.png", 16)):
-        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(folder / "a" / name)
-    refused("1.png is 16x16 pixels, .*0.png 32x32")
-    (folder / "a" / "1.png").write_bytes(b"no picture")
-    refused("1.png is no picture")
-    for file in ("../../x.png", "/x.png", "a/2.png"):
-        (folder / "labels.csv").write_text(f"file,label\n{file},0\n")
-        refused("is no file in")
-    for text, message in (("name\nx\n", "no list of pictures"), ("", "no picture")):
-        (folder / "labels.csv").write_text(text)
-        refused(message)
-
-
 # ---------------------------------------------------------------------------------- lines of Python
+@pytest.mark.parametrize("files, message", [
+    ({}, "no folders of pictures"),
+    ({"a/0.png": 32, "a/1.png": 16}, "1.png is 16x16 pixels, .*0.png 32x32"),
+    ({"a/0.png": "no picture"}, "0.png is no picture"),
+    ({"labels.csv": "file,label\n../../x.png,0\n"}, "is no file in"),
+    ({"labels.csv": "file,label\n/x.png,0\n"}, "is no file in"),
+    ({"labels.csv": "file,label\na/2.png,0\n"}, "is no file in"),
+    ({"labels.csv": "name\nx\n"}, "no list of pictures"),
+    ({"labels.csv": ""}, "no list of pictures"),
+])
+def test_wrong_folders(tmp_path, files, message):
+    (tmp_path / "a").mkdir()
+    for name, content in files.items():
+        if isinstance(content, str):
+            (tmp_path / name).write_text(content)
+        else:
+            Image.new("RGB", (content, content)).save(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_synset(tmp_path)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/foreign_files.md"])
 def test_the_lines_of_python_in_the_docs(page, monkeypatch):
     """As they stand there, from the repository's folder, but for the training."""
@@ -564,21 +558,3 @@ def test_the_lines_of_python_in_the_docs(page, monkeypatch):
         _, images, labels, config = trained[-1]
         assert images.shape == (1600, 3, 32, 32) and labels.shape == (1600, 10)
         assert config.lr_schedule == "cosine"
-
-
-def test_lines_of_python_with_pixels_warn(evaluated, digit_images):
-    path = evaluated[0][1]
-    with pytest.warns(UserWarning, match="look like pixels"):
-        load_synset(path)
-    images, labels, config = load_synset(path, images="pixels")
-    assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
-    assert config == TrainConfig()
-
-
-def test_a_terminal_without_the_letters_of_a_path(monkeypatch):
-    """A folder that latin-1 cannot show: the name is shown escaped."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    run_script(lambda: print("\u6570\u636e"))
-    terminal.flush()
-    assert b"\\u6570\\u636e" in terminal.buffer.getvalue()

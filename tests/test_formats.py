@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import sets_and_meta
 
-from formats.network_file import load_into, read_state_dict
+from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, pack_of, save_synset
 from networks import get_network
 from runtime.safe_io import InputError, read_tensors
@@ -171,9 +171,9 @@ def test_state_dicts_of_other_programs(tmp_path, wrap, note):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
-    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"is \(9,\), expected \(10,\)"),
+    (lambda d: d.pop("classifier.bias"), "Missing .*classifier.bias"),
+    (lambda d: d.update(extra=torch.zeros(1)), "Unexpected .*extra"),
+    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"bias.*\[9\].*\[10\]"),
     (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not"),
     (lambda d: d.update(epoch=3), "expected a state_dict"),
     (lambda d: d.update(optimizer={"lr": 1}), r"is no tensor: 'optimizer' \(dict\)"),
@@ -187,4 +187,4 @@ def test_wrong_networks(tmp_path, change, message):
         load_into(small_network(name="ConvNetW32"), tmp_path / "net.pth")
     torch.save([1], tmp_path / "net.pth")
     with pytest.raises(InputError, match="a list; expected a state_dict"):
-        read_state_dict(tmp_path / "net.pth")
+        load_into(None, tmp_path / "net.pth")
