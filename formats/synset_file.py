@@ -131,15 +131,15 @@ def read_synset(path, packed=1):
     for i, (pair, soft) in enumerate(stored):
         name = f"{path}, set {i}"
         try:
-            images, labels = map(torch.as_tensor, pair)
-            soft = None if soft is None else torch.as_tensor(soft).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
+            images, labels = map(_tensor, pair)
+            soft = None if soft is None else _tensor(soft)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
-        images = _images(name, images.detach(), pack)
+        images = _images(name, images, pack)
         if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
             from_soft, soft = True, labels if soft is None else soft
             labels = labels.argmax(1)[: len(images)]  # a packed set has more rows than images
-        labels = _labels(name, labels.detach(), len(images))
+        labels = _labels(name, labels, len(images))
         soft, kind = _logits(name, soft, len(images) * pack**2)
         sets.append(SyntheticSet(images, labels, soft))
         kinds.append(kind)
@@ -207,6 +207,11 @@ def check_meta(path, meta):
     if trained != pack:
         found = f"its recipe trains on images packed {trained}x{trained}"
         raise InputError(f"{path}: {found}, its meta has {pack}x{pack}")
+
+
+def _tensor(array):
+    """No lists: those of a hostile file may be endless."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
 
 
 def _images(name, images, pack):

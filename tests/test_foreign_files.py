@@ -97,7 +97,8 @@ def evaluated(digits, digit_images, tmp_path_factory):
     return paths, *run(folder / "out", "--synset", *paths, *QUICK)
 
 
-def test_the_report_warns_of_what_looks_wrong(evaluated):
+def test_the_report_warns_of_what_looks_wrong(evaluated, tmp_path):
+    """With --images the accuracy is that of the set as it should be, and nothing is warned of."""
     paths, content, text = evaluated
     assert clean(content, "Good") > 0.5 and clean(content, "Permuted") < 0.1
     warnings = text.split("## Warnings")[1]
@@ -107,11 +108,6 @@ def test_the_report_warns_of_what_looks_wrong(evaluated):
     for path in paths:
         taken = content["inputs"][str(path)]["taken_as"]
         assert taken.startswith("Digits, normalised with mean [0.3054") and taken in text
-
-
-def test_the_whole_command_with_pixels(evaluated, tmp_path):
-    """With --images the accuracy is that of the set as it should be, and nothing is warned of."""
-    paths, content, _ = evaluated
     path = tmp_path / paths[0].name  # its name is a part of the seeds
     path.write_bytes(paths[1].read_bytes())
     again, text = run(tmp_path / "out", "--synset", path, *QUICK, "--images", "pixels")
@@ -147,6 +143,22 @@ def test_a_network_of_other_pixels(digits, tmp_path):
     assert "for images normalised with mean [0.0, 0.0, 0.0]" in text
     with pytest.raises(InputError, match="one for each of 3 channel"):
         run(tmp_path / "x", *flags, 0, 0)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
+def test_a_network_that_was_made_for_other_values(digits, mean, std):
+    """It knows the test images, and only if they are normalised its way."""
+    known = (digits.images["test"].float() / 255 - mean) / std
+
+    def net(x):
+        right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
+        return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
+
+    target = TargetModel("a.pth", "A", 10, "MLP", net, meta={"file": "a.pth"})
+    found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
+    constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
+    expected = [] if mean == 0.3054 else [f"{found} {constants}"]
+    assert check_normalisation(target, digits) == expected
 
 
 @pytest.mark.parametrize("scale, shift, space", [
@@ -260,39 +272,34 @@ def test_a_whitened_set_by_flag(small, whitened, tmp_path):
     assert clean(content) == pytest.approx(accuracy, abs=0.011) and accuracy > 0.4
 
 
-def test_a_whitened_set_that_does_not_declare_it(small, whitened, tmp_path):
-    """Its values are small; with the flag, ordinary ones are large."""
-    path = write_set(tmp_path / "whitened.pt", whitened[1])
-    warnings = understood(path, load_dataset(small, ""), dataset="small").warnings
-    expected = "taken as normalised images, but its .* look like ZCA-whitened images; --zca"
-    assert re.search(expected, warnings[0])
-    assert not understood(path, load_dataset(small, ""), zca=True, dataset="small").warnings
+@pytest.mark.parametrize("is_whitened, zca, expected", [
+    (True, False, "taken as normalised images, but its .* look like ZCA-whitened images; --zca"),
+    (True, True, None),
+    (False, True, "taken as ZCA-whitened images, but its values.* ordinary ones"),
+])
+def test_whitening_that_is_not_declared(small, whitened, tmp_path, is_whitened, zca, expected):
+    """The values of whitened images are small."""
     data = load_dataset(small, "")
-    path = write_set(tmp_path / "ordinary.pt", real_images(data))
-    (warning,) = understood(path, data, zca=True, dataset="small").warnings
-    assert re.search("taken as ZCA-whitened images, but its values.* ordinary ones", warning)
+    path = write_set(tmp_path / "set.pt", whitened[1] if is_whitened else real_images(data))
+    warnings = understood(path, data, zca=zca, dataset="small").warnings
+    assert re.search(expected, warnings[0]) if expected else not warnings
 
 
-def test_files_of_different_normalisations(digits, digit_images, tmp_path):
-    other = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    sets = [
-        write_set(tmp_path / f"{name}.pt", digit_images, **meta)
-        for name, meta in {"white": {"zca": True}, "plain": {}, "other": other}.items()
-    ]
-    network = tmp_path / "DM_MLP_Digits_10_None.pth"
-    torch.save({}, network)
-    apart = ".*runs of their own"
-    for paths, networks, message in (
-        (sets[:1], [network], f"white.pt is ZCA-whitened, .*DM_MLP.* is normalised with {apart}"),
-        (sets[:2], [], f"white.pt is ZCA-whitened, .*plain.pt is normalised with {apart}"),
-        (sets[1:], [], f"plain.pt is normalised with mean .0.3.*other.pt is .* .0.5{apart}"),
-    ):
-        inputs = read_inputs(paths, networks, NETWORKS, methods=list("ABC")[:2])
-        with pytest.raises(InputError, match=message):
-            choose_normalisation(inputs, digits)
-    ordinary = write_set(tmp_path / "ordinary.pt", digit_images, zca=False)
-    with pytest.raises(InputError, match="says that it is not ZCA-whitened; leave out --zca"):
-        understood(ordinary, digits, zca=True)
+@pytest.mark.parametrize("names, zca, message", [
+    (["white", "net"], False, "white.pt is ZCA-whitened, .*net.pth is normalised.*of their own"),
+    (["white", "plain"], False, "white.pt is ZCA-whitened, .*plain.pt is normalised.*of their own"),
+    (["plain", "other"], False, "plain.pt is normalised .*0.3.*other.pt is .* .0.5.*of their own"),
+    (["ordinary"], True, "says that it is not ZCA-whitened; leave out --zca"),
+])
+def test_files_of_different_normalisations(digits, digit_images, tmp_path, names, zca, message):
+    metas = {"white": {"zca": True}, "plain": {}, "other": {"mean": [0.5] * 3, "std": [0.25] * 3},
+             "ordinary": {"zca": False}}
+    sets = [write_set(tmp_path / f"{name}.pt", digit_images, **metas[name])
+            for name in names if name in metas]
+    torch.save({}, tmp_path / "net.pth")
+    networks = [tmp_path / "net.pth"] * ("net" in names)
+    with pytest.raises(InputError, match=message):
+        choose_normalisation(read_inputs(sets, networks, NETWORKS), digits, zca)
 
 
 @pytest.mark.parametrize("meta, message", [
@@ -316,22 +323,6 @@ def test_init_tells_how_it_was_understood(whitened, tmp_path):
     assert about.startswith(data_line)
     line = "taken as: small (assumed), ZCA-whitened, not packed, hard labels, ZCA"
     assert lines == [f"{path} {line}"]
-
-
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
-def test_a_network_that_was_made_for_other_values(digits, mean, std):
-    """It knows the test images, and only if they are normalised its way."""
-    known = (digits.images["test"].float() / 255 - mean) / std
-
-    def net(x):
-        right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
-        return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
-
-    target = TargetModel("a.pth", "A", 10, "MLP", net, meta={"file": "a.pth"})
-    found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
-    constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
-    expected = [] if mean == 0.3054 else [f"{found} {constants}"]
-    assert check_normalisation(target, digits) == expected
 
 
 # ------------------------------------------------------------------------------------ names, labels
