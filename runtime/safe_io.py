@@ -145,8 +145,8 @@ def _input_errors(path):
         raise InputError(f"{path} is refused, nothing in it was executed: {reason(error)}"
                          ) from None
     except Exception as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason(error)}); it may "
-                         "be damaged, or another kind of file") from None
+        raise InputError(f"{path} is damaged or another kind of file ({type(error).__name__}: "
+                         f"{reason(error)})") from None
 
 
 def read_tensors(path, max_bytes=None):
