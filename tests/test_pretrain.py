@@ -11,7 +11,7 @@ import evaluate
 import pretrain
 import ROME_cifar10 as rome
 import utils
-from attacks import ATTACKS, craft, get_threat_model
+from attacks import ATTACKS, attack, get_threat_model
 from formats.network_file import load_into
 from network_pool import NetworkPool
 from networks import get_network
@@ -67,17 +67,17 @@ def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeyp
     for path in (pretrained / NETWORKS[0],
                  tmp_path / "checkpoints" / "full_MLP_Digits_142_None_seed0-0.pth"):
         net = load(path)
-        x_adv = craft(net, images, labels, get_threat_model("pixel", digits), "PGD",
-                      targeted=False, eps=24 / 255, random_start=False)[0]
+        x_adv = attack(net, images, labels, get_threat_model("pixel", digits), targeted=False,
+                       eps=24 / 255, random_start=False)
         kept.append(utils.accuracy(net, x_adv, labels) / utils.accuracy(net, images, labels))
     assert kept[0] > kept[1] + 0.05, kept
 
 
 def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch):
     """Stopped in either network, and in the test of the first, which is not trained again."""
-    for function, call in (("attack_images", 61), ("measure", 1), ("attack_images", 30)):
+    for owner, function, call in ((pretrain, "attack", 61), (pretrain.Training, "measure", 1), (pretrain, "attack", 30)):
         with monkeypatch.context() as patch:
-            sigterm_at(patch, pretrain, function, call)
+            sigterm_at(patch, owner, function, call)
             with pytest.raises(Interrupted):
                 main(patch, tmp_path, *FLAGS)
     folder = tmp_path / "checkpoints" / f"pretrain_{NETWORKS[1][:-6]}"
