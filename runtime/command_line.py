@@ -99,7 +99,7 @@ def run_script(main):
     try:
         main()
         distributed.shutdown()
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _leave(f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
         _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); give a "
