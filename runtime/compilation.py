@@ -2,6 +2,7 @@
 import copy
 import ctypes
 import functools
+import logging
 import math
 import time
 from contextlib import contextmanager, suppress
@@ -223,6 +224,8 @@ def _configure():
     torch.compiler.config.cache_key_tag = device_name(torch.device("cpu"))
     torch._functorch.config.donated_buffer = False  # some attacks differentiate a pass twice
     torch._dynamo.config.cache_size_limit = 64
+    # It warns of a missing CUDA on machines without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _compile_one(net, shape, layers, gradient):
