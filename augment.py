@@ -1,8 +1,7 @@
 """Differentiable siamese augmentation (DSA), and packing of several images into one.
 
-`dsa_draw` draws one operation and its parameters, `dsa_apply` applies them. Siamese: the same draw,
-for all images, is applied to two batches. Source: SPEC 1.3, 1.4; Zhao and Bilen, "Dataset
-Condensation with Differentiable Siamese Augmentation", ICML 2021.
+Siamese: one draw is applied to all images of two batches. Source: SPEC 1.3, 1.4; Zhao and Bilen,
+"Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021.
 """
 import argparse
 import math
@@ -10,8 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from runtime.compilation import disable_tf32
-from runtime.device import to_device_packed
+from runtime.device import copy_to_device
 
 # Strengths. Source: SPEC 1.4.
 BRIGHTNESS = 1.0  # width of the interval of the additive term, normalised units
@@ -25,8 +23,8 @@ ROTATE = 15.0  # largest angle, degrees
 
 # ------------------------------------------------------------------------------------ operations
 # x: (N, C, H, W). Parameters: (n, ...) with n = 1 or N.
-def _per_image(values):
-    return values.view(-1, 1, 1, 1)  # (n,) -> (n, 1, 1, 1)
+def _per_image(values):  # (n,) -> (n, 1, 1, 1)
+    return values.view(-1, 1, 1, 1)
 
 
 def _color(x, u):
@@ -64,29 +62,13 @@ def _flip(x, flipped):
 
 def _affine(x, *rows):
     """Sample x at an affine map of its coordinates. rows: the six entries of the map, (n,) each."""
-    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
-    if x.requires_grad and x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
-        grid = F.affine_grid(theta, (len(theta), *x.shape[1:]), align_corners=False)
-        return _sample_deterministically(x, grid)
-    grid = F.affine_grid(theta.expand(len(x), 2, 3), x.shape, align_corners=False)  # (N, H, W, 2)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def _sample_deterministically(x, grid):
-    """F.grid_sample as a matrix product: on CUDA, grid_sample's gradient adds in any order.
-
-    x: (N, C, H, W). grid: (n, H, W, 2), n = 1 or N. Each grid takes an (H*W, H*W) matrix: 4 MiB
-    for 32x32 images.
-    """
-    height, width = x.shape[2:]
-    column = ((grid[..., 0] + 1) * width - 1) / 2  # (n, H, W): where it samples, in pixels
-    row = ((grid[..., 1] + 1) * height - 1) / 2
-    columns, rows = (torch.arange(side, device=x.device) for side in (width, height))
-    weight_x = (1 - (column[..., None] - columns).abs()).clamp(min=0)  # (n, H, W, W): bilinear
-    weight_y = (1 - (row[..., None] - rows).abs()).clamp(min=0)  # (n, H, W, H)
-    matrix = weight_y[..., :, None] * weight_x[..., None, :]  # (n, H, W, H, W)
-    with disable_tf32():
-        return (x.flatten(2) @ matrix.flatten(3).flatten(1, 2).transpose(1, 2)).view_as(x)
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3).expand(len(x), 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (N, H, W, 2)
+    device = x.device
+    if x.requires_grad and torch.are_deterministic_algorithms_enabled():
+        x, grid = x.cpu(), grid.cpu()  # on CUDA, the gradient is added up in any order
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return x.to(device)
 
 
 def _scale(x, s):
@@ -126,8 +108,8 @@ def parse_dsa_strategy(strategy):
     names = tuple(strategy.split("_"))
     for name in names:
         if name not in DSA_OPERATIONS:
-            raise ValueError(f"unknown DSA operation {name!r} in --dsa_strategy {strategy!r}; "
-                             f"choose from {', '.join(DSA_OPERATIONS)}, joined by '_', or none")
+            raise ValueError(f"unknown DSA operation {name!r}; choose from "
+                             f"{', '.join(DSA_OPERATIONS)}, joined by '_', or none")
     return names
 
 
@@ -141,10 +123,9 @@ def dsa_strategy_flag(text):
 
 
 def dsa_draw(strategy, size, generator, n=1):
-    """Draw one operation of `strategy` and its parameters.
+    """Draw an operation of `strategy`: (its name, its parameters), or None without operations.
 
-    size: (height, width). generator: on the CPU. n: 1 for all images, or one for each.
-    Returns (name, parameters), or None if the strategy is empty.
+    size: (height, width). generator: on the CPU. n: 1 draw for all images, or one for each.
     """
     names = parse_dsa_strategy(strategy)
     if not names:
@@ -154,30 +135,23 @@ def dsa_draw(strategy, size, generator, n=1):
 
 
 def dsa_apply(x, draw):
-    """Augment (N, C, H, W) normalised images x by a draw of `dsa_draw`; differentiable in x."""
+    """Augment normalised images x (N, C, H, W) by a draw of `dsa_draw`; differentiable in x."""
     if draw is None:
         return x
     name, parameters = draw
-    return DSA_OPERATIONS[name][1](x, parameters.to(x.device))
-
-
-def draws_to_device(tensors, draws, device):
-    """Copy CPU tensors, and draws of `dsa_draw`, to the device in one copy: (tensors, draws)."""
-    parameters = [draw[1] for draw in draws if draw]
-    moved = iter(to_device_packed([*tensors, *parameters], device))
-    return [next(moved) for _ in tensors], [draw and (draw[0], next(moved)) for draw in draws]
+    return DSA_OPERATIONS[name][1](x, copy_to_device(parameters, x.device))
 
 
 # --------------------------------------------------------------------------------------- packing
 def pack(x, k=2):
     """Shrink images and set k*k of them side by side into one.
 
-    x: (k*k*N, C, H, W) with the images of slot i at i, N + i, 2N + i, ...; H and W multiples of k,
-    a power of two. Returns (N, C, H, W), of which `unpack` has the order of x. Source: SPEC 1.3.
+    x: (k*k*N, C, H, W) with the images of slot i at i, N + i, 2N + i, ...; k: a power of two.
+    Returns (N, C, H, W), of which `unpack` has the order of x. Source: SPEC 1.3.
     """
-    if len(x) % k**2 or x.shape[2] % k or x.shape[3] % k or k & (k - 1):
-        raise ValueError(f"packing {k}x{k} takes a multiple of {k**2} images whose sides are "
-                         f"multiples of {k}, not {tuple(x.shape)}")
+    if len(x) % k**2 or k & (k - 1):
+        raise ValueError(f"{len(x)} images cannot be packed {k}x{k}")
+    _check_sides(x, k)
     for _ in range(k.bit_length() - 1):  # halving: the mean of 2x2 pixels
         x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
     columns = [torch.cat(column.chunk(k), dim=2) for column in x.chunk(k)]  # k of (N, C, H, W/k)
@@ -187,13 +161,16 @@ def pack(x, k=2):
 def unpack(x, k=2):
     """Enlarge the k*k sub-images of each image to full size; differentiable. k = 1: x itself.
 
-    x: (N, C, H, W), H and W multiples of k. Returns (k*k*N, C, H, W): all top-left sub-images, then
-    down the first column, then the next columns. Labels: `labels.repeat(k*k)`. Source: SPEC 1.3.
+    x: (N, C, H, W). Returns (k*k*N, C, H, W): all top-left sub-images, then down the first column,
+    then the next columns. Labels: `labels.repeat(k*k)`. Source: SPEC 1.3.
     """
     if k == 1:
         return x
-    if x.shape[2] % k or x.shape[3] % k:
-        raise ValueError(f"an image that is packed {k}x{k} has sides that are multiples of {k}, "
-                         f"not {tuple(x.shape)}")
+    _check_sides(x, k)
     parts = [part for column in x.chunk(k, dim=3) for part in column.chunk(k, dim=2)]
     return F.interpolate(torch.cat(parts), scale_factor=k, mode="bilinear", align_corners=False)
+
+
+def _check_sides(x, k):
+    if x.shape[2] % k or x.shape[3] % k:
+        raise ValueError(f"images of {x.shape[2]}x{x.shape[3]} cannot be packed {k}x{k}")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from formats.arrays import read_arrays, standard_arrays
 from runtime.compilation import disable_tf32
+from runtime.device import copy_to_device
 from runtime.safe_io import InputError, write_atomically
 
 # Mean and standard deviation of each channel, pixels in [0, 1]. CIFAR: SPEC 1.5 (its std is the
@@ -100,7 +101,7 @@ class Dataset:
     def get_batch(self, split, index):
         """Normalised images (n, C, H, W) and labels (n,). index: (n,) int64 or a slice."""
         if isinstance(index, torch.Tensor):
-            index = index.to(self.device)
+            index = copy_to_device(index, self.device)
         return self.normalize(self.images[split][index].float() / 255), self.labels[split][index]
 
     def class_size(self, c):

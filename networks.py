@@ -1,8 +1,6 @@
 """The networks: (N, C, H, W) normalised images -> (N, num_classes) class scores.
 
-Every network is a `Network`: `features`, whose flattened output is the embedding e(x) that ROME
-matches (SPEC 1), and a linear `classifier`. To add one, write a builder that returns (features,
-embedding size) and name it in NETWORKS.
+To add one, write a builder (channel, size) -> (features, embedding size) and name it in NETWORKS.
 """
 from functools import partial
 
@@ -24,13 +22,12 @@ EVAL_MODES = ("S", "SS", *EVAL_POOLS)
 
 
 class Network(nn.Module):
-    """A feature extractor and a linear classifier.
+    """`features`, whose flattened output is the embedding e(x) of SPEC 1, and a linear classifier.
 
-    features: nn.Sequential; its flattened output has `embedding_size` values an image.
-    architecture: arguments of get_network; networks with equal ones have equal layers.
+    features: nn.Sequential. embedding_size: values of its output for an image.
     """
 
-    architecture = None
+    architecture = None  # arguments of get_network; networks with equal ones have equal layers
 
     def __init__(self, features, embedding_size, num_classes):
         super().__init__()
@@ -45,7 +42,7 @@ class Network(nn.Module):
         """(N, C, H, W) normalised images -> ((N, D) embedding, (N, num_classes) class scores).
 
         last: the embedding is the output of `features[:last]`; None, or more than there are (the
-        published commands have 1000), means all layers. Source: SPEC 1.2, --embed_last.
+        published commands have 1000): of all layers. Source: SPEC 1.2.
         """
         if last is None or last >= len(self.features):
             embedding = self.features(x).flatten(1)  # (N, D)
@@ -73,10 +70,9 @@ NORMS = {  # channels, height, width -> layer
 
 
 def stack(channel, size, plan, norm, act="relu", pooling="maxpooling"):
-    """Convolutions, each with norm and activation, and 2x2 poolings.
+    """Convolutions, each with norm and activation, and 2x2 poolings: (features, embedding size).
 
     plan: (width, kernel size) for a convolution, "pool" for a pooling.
-    Returns (features, embedding size). Raises ValueError for images too small for the poolings.
     """
     layers, (height, width) = [], size
     for step in plan:
@@ -101,10 +97,7 @@ def _flat_size(channels, height, width):
 
 def convnet(channel, size, width=128, depth=3, act="relu", norm="instancenorm",
             pooling="avgpooling"):
-    """ConvNet: `depth` blocks of conv3x3(`width`), norm, activation, 2x2 pooling.
-
-    Source: SPEC 1.2; parameters are named as in the networks released with BEARD.
-    """
+    """`depth` blocks of conv3x3(`width`), norm, activation, 2x2 pooling. Source: SPEC 1.2."""
     return stack(channel, size, [(width, 3), "pool"] * depth, norm, act, pooling)
 
 
@@ -137,10 +130,7 @@ def lenet(channel, size):
 
 
 def resnet18(channel, size, norm="instancenorm"):
-    """torchvision's ResNet-18 with the stem of the CIFAR variant: conv3x3, no max pooling.
-
-    Its convolutions start as PyTorch's layers do, not as torchvision's networks do.
-    """
+    """torchvision's, with the stem for CIFAR (conv3x3, no pooling) and PyTorch's initialisation."""
     from torchvision.models import resnet18 as torchvision_resnet18  # its import takes two seconds
     net = torchvision_resnet18(norm_layer=lambda c: NORMS[norm](c, None, None))
     for layer in net.modules():
@@ -179,10 +169,9 @@ NETWORKS = {
 
 
 def get_network(model, channel, num_classes, size, seed, device="cpu"):
-    """A new network with PyTorch's default initialisation.
+    """A new network with PyTorch's default initialisation, the same on every device.
 
-    model: a name of NETWORKS. size: (height, width) of the images. seed: int; it gives the same
-    weights on every device. The global generator stays as it was.
+    model: a name of NETWORKS. size: (height, width). The global generator stays as it was.
     Raises ValueError for an unknown name, or images too small for the network.
     """
     if model not in NETWORKS:
@@ -204,10 +193,5 @@ def network_for(data, model, seed):
 
 
 def eval_pool(eval_mode, model):
-    """The names of the networks of --eval_mode; "S" and "SS" mean `model` itself.
-
-    Raises ValueError for an unknown mode.
-    """
-    if eval_mode not in EVAL_MODES:
-        raise ValueError(f"unknown --eval_mode {eval_mode!r}; choose from {', '.join(EVAL_MODES)}")
-    return EVAL_POOLS.get(eval_mode, (model,))
+    """The names of the networks of --eval_mode, one of EVAL_MODES; "S" and "SS" mean `model`."""
+    return (model,) if eval_mode in ("S", "SS") else EVAL_POOLS[eval_mode]

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from attacks import attack
-from augment import draws_to_device, dsa_apply, dsa_draw, unpack
+from augment import dsa_apply, dsa_draw, unpack
 from datasets import class_ranges
 from network_pool import NetworkPool, PretrainedPool
 from networks import network_for
 from runtime import distributed
 from runtime.compilation import embed, freeze_parameters
 from runtime.cuda_graphs import graphed_call
-from runtime.device import to_device_packed
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import training_step
 
@@ -109,7 +108,6 @@ def sample_real(net, classes, data, args, rng):
     """An augmented real batch (n, 3, H, W) of each of these classes, and its DSA parameters."""
     chosen = [data.sample_class_indices(c, args.batch_real, rng["data"]) for c in classes]
     drawn = [dsa_draw(args.dsa_strategy, data.size, rng["dsa"]) for c in classes]
-    chosen, drawn = draws_to_device(chosen, drawn, data.device)
     batches = []
     for c, index, draw in zip(classes, chosen, drawn):
         img_real = dsa_apply(data.get_batch("train", index)[0], draw)
@@ -195,12 +193,10 @@ def pool_step(members, data, threat, args, rng, micro_batch):
     0 for no step.
     """
     losses = [torch.zeros((), device=data.device)]
-    chosen = [data.sample_indices(args.trained_bs, rng["data"])
-              for _ in range(len(members) * args.model_train_steps)]
-    batches = iter(to_device_packed(chosen, data.device))
     for member in members:
         for _ in range(args.model_train_steps):
-            img_real, label_real = data.get_batch("train", next(batches))
+            chosen = data.sample_indices(args.trained_bs, rng["data"])
+            img_real, label_real = data.get_batch("train", chosen)
             shard = distributed.shard(len(label_real))
             img_adv = img_real[shard]
             if args.attack_pool:

@@ -1,26 +1,24 @@
-"""Precision and torch.compile: how networks are computed. Both belong to the process."""
+"""How networks are computed: precision and torch.compile. Both belong to the process."""
 import copy
 import ctypes
 import functools
-import itertools
 import logging
 import math
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
 
 from runtime.device import device_name, has_bf16
 
-PRECISIONS = ("fp32", "tf32", "bf16")  # the flag --precision has auto as well
-# Compiling one kind and size of batches takes 5 to 20 s. It pays from so many planned
-# floating-point operations: about a minute of work on two CPU cores, or on a large GPU.
+PRECISIONS = ("fp32", "tf32", "bf16")
+# Compiling takes 5 to 20 s. It pays from so many planned operations: a minute on two CPU cores.
 COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
 COMPILE_PAYS_BF16 = 0.3  # times as many: a CPU uses bf16 in compiled batches only
 # A batch is padded to a compiled size if it fills at least this fraction of it.
 PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.3}
-KINDS = {  # of batches: (which gradient, the embedding too, training mode; None: as the network is)
+KINDS = {  # of batches: (which gradient, embedding too, training mode or None: as the network is)
     "attacked": ("input", False, False),
     "trained": ("parameters", False, True),
     "scored": ("none", False, False),
@@ -36,8 +34,7 @@ _compiled_keys = set()
 def set_precision(name):
     """Set the precision of the process. Raises ValueError for an unknown name.
 
-    fp32: float32. tf32: convolutions and matrix products may round to TensorFloat-32 (CUDA).
-    bf16: tf32, and `forward` computes in bfloat16; parameters stay float32.
+    tf32: CUDA may round products to TensorFloat-32. bf16: `forward` computes in bfloat16, too.
     """
     global _precision
     if name not in PRECISIONS:
@@ -47,7 +44,7 @@ def set_precision(name):
 
 
 def precision():
-    """The precision of `forward` now, a name of PRECISIONS."""
+    """The precision of `forward` now."""
     return _precision
 
 
@@ -81,10 +78,6 @@ def disable_tf32():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def to_float32(x):
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
 # ----------------------------------------------------------------------- forward passes
 def forward(net, x):
     """(N, C, H, W) normalised images -> (N, num_classes) float32 class scores."""
@@ -100,28 +93,26 @@ def eager_forward(net, x, layers=None):
     """Class scores; with a number of layers: (embedding after so many, class scores)."""
     with _autocast(x.device):
         if layers is None:
-            return to_float32(net(x))
-        return tuple(map(to_float32, net.embed_and_classify(x, layers)))
+            return _to_float32(net(x))
+        return tuple(map(_to_float32, net.embed_and_classify(x, layers)))
 
 
 def _autocast(device):
-    # Not on a CPU, where eager bfloat16 is 10 to 50 times slower than float32.
-    if _precision == "bf16" and device.type != "cpu":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    enabled = _precision == "bf16" and device.type != "cpu"  # there, 10 to 50 times slower
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _to_float32(x):
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def compiled_forward(net, x, layers=None):
-    """`eager_forward` with less memory traffic, for torch.compile.
-
-    2x2 average pooling is a mean over a view, which the compiler merges with the norm and
-    activation before it. A bias that instance norm cancels is left out; `unused` is a zero
-    that gives this bias its gradient, 0.
-    """
+    """`eager_forward` for torch.compile, which merges a mean over a view with the layers before.
+    A bias that instance norm cancels is left out; `unused` gives it its gradient, 0."""
     x, unused = x.contiguous(memory_format=torch.channels_last), 0.0
-    modules = list(net.features)
+    modules = [*net.features, None]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=_precision == "bf16"):
-        for i, (layer, following) in enumerate(itertools.zip_longest(modules, modules[1:]), 1):
+        for i, (layer, following) in enumerate(zip(modules, modules[1:]), 1):
             if i != layers and _norm_cancels_bias(layer, following):
                 x = layer._conv_forward(x, layer.weight, None)
                 unused = unused + 0 * layer.bias.sum()
@@ -133,8 +124,8 @@ def compiled_forward(net, x, layers=None):
             if i == layers:
                 embedding = x.flatten(1)
                 x = x.clone() if following else x  # the next layer may work in place
-        logits = to_float32(net.classifier(x.flatten(1)) + unused)
-    return logits if layers is None else (to_float32(embedding), logits)
+        logits = _to_float32(net.classifier(x.flatten(1)) + unused)
+    return logits if layers is None else (_to_float32(embedding), logits)
 
 
 def _norm_cancels_bias(layer, following):
@@ -203,19 +194,20 @@ def freeze_parameters(net):
 
 # -------------------------------------------------------------------------- compilation
 def compile_batches(net, shape, last=None, **sizes):
-    """Compile for networks like `net`, by a pass over zeros for each kind and size.
+    """Compile for networks like `net`. shape: (C, H, W). sizes: kind of KINDS = batch sizes.
+    last: of `embed`.
 
-    shape: (C, H, W). sizes: kind of KINDS = batch sizes. last: of `embed`.
     Returns None, or in one line why torch.compile fails here; then all stays eager.
     """
     net, was_training = copy.deepcopy(net), net.training
     try:
         _configure()
-        for kind, (gradient, with_embedding, training) in KINDS.items():
+        for kind, batches in sizes.items():
+            gradient, with_embedding, training = KINDS[kind]
             net.train(was_training if training is None else training)
             net.requires_grad_(gradient == "parameters")
             layers = len(net.features[:last]) if with_embedding else None
-            for size in sizes.get(kind, ()):
+            for size in batches:
                 _compile_one(net, (size, *shape), layers, gradient)
     except Exception as error:  # of any part of the compiler
         _compiled_keys.clear()
@@ -237,21 +229,21 @@ def _configure():
 
 
 def _compile_one(net, shape, layers, gradient):
-    device = next(net.parameters()).device
-    x = torch.zeros(shape, device=device, requires_grad=gradient == "input")
+    x = torch.zeros(shape, device=next(net.parameters()).device,
+                    requires_grad=gradient == "input")
     with torch.set_grad_enabled(gradient != "none"):
         key = *compile_key(net, x, layers), len(x)
         if key in _compiled_keys:
             return
         out = _torch_compile()(net, x, layers)
-    if gradient != "none":
-        loss = sum(part.square().mean() for part in (out if layers else [out]))
-        torch.autograd.grad(loss, [x] if gradient == "input" else list(net.parameters()))
+        if gradient != "none":
+            loss = sum(part.square().mean() for part in (out if layers else [out]))
+            torch.autograd.grad(loss, [x] if gradient == "input" else list(net.parameters()))
     _compiled_keys.add(key)
 
 
 def compiled_keys():
-    """The set of (*compile_key, batch size); where it is emptied, all batches run eagerly."""
+    """The set of (*compile_key, batch size). While it is empty, all batches run eagerly."""
     return _compiled_keys
 
 
@@ -262,30 +254,27 @@ def reset():
 
 
 def compile_planned(net, shape, planned, log, last=None):
-    """Compile the batches with enough planned work (COMPILE_PAYS), and log it.
+    """`compile_batches` for those with enough planned work (COMPILE_PAYS), and log it.
 
-    planned: {kind of KINDS: {batch size: floating-point operations}}. last: of `embed`.
+    planned: {kind of KINDS: {batch size: floating-point operations}}.
     """
     pays = COMPILE_PAYS[next(net.parameters()).device.type]
     pays *= COMPILE_PAYS_BF16 if _precision == "bf16" else 1
-    sizes = {kind: [size for size, flops in work.items() if flops >= pays]
-             for kind, work in planned.items()}
-    start, before = time.perf_counter(), len(_compiled_keys)
-    if not any(sizes.values()):
+    sizes = {kind: found for kind, work in planned.items()
+             if (found := [size for size, flops in work.items() if flops >= pays])}
+    if not sizes:
         return
+    start, before = time.perf_counter(), len(_compiled_keys)
     if problem := compile_batches(net, shape, last, **sizes):
         log(f"{problem}; continuing without it")
     elif len(_compiled_keys) > before:
-        batches = ", ".join(f"{kind} {found}" for kind, found in sizes.items() if found)
-        log(f"compiled in {time.perf_counter() - start:.3g} s for batches of these sizes: "
-            f"{batches}; --no_compile turns it off")
+        log(f"compiled in {time.perf_counter() - start:.3g} s for batches of these sizes: {sizes}; "
+            "--no_compile turns it off")
 
 
 def keep_freed_memory(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1):
-    """Let glibc keep freed activations. Otherwise page faults take a third of a CPU run.
-
-    The thresholds are mallopt's, in bytes. No effect with another C library.
-    """
+    """Let glibc keep freed activations (mallopt, in bytes): without it, page faults take a third
+    of a CPU run. No effect with another C library."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD

@@ -1,7 +1,7 @@
-"""CUDA graphs: the hundreds of kernel launches of a function become one launch.
+"""CUDA graphs: hundreds of kernel launches become one.
 
-A graph owns a copy of the network and the inputs. A call copies the parameters and inputs of the
-caller there and replays it, so one graph serves all networks of an architecture.
+A graph owns a network and inputs. A call copies the caller's values there and replays the graph, so
+one graph serves all networks of an architecture.
 """
 import copy
 import warnings
@@ -18,8 +18,8 @@ _graphs = {}  # {what a graph depends on: GraphedCallable}
 
 @contextmanager
 def use_cuda_graphs(wanted):
-    """Inside, `graphed_call` uses graphs, if wanted. Not with several processes: a thread that
-    waits for the others may disturb a capture."""
+    """Inside, `graphed_call` uses graphs, if wanted and in a single process: a thread that waits
+    for others may disturb a capture."""
     global _enabled
     before, _enabled = _enabled, wanted and _works and distributed.world_size() == 1
     try:
@@ -33,7 +33,7 @@ def graphed_call(function, key, net, *tensors):
 
     function: has fixed shapes, draws no random numbers, never makes the host wait, changes neither
     net nor tensors, and depends on nothing else but key. key: hashable; None means no graph.
-    net: of `get_network`. tensors: on one device. Returns new tensors without autograd history.
+    net: of `get_network`. Returns new tensors without autograd history.
     """
     global _enabled, _works
     architecture = getattr(net, "architecture", None)
@@ -47,7 +47,7 @@ def graphed_call(function, key, net, *tensors):
         try:
             _graphs[key] = GraphedCallable(function, net, tensors)
         except RuntimeError as error:  # of the driver, or of an operation that no graph can hold
-            reason = str(error).splitlines()[0][:200]
+            reason = str(error).splitlines()[0]
             warnings.warn(f"no CUDA graphs ({reason}); continuing without them", stacklevel=2)
             _enabled = _works = False
             return graphed_call(function, None, net, *tensors)

@@ -5,20 +5,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from runtime.safe_io import InputError
 
 MICRO_BATCH = 64  # images attacked at a time on a CPU; more are no faster
-BYTES_PER_ATTACKED_IMAGE = 8 << 20  # generous: activations of the published ConvNet are 2.5 MiB
-MAX_MICRO_BATCH = 4096  # an activation of ConvNetW256 then has 2^30 values: indices of 32 bits do
+BYTES_PER_ATTACKED_IMAGE = 8 << 20  # activations of the published ConvNet are 2.5 MiB
+MAX_MICRO_BATCH = 4096  # more, and an activation of ConvNetW256 needs indices of 64 bits
 
 
 def get_device(name, deterministic=False):
     """"auto" (CUDA if it is there), "cpu", "cuda" or "cuda:N" -> torch.device.
 
     deterministic: PyTorch refuses operations whose result depends on the order of threads.
-    Raises InputError for a device that is not there.
+    Raises InputError for a device that is not here.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,8 +26,7 @@ def get_device(name, deterministic=False):
     if name == "auto":
         return torch.device("cuda:0" if len(found) > 1 else "cpu")
     if name not in found + ["cuda"] * (len(found) > 1):
-        raise InputError(f"--device {name} is not available here; choose auto or one of "
-                         f"{', '.join(found)}")
+        raise InputError(f"--device {name} is not here; choose auto or one of {', '.join(found)}")
     return torch.device(name)
 
 
@@ -43,21 +41,16 @@ def has_bf16(device):
     """Whether the device has bfloat16 instructions; a CPU without them emulates it slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if platform.machine() in ("x86_64", "AMD64"):
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":  # see ATEN_CPU_CAPABILITY
-            return False
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:  # no Linux
+    is_x86, capability = platform.machine() == "x86_64", torch.backends.cpu.get_cpu_capability()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    if is_x86 and capability != "AVX512" or not cpuinfo.exists():
         return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
 
 
 def choose_micro_batch(device, asked=0):
-    """How many images are attacked at a time: `asked`, or by the free memory of the device.
-
-    A power of two, so that a little memory in use elsewhere does not change it.
-    """
+    """Images attacked at a time: `asked`, or by the free memory of the device; a power of two, so
+    that a little memory in use elsewhere does not change it."""
     if asked or device.type != "cuda":
         return asked or MICRO_BATCH
     free, _ = torch.cuda.mem_get_info(device)
@@ -71,22 +64,15 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-def to_device_packed(tensors, device):
-    """Copy CPU tensors to the device in one pinned copy, for which the host does not wait."""
-    if device.type == "cpu" or not tensors:
-        return list(tensors)
-    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    padded = [F.pad(part, (0, -len(part) % 8)) for part in flat]  # any type can begin at 8 bytes
-    buffer = torch.cat(padded)
-    if torch.cuda.is_available():
-        buffer = buffer.pin_memory()
-    parts = buffer.to(device, non_blocking=True).split([len(part) for part in padded])
-    return [part[:len(bytes_)].view(tensor.dtype).view(tensor.shape)
-            for part, bytes_, tensor in zip(parts, flat, tensors)]
+def copy_to_device(tensor, device):
+    """Copy a CPU tensor to the device, without making the host wait."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def versions():
     """The versions that a result depends on, as strings."""
-    packages = {name: version(name) for name in ("torchvision", "numpy")}
-    return {"python": platform.python_version(), "torch": str(torch.__version__), **packages,
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": version("torchvision"), "numpy": version("numpy"),
             "threads": str(torch.get_num_threads())}

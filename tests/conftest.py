@@ -1,4 +1,4 @@
-"""Fixtures. The suite needs no network and no data file; what lies in ../shared or data/ is used where it is there."""
+"""Fixtures. No network and no data file is needed; what lies in ../shared or data/ is used."""
 import os
 import random
 import signal
@@ -18,7 +18,7 @@ from formats.synset_file import read_synset  # noqa: E402
 from runtime.compilation import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()  # as the scripts do; a third of the time
-SEED = 1729  # of no generator in the tests: what one of those draws does not go with what is drawn without one
+SEED = 1729  # of no generator in the tests
 
 
 def pytest_fixture_setup():

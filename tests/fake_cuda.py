@@ -2,14 +2,11 @@
 
 Inside `FakeCuda()` every function of torch is checked before it runs. Refused, as on a real device:
 tensors of both devices in one operation (a CPU tensor without dimensions may join), a generator of
-the other device, `numpy()` of a device tensor, and, in deterministic mode, differentiating an
-operation without a deterministic CUDA implementation. Counted: `syncs`, the places where the host
-waits for the device, copies included.
-
-Not covered: real launches, cuDNN, rounding, timings, memory, several devices, compiled graphs.
+the other device, `numpy()` of a device tensor, and, in deterministic mode, the gradient of
+grid_sample. Counted: `syncs`, where the host waits for the device, copies included.
 """
 import contextlib
-from types import SimpleNamespace
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +17,7 @@ from runtime import cuda_graphs
 CUDA = torch.device("cuda:0")
 # Reading a value of a device tensor, or an output whose size depends on values.
 WAITS = {"item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "tolist", "cpu",
-         "nonzero", "argwhere", "equal", "allclose", "is_nonzero", "masked_select", "unique",
-         "bincount"}
-# Those that the scripts could meet. Source: torch.use_deterministic_algorithms, which computes
-# F.interpolate in another way.
-NOT_DETERMINISTIC = {F.grid_sample, torch.grid_sampler, F.adaptive_max_pool2d, torch.median,
-                     torch.histc}
+         "nonzero", "argwhere", "equal", "allclose", "masked_select", "unique", "bincount"}
 UNCHECKED = {"__get__", "__set__", "requires_grad_", "as_subclass",
              "_has_compatible_shallow_copy_type"}
 
@@ -46,7 +38,7 @@ class CudaGenerator(torch.Generator):
 
 
 class EitherGenerator(torch.Generator):
-    """In place of torch.Generator: makes one of the device that is asked for."""
+    """In place of torch.Generator."""
 
     def __new__(cls, device="cpu"):
         if is_cuda(device):
@@ -65,7 +57,6 @@ def is_cuda(device):
 
 
 def tensors_in(value):
-    """The tensors among arguments, in lists and tuples too."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -78,10 +69,7 @@ class FakeCuda(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.syncs = {}
-
-    def count(self, name):
-        self.syncs[name] = self.syncs.get(name, 0) + 1
+        self.syncs = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
@@ -91,25 +79,24 @@ class FakeCuda(TorchFunctionMode):
         if name in ("to", "cpu") and isinstance(args[0], torch.Tensor):
             return self._move(func, name, args, kwargs)
         if name == "__format__" and on_device(args[0]):
-            self.count("item")
+            self.syncs["item"] += 1
             return format(plain(args[0]), *args[1:])
         given = list(tensors_in(args)) + list(tensors_in(list(kwargs.values())))
         there = [tensor for tensor in given if on_device(tensor)]
         asked = is_cuda(kwargs.get("device"))
         wanted = asked or bool(there) and "device" not in kwargs
-        self._check(func, name, args, given, there)
+        self._check(name, args, given, there)
         self._check_generator(name, kwargs.get("generator"), wanted)
         self._count_waits(name, args, there)
         if asked:
             kwargs["device"] = "cpu"
-            if name in ("tensor", "as_tensor"):
-                self.count("copy to the device")
+            self.syncs["copy to the device"] += name in ("tensor", "as_tensor")
         if func is F.interpolate:  # in deterministic mode it makes tensors out of sight
             args, kwargs = plain(args), plain(kwargs)
         result = func(*args, **kwargs)
         return self._wrap(result) if wanted else result
 
-    def _check(self, func, name, args, given, there):
+    def _check(self, name, args, given, there):
         if name in ("numpy", "__array__") and there:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         mixed = [tensor for tensor in given if not on_device(tensor) and tensor.dim()]
@@ -118,10 +105,9 @@ class FakeCuda(TorchFunctionMode):
         if there and mixed and name not in ("copy_", "set_"):
             raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 "
                                f"and cpu ({name})")
-        if func in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+        if name == "grid_sample" and torch.are_deterministic_algorithms_enabled():
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in there):
-                raise RuntimeError(f"{name}_backward_cuda does not have a deterministic "
-                                   "implementation")
+                raise RuntimeError(f"{name} does not have a deterministic implementation")
 
     def _check_generator(self, name, generator, wanted):
         if generator is not None and isinstance(generator, CudaGenerator) != wanted:
@@ -130,16 +116,15 @@ class FakeCuda(TorchFunctionMode):
 
     def _count_waits(self, name, args, there):
         if name in WAITS and there or name == "where" and len(args) == 1:
-            self.count(name)
+            self.syncs[name] += 1
         if name == "copy_" and len(there) == 1:
-            self.count("copy")
+            self.syncs["copy"] += 1
         if name in ("__getitem__", "__setitem__") and on_device(args[0]):
-            if any(index.dtype in (torch.bool, torch.uint8) or not on_device(index)
-                   for index in tensors_in(args[1])):
-                self.count("index")
+            self.syncs["index"] += any(index.dtype == torch.bool or not on_device(index)
+                                       for index in tensors_in(args[1]))
 
     def _move(self, func, name, args, kwargs):
-        """`to` and `cpu`: a copy where the device changes."""
+        """`to` and `cpu`: a copy where the device changes; non_blocking: the host does not wait."""
         tensor, others = args[0], [*args[1:], *kwargs.values()]
         targets = [other for other in others if isinstance(other, (torch.device, str))]
         targets += [other.device for other in others if isinstance(other, torch.Tensor)]
@@ -152,7 +137,8 @@ class FakeCuda(TorchFunctionMode):
         moved = func(plain(tensor), *map(on_cpu, args[1:]),
                      **{key: on_cpu(value) for key, value in kwargs.items()})
         if to_cuda != on_device(tensor):
-            self.count("cpu" if on_device(tensor) else "copy to the device")
+            waits = on_device(tensor) or not kwargs.get("non_blocking")
+            self.syncs["cpu" if on_device(tensor) else "copy to the device"] += waits
             moved = moved.clone()
         elif moved is tensor:
             return tensor
@@ -192,18 +178,15 @@ def fake_cuda(monkeypatch, memory=80 << 30):
 
     def capture(function, _):
         """Like a CUDA graph, it refuses a function that makes the host wait."""
-        before = dict(device.syncs)
+        before = device.syncs.total()
         captured = run_again(function)
-        if device.syncs != before:
+        if device.syncs.total() != before:
             raise RuntimeError("operation not permitted when stream is capturing")
         return captured
-    gpu = SimpleNamespace(total_memory=memory, name="Fake GPU")
     cuda = {"device_count": lambda: 1,
-            "get_device_name": lambda device=None: gpu.name,
-            "get_device_properties": lambda device=None: gpu,
+            "get_device_name": lambda device=None: "Fake GPU",
             "mem_get_info": lambda device=None: (memory, memory),
-            "max_memory_allocated": lambda device=None: 0,
-            "synchronize": lambda _=None: device.count("synchronize"),
+            "synchronize": lambda _=None: device.syncs.update(["synchronize"]),
             "device": lambda device: contextlib.nullcontext(),
             "get_rng_state": lambda device=None: torch.zeros(8, dtype=torch.uint8),
             "set_rng_state": lambda state, device=None: None}

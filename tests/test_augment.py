@@ -1,6 +1,7 @@
 """DSA against numpy and scipy, its draws against SPEC 1.4; packing against literal loops."""
 import argparse
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,19 +9,10 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from augment import (
-    DSA_OPERATIONS,
-    _sample_deterministically,
-    dsa_apply,
-    dsa_draw,
-    dsa_strategy_flag,
-    pack,
-    parse_dsa_strategy,
-    unpack,
-)
+import augment
+from augment import DSA_OPERATIONS, dsa_apply, dsa_draw, pack, unpack
 
 SIZE = (32, 32)
-ALL = "color_crop_cutout_flip_scale_rotate"
 
 
 def images(n=5, size=SIZE, seed=0):
@@ -73,13 +65,11 @@ def test_operation_against_numpy_and_scipy(name):
 @pytest.mark.parametrize("name", DSA_OPERATIONS)
 def test_siamese(name):
     """One draw acts alike on every image of a batch, and on another batch of another length."""
-    x = images(1)
-    for seed in range(4):
-        draw = dsa_draw(name, SIZE, torch.Generator().manual_seed(seed))
-        assert len(draw[1]) == 1
-        batch = dsa_apply(torch.cat([x, images(2, seed=1), x]), draw)
-        assert torch.equal(batch[0], batch[3])
-        assert torch.allclose(batch[0], dsa_apply(x, draw)[0], atol=1e-6)
+    x, draw = images(1), dsa_draw(name, SIZE, torch.Generator().manual_seed(1))
+    assert len(draw[1]) == 1
+    batch = dsa_apply(torch.cat([x, images(2, seed=1), x]), draw)
+    assert torch.equal(batch[0], batch[3])
+    assert torch.allclose(batch[0], dsa_apply(x, draw)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", DSA_OPERATIONS)
@@ -89,21 +79,6 @@ def test_gradient(name, n):
     draw = dsa_draw(name, (8, 8), torch.Generator().manual_seed(0), n=n)
     draw = (draw[0], draw[1].double() if draw[1].is_floating_point() else draw[1])
     assert torch.autograd.gradcheck(lambda x: dsa_apply(x, draw), (x,))
-
-
-@pytest.mark.parametrize("name", ["scale", "rotate"])
-@pytest.mark.parametrize("n", [1, 5])
-def test_deterministic_sampling_equals_grid_sample(monkeypatch, name, n):
-    """Values and gradients, in double precision."""
-    parameters = dsa_draw(name, (9, 12), torch.Generator().manual_seed(1), n=n)[1].double()
-    x = images(5, size=(9, 12)).double().requires_grad_()
-    weights = images(5, size=(9, 12), seed=2).double()
-    expected = dsa_apply(x, (name, parameters))
-    monkeypatch.setattr(F, "grid_sample", lambda x, grid, **_: _sample_deterministically(x, grid))
-    ours = dsa_apply(x, (name, parameters))
-    assert torch.allclose(ours, expected, atol=1e-12)
-    gradients = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, expected)]
-    assert torch.allclose(*gradients, atol=1e-12)
 
 
 def test_draws_have_the_ranges_of_the_specification():
@@ -120,22 +95,18 @@ def test_draws_have_the_ranges_of_the_specification():
 
 
 def test_one_operation_of_the_list_is_drawn_per_call():
-    generator = torch.Generator().manual_seed(0)
-    counts = {}
-    for _ in range(1200):
-        name, _ = dsa_draw(ALL, SIZE, generator)
-        counts[name] = counts.get(name, 0) + 1
+    generator, all_names = torch.Generator().manual_seed(0), "_".join(DSA_OPERATIONS)
+    counts = Counter(dsa_draw(all_names, SIZE, generator)[0] for _ in range(1200))
     assert set(counts) == set(DSA_OPERATIONS) and min(counts.values()) > 150
     assert {dsa_draw("flip_scale", SIZE, generator)[0] for _ in range(50)} == {"flip", "scale"}
 
 
 def test_strategy_names():
-    assert parse_dsa_strategy("none") == () and dsa_draw("", SIZE, None) is None
     x = images()
-    assert dsa_apply(x, None) is x
-    assert dsa_strategy_flag("flip_color") == "flip_color"
-    for function, error in ((parse_dsa_strategy, ValueError),
-                            (dsa_strategy_flag, argparse.ArgumentTypeError)):
+    assert dsa_draw("none", SIZE, None) is None and dsa_apply(x, None) is x
+    assert augment.dsa_strategy_flag("flip_color") == "flip_color"
+    for function, error in ((augment.parse_dsa_strategy, ValueError),
+                            (augment.dsa_strategy_flag, argparse.ArgumentTypeError)):
         with pytest.raises(error, match="'blur'.*color, crop, cutout"):
             function("flip_blur")
 
@@ -148,16 +119,6 @@ def test_unpacked_images_follow_the_labels():
     assert out.mean((1, 2, 3)).tolist() == [1, 11, 2, 12, 3, 13, 4, 14]
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     assert unpack(ramp)[0, 0, 0].tolist() == [0, 0.25, 0.75, 1]
-
-
-def test_unpack_undoes_pack_of_smooth_images():
-    """A line of slope d/8 that ends between two pixels is missed by d/32 beside its end only."""
-    corners = torch.randn(8, 3, 2, 2)
-    smooth = F.interpolate(corners, size=16, mode="bilinear")
-    missed = (unpack(pack(smooth)) - smooth).abs().amax((2, 3))
-    assert (missed <= (corners.amax((2, 3)) - corners.amin((2, 3))) / 16 + 1e-6).all()
-    constant = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16)
-    assert torch.equal(unpack(pack(constant)), constant)
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])
@@ -178,7 +139,7 @@ def test_packing(k):
 
 @pytest.mark.parametrize("operation, shape, k", [
     (pack, (3, 3, 8, 8), 2), (pack, (4, 3, 7, 8), 2), (unpack, (1, 3, 8, 7), 2),
-    (pack, (4, 3, 8, 8), 4), (unpack, (1, 3, 8, 4), 8), (pack, (9, 3, 9, 9), 3)])
+    (pack, (16, 3, 8, 6), 4), (unpack, (1, 3, 8, 4), 8), (pack, (9, 3, 9, 9), 3)])
 def test_packing_refuses(operation, shape, k):
-    with pytest.raises(ValueError, match=f"{k}x{k}.*multiples of {k}"):
+    with pytest.raises(ValueError, match=f"cannot be packed {k}x{k}"):
         operation(torch.zeros(shape), k)

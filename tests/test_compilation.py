@@ -11,9 +11,6 @@ from conftest import ROOT, sigterm_at
 import benchmark
 import rome
 import ROME_cifar10
-import utils
-from attacks import get_threat_model
-from formats.synset_file import SyntheticSet
 from networks import get_network
 from runtime import compilation
 from runtime.checkpoint import Interrupted
@@ -36,15 +33,25 @@ def tf32():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """MODEL compiled for 16 images of every kind; skips where torch.compile does not work."""
+def graphs():
+    """MODEL compiled for 16 images of every kind, in double precision: no error hides in rounding;
+    skips where torch.compile does not work."""
     compilation.set_precision("tf32")
+    torch.set_default_dtype(torch.double)
     problem = compilation.compile_batches(network(), SHAPE, last=1000,
                                           **{kind: [SIZE] for kind in compilation.KINDS})
+    torch.set_default_dtype(torch.float)
     if problem:
         pytest.skip(problem)
     yield
     compilation.reset()
+
+
+@pytest.fixture
+def compiled(graphs):
+    torch.set_default_dtype(torch.double)
+    yield
+    torch.set_default_dtype(torch.float)
 
 
 @pytest.fixture
@@ -89,7 +96,7 @@ def test_compiled_and_padded_equal_eager(compiled, calls, kind):
         function = compilation.embed if with_embedding else compilation.forward
         ours = outputs_and_gradients(function, net, x, wanted, last)
         expected = outputs_and_gradients(compilation.eager_forward, net, x, wanted, last)
-        assert close(ours, expected, rtol=1e-3, atol=1e-4)
+        assert close(ours, expected, rtol=1e-8, atol=1e-9)
     assert calls == [SIZE, SIZE]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
@@ -111,18 +118,18 @@ def test_which_batches_run_eagerly(compiled, calls, monkeypatch):
     assert torch.equal(compilation.forward(with_norm.eval(), x), x)  # padded, and cut again
 
 
-def test_bf16_compiled_and_disabled(compiled):
+def test_bf16_compiled_and_disabled(monkeypatch):
     """Compiled for bf16, a batch inside `disable_bf16` still runs exactly, in its own graph."""
-    net, x = network(1).eval(), torch.randn(SIZE, *SHAPE, requires_grad=True)
-    with compilation.freeze_parameters(net):
-        expected = compilation.eager_forward(net, x)
-        compilation.set_precision("bf16")
-        assert compilation.compile_batches(net, SHAPE, attacked=[SIZE]) is None
-        rough = compilation.forward(net, x)
+    monkeypatch.setattr(compilation, "_compiled_keys", set())
+    net, x = network(1).eval(), torch.randn(SIZE, *SHAPE)
+    compilation.set_precision("bf16")
+    if problem := compilation.compile_batches(net, SHAPE, scored=[SIZE]):
+        pytest.skip(problem)
+    with torch.no_grad():
+        expected, rough = compilation.eager_forward(net, x), compilation.forward(net, x)
         with compilation.disable_bf16():
-            exact = compilation.forward(net, x)
-    assert torch.allclose(exact, expected, atol=1e-5)
-    assert not torch.allclose(rough, expected, atol=1e-5)
+            assert torch.allclose(compilation.forward(net, x), expected, atol=1e-5)
+    assert 1e-4 < (rough - expected).abs().max() < 0.05
 
 
 COMPILE = """
@@ -138,9 +145,10 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512",
                     reason="needs two kinds of instructions")
-def test_code_for_one_processor_does_not_run_on_another(compiled, tmp_path):
+def test_code_for_one_processor_does_not_run_on_another(tmp_path):
     """Both use one cache on disk, as on a cluster."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for capability in ("avx512", "avx2"):
@@ -178,7 +186,7 @@ def test_only_what_pays_is_compiled_and_logged(monkeypatch):
     asked, lines, keys = [], [], set()
 
     def compile_batches(net, shape, last, **sizes):
-        asked.append({kind: found for kind, found in sizes.items() if found})
+        asked.append(sizes)
         keys.add(str(sizes))
     monkeypatch.setattr(compilation, "_compiled_keys", keys)
     monkeypatch.setattr(compilation, "compile_batches", compile_batches)
@@ -191,7 +199,7 @@ def test_only_what_pays_is_compiled_and_logged(monkeypatch):
     for _ in range(2):
         compile_planned(matched={128: 3e12, 64: 1e11})
     assert asked == [{"attacked": [64], "trained": [256]}, {"matched": [128]}, {"matched": [128]}]
-    assert len(lines) == 2 and "attacked [64], trained [256]" in lines[0]
+    assert len(lines) == 2 and "[256]" in lines[0]
 
 
 def test_precision(monkeypatch):
@@ -206,18 +214,15 @@ def test_precision(monkeypatch):
     for ours, expected in zip(compilation.embed(net, x, 1000), exact):
         assert ours.dtype == torch.float32 and not torch.equal(ours, expected)
         assert torch.allclose(ours, expected, atol=0.05)
+    for name, bf16, expected in (("auto", True, "bf16"), ("auto", False, "tf32"),
+                                 ("fp32", True, "fp32")):
+        monkeypatch.setattr(compilation, "has_bf16", lambda device, bf16=bf16: bf16)
+        assert compilation.resolve_precision(name, torch.device("cpu")) == expected
 
 
-@pytest.mark.parametrize("name, bf16, expected", [("auto", True, "bf16"), ("auto", False, "tf32"),
-                                                  ("fp32", True, "fp32")])
-def test_automatic_precision(monkeypatch, name, bf16, expected):
-    monkeypatch.setattr(compilation, "has_bf16", lambda device: bf16)
-    assert compilation.resolve_precision(name, torch.device("cpu")) == expected
-
-
-@pytest.mark.parametrize("model, last", [("ConvNetW32", 1000), ("ConvNetW32", -1),
-                                         ("ConvNetW32", 5), ("ConvNetBN", 1000), ("ConvNetGN", 3),
-                                         ("ConvNetMP", 1000), ("ResNet18", -2), ("MLP", 1000)])
+@pytest.mark.parametrize("model, last", [
+    ("ConvNetW32", 1000), ("ConvNetW32", -1), ("ConvNetW32", 5), ("ConvNetBN", 1000),
+    ("ConvNetGN", 3), ("ConvNetMP", 1000), ("LeNet", -3), ("MLP", 1000)])
 def test_compiled_forward_equals_eager_forward(model, last):
     """Before it is compiled, in double precision; parameters that are left out have a gradient."""
     net, x = network(model=model).double(), torch.randn(2, *SHAPE, dtype=torch.double)
@@ -229,21 +234,18 @@ def test_compiled_forward_equals_eager_forward(model, last):
 
 
 # ------------------------------------------------------------------------------- in the scripts
-def test_fast_iteration_equals_plain_iteration(compiled, calls, request):
-    """One outer iteration class by class, as the scripts batch it, and compiled; in double
-    precision, since rounding in single precision turns a sign here and there."""
-    torch.set_default_dtype(torch.double)
-    request.addfinalizer(lambda: torch.set_default_dtype(torch.float))
+def test_fast_iteration_equals_plain_iteration(compiled, calls):
+    """One outer iteration class by class, as the scripts batch it, and compiled."""
     bench = benchmark.Bench(benchmark.parse_args([*SMALL, "--threat_model", "pixel"]), "cpu")
-    bench.micro_batch = 16  # 80 images = 5 x 16
+    bench.micro_batch, bench.flags.attack_steps = 16, 3  # 80 images = 5 x 16
 
     def iterate(plain):
-        parts = bench.begin()
-        start = parts[0].detach().clone()
-        bench.iterate(parts, plain)
-        weights = torch.cat([p.detach().flatten() for member in parts[2].members
-                             for p in member.net.parameters()])
-        return parts[0].detach(), weights, start
+        image_syn, optimizer_img, pool, rng = bench.begin()
+        start = image_syn.detach().clone()
+        bench.iterate((image_syn, optimizer_img, pool, rng), plain)
+        weights = [p.detach().flatten() for member in pool.members
+                   for p in member.net.parameters()]
+        return image_syn.detach(), torch.cat(weights), start
 
     with benchmark.plain_mode():
         plain, plain_weights, start = iterate(True)
@@ -252,7 +254,7 @@ def test_fast_iteration_equals_plain_iteration(compiled, calls, request):
     assert torch.allclose(eager_weights, plain_weights, atol=1e-12)
     fast, fast_weights, _ = iterate(False)
     # attacked, embedded, matched (of 40: 16, 16 and 8); pool training
-    assert calls == [16] * (5 * 10 + 5 + 2 + 2 * 2 * 11)
+    assert calls == [16] * (5 * 3 + 5 + 2 + 2 * 2 * 4)
     assert (eager - start).flatten(1).norm(dim=1).min() > 1  # every image moved
     assert torch.allclose(fast, eager, atol=1e-9)
     assert torch.allclose(fast_weights, eager_weights, atol=1e-12)
@@ -261,13 +263,12 @@ def test_fast_iteration_equals_plain_iteration(compiled, calls, request):
 def test_the_benchmark_says_what_it_measured():
     """40 images in all, fewer than a micro-batch: what is measured is all of them."""
     bench = benchmark.Bench(benchmark.parse_args([
-        *SMALL, "--model", "ConvNetW32", "--batch_real", "4", "--repeats", "1"]), "cpu")
+        *SMALL, "--model", "MLP", "--batch_real", "4", "--repeats", "1"]), "cpu")
     images, seconds, passes = benchmark.pgd_step(bench)
     assert images == bench.attacked == passes == 40 and len(seconds) == 1 + len(bench.precisions)
 
 
-@pytest.mark.parametrize("flag, expected", [([], 1), (["--no_compile"], 0)])
-def test_the_script_compiles_unless_told_not_to(monkeypatch, tmp_path, flag, expected):
+def test_what_the_script_compiles(monkeypatch, tmp_path):
     planned = []
     monkeypatch.setattr(compilation, "compile_planned",
                         lambda net, shape, batches, log, last: planned.append(batches))
@@ -275,34 +276,11 @@ def test_the_script_compiles_unless_told_not_to(monkeypatch, tmp_path, flag, exp
     monkeypatch.setattr(sys, "argv", [
         "ROME_cifar10.py", "--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--select",
         "test", "--Iteration", "0", "--num_exp", "1", "--epoch_eval_train", "1", "--test_limit",
-        "20", "--no_baseline", *flag])
+        "20", "--no_baseline"])
     ROME_cifar10.main()
-    assert len(planned) == expected
-    for batches in planned:  # all real images of each class, a pool batch of 256
-        assert batches["attacked"][64] > batches["attacked"][20] > 0
-        assert batches["trained"][256] > batches["trained"][10] > 0
-
-
-@pytest.mark.slow
-def test_bf16_accuracy(digits):
-    """bfloat16 in training and attacks changes clean and robust accuracy by less than 3 points:
-    five LeNets on 100 digits, 200 test images."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.cat([digits.sample_class(c, 10, generator) for c in range(10)])
-    synset = SyntheticSet(images, torch.arange(10).repeat_interleave(10))
-    args = ROME_cifar10.parse_args(["--dataset", "Digits", "--model", "LeNet", "--num_eval", "5",
-                            "--epoch_eval_train", "100", "--test_limit", "200", "--select", "test"])
-    evaluate, means = utils.Evaluator(args, digits, get_threat_model("pixel", digits)), {}
-    for precision in ("fp32", "bf16"):
-        compilation.set_precision(precision)
-        assert compilation.compile_batches(network(model="LeNet"), SHAPE, trained=[100]) is None
-        rows = evaluate(synset, 1, 0)
-        compilation.reset()
-        for column in ("clean_acc", "robust_acc"):
-            means[precision, column] = sum(row[column] for row in rows) / 5
-    for column in ("clean_acc", "robust_acc"):
-        assert abs(means["fp32", column] - means["bf16", column]) < 0.03
-    assert means["fp32", "robust_acc"] != means["bf16", "robust_acc"]
+    (batches,) = planned  # all real images of each class, a pool batch of 256
+    assert batches["attacked"][64] > batches["attacked"][20] > 0
+    assert batches["trained"][256] > batches["trained"][10] > 0
 
 
 @pytest.mark.slow

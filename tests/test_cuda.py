@@ -9,25 +9,27 @@ import torch.nn.functional as F
 from conftest import random_dataset, sigterm_at
 from fake_cuda import CudaTensor, fake_cuda, on_device
 
+import benchmark
 import evaluate
 import pretrain
+import rome
 import ROME_cifar10
 import ROME_cifar100
 import utils
 from attacks import autoattack, get_threat_model
-from datasets import Dataset
 from networks import get_network
 from runtime import compilation, cuda_graphs
 from runtime.checkpoint import Interrupted
 from runtime.command_line import run_script
-from runtime.device import choose_micro_batch, to_device_packed
+from runtime.device import choose_micro_batch
 from runtime.measures import COLUMNS
+from runtime.perturbation import deferred_checks
 from runtime.safe_io import InputError
 from runtime.seeding import make_generator
 
-ROME = """--dataset Digits --model LeNet --ipc 1 --aug --threat_model pixel --batch_real 4
+ROME = """--dataset Digits --model MLP --ipc 1 --aug --threat_model pixel --batch_real 4
     --trained_bs 8 --model_train_steps 1 --num_exp 1 --num_eval 1 --epoch_eval_train 1
-    --test_limit 10 --lr_img 0.2 --net_decay --embed_last 1000 --Iteration 4 --eval_interval 2
+    --test_limit 10 --lr_img 0.2 --attack_steps 2 --net_decay --embed_last 1000 --Iteration 4 --eval_interval 2
     --no_compile --device cuda""".split()
 
 
@@ -80,18 +82,18 @@ def test_what_the_stand_in_counts(cuda):
 # ------------------------------------------------------------------------------- end to end
 @pytest.mark.parametrize("script, flags", [
     (ROME_cifar10, ["--deterministic", "--threat_model", "published", "--no_baseline"]),
-    (ROME_cifar100, ["--optim", "adam", "--labels", "prior", "--no_baseline"])])
+    (ROME_cifar100, ["--optim", "adam", "--labels", "stored", "--no_baseline"])])
 def test_an_interrupted_run_ends_as_a_whole_one(cuda, tmp_path, monkeypatch, script, flags):
     """Stopped after its best set, which comes from a file then and goes into grids, the last
     evaluation and the result."""
-    one_network = utils.Evaluator._one_network
+    evaluate_network = utils.Evaluator._evaluate_network
 
     def first_is_best(self, images, labels, model, key, select):
-        row = one_network(self, images, labels, model, key, select)  # key: ..., iteration
-        return {**row, "select_acc": 1 / key[2] if select else None}
-    monkeypatch.setattr(utils.Evaluator, "_one_network", first_is_best)
+        row = evaluate_network(self, images, labels, model, key, select)
+        return {**row, "select_acc": 1 / key[2] if select else None}  # key: "evaluate", exp, it
+    monkeypatch.setattr(utils.Evaluator, "_evaluate_network", first_is_best)
     main(monkeypatch, tmp_path / "a", script, *ROME, *flags)
-    sigterm_at(monkeypatch, script, "outer_iteration", 3)
+    sigterm_at(monkeypatch, rome, "pool_step", 3)
     with pytest.raises(Interrupted):
         main(monkeypatch, tmp_path / "b", script, *ROME, *flags)
     with pytest.raises(InputError, match="ran on Fake GPU|--device is cpu"):
@@ -115,17 +117,17 @@ def results(folder):
 
 
 def test_pretraining_and_a_run_with_its_network(cuda, tmp_path, monkeypatch):
-    flags = """--dataset Digits --model LeNet --threat_model pixel --epochs 1 --attack_steps 1
+    flags = """--dataset Digits --model MLP --threat_model pixel --epochs 1 --attack_steps 1
         --batch_train 256 --test_limit 10 --aa_limit 2 --device cuda --no_compile""".split()
     main(monkeypatch, tmp_path / "a", pretrain, *flags)
     sigterm_at(monkeypatch, pretrain, "attack", 3)
     with pytest.raises(Interrupted):
         main(monkeypatch, tmp_path / "b", pretrain, *flags)
     main(monkeypatch, tmp_path / "b", pretrain, *flags)
-    name = "checkpoints/full_LeNet_Digits_142_PGD-pixel_seed0-0.pth"
+    name = "checkpoints/full_MLP_Digits_142_PGD-pixel_seed0-0.pth"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     main(monkeypatch, tmp_path / "b", ROME_cifar10, *ROME, "--robust_prior", tmp_path / "b" / name,
-         "--select", "last", "--labels", "prior", "--Iteration", "1")
+         "--select", "last", "--labels", "stored", "--Iteration", "1")
 
 
 def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
@@ -155,38 +157,21 @@ def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------- details
-def test_synchronisations_of_an_outer_iteration(cuda):
-    """Three: copies of the synthetic images and of the pool batches to the device, and one read
-    of checks and losses. Flags as published, but for the sizes. One graph for all networks."""
-    data = random_dataset(per_class=8)
-    data = Dataset("random", data.images, data.labels, data.classes, data.mean, data.std, "cuda")
-    args = ROME_cifar10.parse_args("""--model LeNet --ipc 1 --aug --train_net_num 1 --batch_real 2
-        --embed_last 1000 --trained_bs 4 --net_decay --device cuda""".split())
-    rng = {name: make_generator(0, name) for name in ("data", "dsa", "pool")}
-    rng["attack"] = make_generator(0, device="cuda")
-    image_syn, _ = ROME_cifar10.initial_set(args, data, make_generator(0, "init"), "real", 2)
-    optimizer_img = ROME_cifar10.image_optimizer(args, image_syn.requires_grad_())
-    pool, threat = utils.new_pool(args, 0, data, None), get_threat_model("published", data)
-    for it in (1, 2, 3):
+def test_an_outer_iteration_does_not_wait_for_the_device(cuda):
+    """One graph of each kind serves all networks."""
+    flags = ["--model", "LeNet", "--ipc", "1", "--batch_real", "2", "--trained_bs", "4",
+             "--model_train_steps", "1"]
+    bench = benchmark.Bench(benchmark.parse_args(flags), "cuda")
+    parts = bench.begin()
+    for _ in range(2):
         cuda.syncs.clear()
-        ROME_cifar10.outer_iteration(it, image_syn, optimizer_img, pool, data, threat, args, rng)
-        assert sum(cuda.syncs.values()) <= 3, (it, cuda.syncs)
-    # (key, architecture, mode, gradients, precision, device, (shape, type), ...)
-    graphs = [(key[0][0], key[6][0][0]) for key in cuda_graphs._graphs]
-    assert {("PGD", 20), ("PGD", 4)} == {graph for graph in graphs if graph[0] == "PGD"}
-    assert {name for name, _ in graphs} == {"PGD", "embed", "training step"}
-
-
-def test_tensors_that_are_moved_together(cuda):
-    """Of any type and length, in one copy."""
-    sent = [torch.arange(3), torch.tensor([[True], [False]]), torch.rand(5, 1), torch.empty(0),
-            torch.tensor([7])]
-    moved = to_device_packed(sent, torch.device("cuda"))
-    assert cuda.syncs == {"copy to the device": 1}
-    for a, b in zip(sent, moved, strict=True):
-        assert on_device(b) and a.dtype == b.dtype and torch.equal(a, b.cpu())
-    assert to_device_packed([], torch.device("cuda")) == []
-    assert all(a is b for a, b in zip(sent, to_device_packed(sent, torch.device("cpu"))))
+        with deferred_checks() as checks:
+            bench.iterate(parts)
+            assert not +cuda.syncs
+            checks.read([])
+        assert cuda.syncs.total() == 1
+    graphs = [(key[0][0], key[6][0][0]) for key in cuda_graphs._graphs]  # (name, images)
+    assert sorted(graphs) == [("PGD", 4), ("PGD", 20), ("embed", 20), ("training step", 4)]
 
 
 def test_the_micro_batch_follows_free_memory_and_stays(monkeypatch, tmp_path):
@@ -195,14 +180,14 @@ def test_the_micro_batch_follows_free_memory_and_stays(monkeypatch, tmp_path):
         with fake_cuda(monkeypatch, free):
             assert choose_micro_batch(torch.device("cuda:0")) == expected
             assert choose_micro_batch(torch.device("cuda:0"), 300) == 300
-    outer_iteration, sizes = ROME_cifar10.outer_iteration, []
+    pool_step, sizes = rome.pool_step, []
 
-    def spy(it, image_syn, optimizer_img, pool, data, *rest):
-        sizes.append(data.micro_batch)
-        return outer_iteration(it, image_syn, optimizer_img, pool, data, *rest)
-    monkeypatch.setattr(ROME_cifar10, "outer_iteration", spy)
-    sigterm_at(monkeypatch, ROME_cifar10, "outer_iteration", 2)
-    flags = [*ROME, "--model", "MLP", "--select", "last"]
+    def spy(*args):
+        sizes.append(args[-1])
+        return pool_step(*args)
+    monkeypatch.setattr(rome, "pool_step", spy)
+    sigterm_at(monkeypatch, rome, "pool_step", 2)
+    flags = [*ROME, "--select", "last"]
     with fake_cuda(monkeypatch, 79 << 30), pytest.raises(Interrupted):
         main(monkeypatch, tmp_path, ROME_cifar10, *flags)
     with fake_cuda(monkeypatch, 30 << 30):

@@ -62,8 +62,7 @@ def test_attacks_share_graphs_between_networks(captures, threat_model):
         attacked(nets[0], data, threat, eps=4 / 255)
         attacked(nets[0], data, threat, targeted=False)
         assert len(captures) == 6
-        attacked(nets[0], data, threat, attack="FGSM")
-        attacked(nets[0], data, threat, attack="CW", targeted=False)
+        attacked(nets[0], data, threat, name="FGSM")
     attacked(nets[0], data, threat)
     assert len(captures) == 6 and all(p.grad is None for net in nets for p in net.parameters())
 

@@ -41,6 +41,8 @@ def test_convnet_is_the_one_of_the_specification():
     layers = [*(f"features.{i}" for i in (0, 1, 4, 5, 8, 9)), "classifier"]
     names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     assert set(net.state_dict()) == names
+    x = torch.randn(4, 128, 8, 8)
+    assert torch.allclose(net.features[1](x), torch.nn.InstanceNorm2d(128)(x), atol=1e-5)
 
 
 def test_embed_last():
@@ -70,12 +72,6 @@ def test_resnet_starts_as_pytorchs_layers_do():
         assert layer.weight.detach().std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_instance_norm_against_pytorchs():
-    net = get_network("ConvNetW32", 3, 10, (32, 32), seed=0)
-    x = torch.randn(4, 32, 8, 8)
-    assert torch.allclose(net.features[1](x), torch.nn.InstanceNorm2d(32)(x), atol=1e-5)
-
-
 def test_seed_and_global_generator():
     state = torch.get_rng_state()
     one, same, other = (get_network("MLP", 3, 10, (32, 32), seed).classifier.weight
@@ -84,15 +80,10 @@ def test_seed_and_global_generator():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_eval_pools():
+def test_names():
     assert eval_pool("S", "ConvNetBN") == ("ConvNetBN",)
     for mode in EVAL_MODES:
         assert set(eval_pool(mode, "ConvNet")) <= set(NETWORKS), mode
-    with pytest.raises(ValueError, match="'X'.*S, SS, M"):
-        eval_pool("X", "ConvNet")
-
-
-def test_unknown_name():
     with pytest.raises(ValueError, match="'ConvNett'.*MLP.*ConvNetGN"):
         get_network("ConvNett", 3, 10, (32, 32), 0)
 
@@ -106,19 +97,18 @@ def test_images_too_small(model, side):
 
 
 @pytest.mark.skipif(not RELEASED, reason="no ../shared/models: they are not redistributed")
-@pytest.mark.parametrize("path", [
-    *RELEASED[:1], *(pytest.param(path, marks=pytest.mark.slow) for path in RELEASED[1:])],
-    ids=lambda path: path.name.split("_")[0])
-def test_released_networks_reach_their_published_accuracy(path, cifar10_npz):
-    """Architecture, normalisation and data together: within 0.1 points on all test images."""
+@pytest.mark.parametrize("path, limit, tolerance", [
+    (RELEASED[:1] and RELEASED[0], 2000, 0.02),  # two standard errors
+    *(pytest.param(path, None, 0.001, marks=pytest.mark.slow) for path in RELEASED)])
+def test_released_networks_reach_their_published_accuracy(path, limit, tolerance, cifar10_npz):
+    """Architecture, normalisation and data together. Published: on all test images."""
     published = json.loads((SHARED / "golden" / "published.json").read_text())
     figures = {}
     for log in ("ROME", "BACON"):
         rows = published[f"log_transfer_accuracy_fraction_crafted_on_{log}_ipc50"]
         figures |= rows["Clean"]["targeted"]
-    figure = figures[path.name.split("_")[0]]
     data = load_dataset("CIFAR10", cifar10_npz)
     net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    accuracy = utils.accuracy(net, *data.get_batch("test", slice(None)), micro_batch=250)
-    assert abs(accuracy - figure) <= 0.001
+    accuracy = utils.accuracy(net, *data.get_batch("test", slice(limit)), micro_batch=250)
+    assert abs(accuracy - figures[path.name.split("_")[0]]) <= tolerance
