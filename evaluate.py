@@ -27,9 +27,10 @@ from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
 from runtime.command_line import add_switch, at_least, fraction, method_name, run_script
-from runtime.cost import FORWARD, compile_planned
+from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.device import choose_micro_batch, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_text
 from runtime.seeding import make_generator
 from runtime.tasks import PassCounter, Results, Task, run_tasks, warm_up
@@ -292,9 +293,11 @@ def attack_options(args, attack):
 
 
 def typical_cost(args, attack):
-    """Forward-backward passes an image of a white-box attack; a guess where it stops early."""
+    """Forward-backward passes an image; a guess where the attack stops early."""
+    square = 0.5 * FORWARD * args.queries
     return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
-            "AA": 10 * args.aa_iterations + 0.2 * FORWARD * args.queries}.get(attack, 0)
+            "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
+            "SPSA": 256 * FORWARD}.get(attack, FORWARD)
 
 
 def run_attacks(args, targets, threats, test, data, micro_batch, results):
@@ -307,10 +310,12 @@ def run_attacks(args, targets, threats, test, data, micro_batch, results):
     sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:
         compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
+    passes = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
+    rate = forward_backward_rate(targets[0].net, data, micro_batch) * distributed.world_size()
     distributed.print_rank0(
         f"{len(targets)} network(s) on {results.device}, {len(test[1])} test images of "
-        f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done; "
-        f"results in {results.folder}")
+        f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done, "
+        f"about {format_duration(passes / rate)} to go; results in {results.folder}")
     warm = set()
 
     def work(task, number):
@@ -337,7 +342,7 @@ def compile_attacks(args, tasks, targets, n, data, micro_batch):
     for model in dict.fromkeys(target.model for target in targets):
         nets = {target.name: target.net for target in targets if target.model == model}
         names = [task.attack for task in tasks if task.crafted_on in nets]
-        attacked = sum(typical_cost(args, name) for name in names)
+        attacked = sum(typical_cost(args, name) for name in names if name not in QUERY)
         scored = sum(0.2 * args.queries + (3 * args.aa_iterations if name == "AA" else 0)
                      for name in names if name in ("AA", "Square"))
         planned = {"attacked": {batch: n * attacked}, "scored": {batch: n * FORWARD * scored}}

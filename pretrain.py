@@ -26,7 +26,8 @@ from runtime import distributed
 from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
 from runtime.command_line import add_common_flags, add_switch, at_least, run_script
 from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
-from runtime.cost import TRAINING_STEP, compile_planned, training_batches
+from runtime.cost import (TRAINING_STEP, compile_planned, forward_backward_rate,
+                          training_batches)
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
@@ -260,6 +261,19 @@ def open_folder(args, folder, paths, held):
             Path(f"{path}.json").unlink(missing_ok=True)
 
 
+def print_summary(args, data, micro_batch):
+    """Say what the run will do and, from a short measurement, how long it will take."""
+    images, sharing = len(data.labels["train"]), 1
+    if args.num_nets == 1:  # all processes share its batches
+        sharing = distributed.world_size()
+    rate = forward_backward_rate(network_for(data, args.model, 0), data, micro_batch) * sharing
+    seconds = args.epochs * images * (args.attack_steps + 1) / rate
+    distributed.print_rank0(
+        f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}, "
+        f"{distributed.world_size()} process(es): {args.epochs} epochs of {images} images, threat "
+        f"model {args.threat_model}; about {format_duration(seconds)} each")
+
+
 def main():
     args = parse_args()
     device = get_device(distributed.init(vars(args)))
@@ -274,6 +288,7 @@ def main():
     if args.compile:
         with alone():
             compile_training(args, data, micro_batch)
+    print_summary(args, data, micro_batch)
 
     attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
     name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
