@@ -29,6 +29,7 @@ from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precis
 from runtime.cost import (TRAINING_STEP, compile_planned, forward_backward_rate,
                           training_batches)
 from runtime.device import choose_micro_batch, device_name, get_device, versions
+from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step

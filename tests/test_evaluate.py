@@ -18,7 +18,7 @@ from runtime import compilation
 from runtime.checkpoint import lock
 from runtime.measures import CONTROLS
 from runtime.safe_io import InputError
-from runtime.tasks import Results, Task
+from runtime.tasks import Task
 from synsets import TrainConfig
 from target_models import TargetModel
 
