@@ -26,8 +26,7 @@ from runtime import distributed
 from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
 from runtime.command_line import add_common_flags, add_switch, at_least, run_script
 from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
-from runtime.cost import (TRAINING_STEP, compile_planned, forward_backward_rate,
-                          training_batches)
+from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, training_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors

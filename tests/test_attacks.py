@@ -10,21 +10,8 @@ from torch import nn
 
 import attacks
 import utils
-from attacks import (
-    ATTACKS,
-    attack,
-    attack_with_norms,
-    autoattack,
-    cw,
-    deepfool,
-    fgsm,
-    get_threat_model,
-    pgd,
-    pgd_l2,
-    spsa,
-    square_attack,
-    start_noise,
-)
+from attacks import (ATTACKS, attack, attack_with_norms, autoattack, cw, deepfool, fgsm,
+                     get_threat_model, pgd, pgd_l2, spsa, square_attack, start_noise)
 from networks import get_network
 from runtime.autoattack import project_linf
 from runtime.perturbation import check_perturbation, deferred_checks

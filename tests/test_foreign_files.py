@@ -22,13 +22,8 @@ import utils
 from augment import pack, unpack
 from datasets import DATASETS, load_dataset
 from formats.image_checks import seams
-from formats.inputs import (
-    check_and_normalise,
-    choose_dataset,
-    choose_normalisation,
-    read_input,
-    read_inputs,
-)
+from formats.inputs import (check_and_normalise, choose_dataset, choose_normalisation, read_input,
+                            read_inputs)
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, read_synset, save_synset
 from networks import NETWORKS, get_network
