@@ -15,6 +15,7 @@ MAX_STATE_BYTES = 64 << 30
 SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0
 MIN_SECONDS = 5.0  # between two saves then
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNAL_SECONDS = 5.0  # within which torchrun ends the others when a process has left
 
 
 class Interrupted(BaseException):
@@ -83,8 +84,20 @@ class SignalHandler:
             yield
 
     def check(self, save_due=False):
-        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`."""
-        pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
+        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`.
+
+        Where another process has left already, torchrun's SIGTERM to this one is on its way; the
+        state is whole here, so it is worth waiting for.
+        """
+        try:
+            pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
+        except ConnectionError:
+            deadline = time.monotonic() + SIGNAL_SECONDS
+            while self.pending is None and time.monotonic() < deadline:
+                time.sleep(0.05)  # signal handlers run in between
+            if self.pending is None:
+                raise
+            pending = self.pending
         if pending:
             self._stop(pending)
         return bool(save_due)
