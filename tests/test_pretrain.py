@@ -77,7 +77,8 @@ def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeyp
 
 def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch):
     """Stopped in either network, and in the test of the first, which is not trained again."""
-    for owner, function, call in ((pretrain, "attack", 61), (pretrain.Training, "measure", 1), (pretrain, "attack", 30)):
+    for owner, function, call in ((pretrain, "attack", 61), (pretrain.Training, "measure", 1),
+                                  (pretrain, "attack", 30)):
         with monkeypatch.context() as patch:
             sigterm_at(patch, owner, function, call)
             with pytest.raises(Interrupted):
@@ -182,8 +183,8 @@ def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, chang
 
 
 def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
-    args = ROME_cifar10.parse_args(["--model", "MLP", "--fetch_net_num", "1", "--model_train_steps", "1",
-                            "--no_attack_pool"])
+    args = ROME_cifar10.parse_args(["--model", "MLP", "--fetch_net_num", "1",
+                                    "--model_train_steps", "1", "--no_attack_pool"])
     monkeypatch.setattr(rome, "attack", lambda *a, **k: pytest.fail("attacked"))
     pool = NetworkPool(lambda k: get_network("MLP", 3, 10, (32, 32), k),
                        lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
