@@ -225,7 +225,8 @@ def run_experiments(args, distill):
                   disable=distributed.disable_tqdm()) as setup.timer.bar:
             _all_experiments(args, setup, distill)
         with run.delay_signals():
-            save_result(args, setup)
+            if distributed.is_main_process():
+                save_result(args, setup)
             run.finish()
 
 
@@ -503,10 +504,9 @@ def save_result(args, setup):
     """The final file of sets, and the table: every set, and a constant classifier."""
     run, data = setup.run, setup.data
     table, sets = run.progress["table"], [SyntheticSet(*one) for one in run.progress["sets"]]
-    if distributed.is_main_process():
-        meta = set_meta(args, data, run.progress["teachers"])
-        save_synset(run.result_file, sets, table[args.method], meta)
-        run.publish()
+    meta = set_meta(args, data, run.progress["teachers"])
+    save_synset(run.result_file, sets, table[args.method], meta)
+    run.publish()
     first = table[args.method][0]
     measured, width = [key for key in COLUMNS if key in first], max(24, *map(len, table))
     header = " ".join(f"{COLUMNS[key]:>15}" for key in measured)
@@ -518,5 +518,4 @@ def save_result(args, setup):
             run.log_metrics("final", set=name, model=model, **columns)
             figures = " ".join(f"{percent(columns[key]):>15}" for key in measured)
             run.log(f"{name:<{width}} {model:<12} {figures}")
-    if distributed.is_main_process():
-        run.log(f"\nset: {run.result_file}, also as {run.published_file}\nrun: {run.folder}")
+    run.log(f"\nset: {run.result_file}, also as {run.published_file}\nrun: {run.folder}")
