@@ -13,15 +13,8 @@ from augment import dsa_strategy_flag
 from datasets import add_dataset_flag
 from experiment import Distillation, run_experiments
 from networks import EVAL_MODES, NETWORKS
-from runtime.command_line import (
-    add_compatibility_flags,
-    add_run_flags,
-    add_switch,
-    at_least,
-    fraction,
-    method_name,
-    run_script,
-)
+from runtime.command_line import (add_compatibility_flags, add_run_flags, add_switch, at_least,
+                                  fraction, method_name, run_script)
 from synsets import LR_SCHEDULES, init_flag, labels_flag
 from utils import SELECT_IMAGES
 

@@ -5,6 +5,7 @@ The last needs no code, only `--dataset PATH` (docs/foreign_files.md).
 import argparse
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,12 @@ class Dataset:
     """uint8 images on the device, normalised batch by batch.
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, "test": ...}.
-    mean, std: of each channel, pixels in [0, 1]. notes: how its file was read, for the reader.
+    mean, std: of each channel, pixels in [0, 1]. notes: how its file was read.
     """
 
     def __init__(self, name, images, labels, classes, mean, std, device="cpu", notes=()):
-        self.name = name
-        self.classes = list(classes)
+        self.name, self.classes, self.notes = name, list(classes), list(notes)
         self.num_classes = len(self.classes)
-        self.notes = list(notes)
         self.device = torch.device(device)
         self.images = {split: x.to(self.device) for split, x in images.items()}
         self.labels = {split: y.to(self.device) for split, y in labels.items()}
@@ -57,14 +56,13 @@ class Dataset:
         return digest.hexdigest()
 
     def describe(self):
-        """One line for the reader."""
+        """Sizes, classes and normalisation in a line."""
         train, test = len(self.labels["train"]), len(self.labels["test"])
         shape = "x".join(map(str, (self.channel, *self.size)))
         normalised = f"normalised with mean {list(self.mean)}, std {list(self.std)}"
-        if self.zca:
-            normalised = "ZCA-whitened"
         return ", ".join([f"{self.name}: {train} training and {test} test images", shape,
-                          f"{self.num_classes} classes", normalised, *self.notes])
+                          f"{self.num_classes} classes",
+                          "ZCA-whitened" if self.zca else normalised, *self.notes])
 
     def set_normalisation(self, mean, std):
         """Normalise with these values of each channel, without ZCA."""
@@ -88,14 +86,14 @@ class Dataset:
     def normalize(self, pixels):
         """(N, C, H, W) pixels in [0, 1] -> normalised units."""
         x = (pixels - self._mean) / self._std
-        if self._zca is not None:
+        if self.zca:
             with disable_tf32():
                 x = self._zca(x)
         return x
 
     def denormalize(self, x):
         """Inverse of `normalize`; the result is not clamped to [0, 1]."""
-        if self._zca is not None:
+        if self.zca:
             with disable_tf32():
                 x = self._zca.inverse_transform(x)
         return x * self._std + self._mean
@@ -137,8 +135,7 @@ class Dataset:
 def random_indices(n, total, generator):
     """n different integers below `total` in random order, at most all: (n,) int64 on the CPU.
 
-    *Performance-impacting*: a few of many are drawn until n differ, which is as random as a whole
-    permutation and takes a fraction of the time for 256 of 50 000.
+    *Performance-impacting*: few of many are drawn until n differ, faster than a permutation.
     """
     if 4 * n > total:
         return torch.randperm(total, generator=generator)[:n]
@@ -155,6 +152,7 @@ def class_ranges(num_classes, per_class, max_images):
     return [range(c, min(c + step, num_classes)) for c in range(0, num_classes, step)]
 
 
+# -------------------------------------------------------------------------------- names and loading
 def known_dataset(name):
     """The name in DATASETS that `name` means, whatever its case and hyphens, or None."""
     plain = str(name).lower().replace("-", "")
@@ -179,6 +177,19 @@ def dataset_name(name):
     return stem
 
 
+def add_dataset_flag(parser, default="CIFAR10", text=""):
+    """--dataset: a known name, in any case, or the path of a file or folder."""
+    def dataset(given):
+        try:
+            dataset_name(given)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return known_dataset(given) or given
+    parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA",
+                        help=f"{', '.join(DATASETS)}, or a file or folder of your own "
+                             f"(docs/foreign_files.md){text}")
+
+
 def load_dataset(name, data_path, device="cpu"):
     """Load a data set onto `device`.
 
@@ -187,14 +198,11 @@ def load_dataset(name, data_path, device="cpu"):
     Raises InputError for an unknown name, a damaged file, or a failed download.
     """
     source, name = name, dataset_name(name)
-    if name == "Digits":
-        arrays = _load_digits()
-    else:
-        if name in DATASETS:
-            source = Path(data_path) / f"{name.lower()}.npz"
-            if not source.exists():
-                _download_cifar(name, source)
-        arrays = read_arrays(source)
+    if name in ("CIFAR10", "CIFAR100"):
+        source = Path(data_path) / f"{name.lower()}.npz"
+        if not source.exists():
+            _download_cifar(name, source)
+    arrays = _load_digits() if name == "Digits" else read_arrays(source)
     arrays, notes = standard_arrays(source, arrays)
     shape = arrays["x_train"].shape[1:]
     if name in DATASETS and shape != (32, 32, 3):
@@ -224,14 +232,16 @@ def _load_digits():
 def _download_cifar(name, path):
     """Download with torchvision and keep the arrays as `path`."""
     import torchvision
-    download = getattr(torchvision.datasets, name)
-    arrays = {}
+    arrays, folder_is_new = {}, not path.parent.exists()
     try:
         for split in ("train", "test"):
+            download = getattr(torchvision.datasets, name)
             data = download(path.parent, train=split == "train", download=True)
-            arrays[f"x_{split}"] = data.data
-            arrays[f"y_{split}"] = np.array(data.targets, dtype=np.uint8)
+            arrays |= {f"x_{split}": data.data, f"y_{split}": np.array(data.targets, np.uint8)}
     except (OSError, RuntimeError) as error:
+        if folder_is_new:
+            with suppress(OSError):  # not there, or with a part of the download in it
+                path.parent.rmdir()
         raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once "
                          f"where there is internet access, or put {path.name} there "
                          "(docs/reproduce.md has its format)") from None
@@ -249,16 +259,3 @@ def _mean_and_std(source, pixels):
     if std.min() < 1e-3:
         raise InputError(f"{source}: a channel of the training images is constant")
     return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
-
-
-def add_dataset_flag(parser, default="CIFAR10", text=""):
-    """--dataset: a known name, in any case, or the path of a file or folder."""
-    def dataset(given):
-        try:
-            dataset_name(given)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return known_dataset(given) or given
-    parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA",
-                        help=f"{', '.join(DATASETS)}, or a file or folder of your own "
-                             f"(docs/foreign_files.md){text}")

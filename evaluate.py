@@ -4,24 +4,17 @@
     python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000
 
 Writes results.json, results.md and plots into --out; --resume goes on with a killed run.
-Source: BEARD (arXiv 2411.09265) and the ROME paper; SPEC 3. MIT licence.
+Source: BEARD (arXiv 2411.09265); SPEC 3. MIT licence.
 """
 import argparse
 import itertools
 import time
 from contextlib import closing
-from importlib.util import find_spec
 
 import torch
 
-from attacks import (
-    ATTACKS,
-    PUBLISHED_CLASSES,
-    THREAT_MODELS,
-    attack_with_norms,
-    check_threat_model,
-    get_threat_model,
-)
+from attacks import ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms
+from attacks import check_threat_model, get_threat_model
 from augment import dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
@@ -32,10 +25,10 @@ from reporting.plots import draw_results
 from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
-from runtime.checkpoint import Interrupted
+from runtime.autoattack import pyautoattack
 from runtime.command_line import add_switch, at_least, fraction, method_name, run_script
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
-from runtime.device import choose_micro_batch, device_name, get_device, synchronise
+from runtime.device import choose_micro_batch, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_text
@@ -43,12 +36,7 @@ from runtime.seeding import make_generator
 from runtime.tasks import PassCounter, Results, Task, run_tasks, warm_up
 from sanity import run_sanity
 from synsets import LR_SCHEDULES, TrainConfig
-from target_models import (
-    TrainingPlan,
-    check_normalisation,
-    target_from_network,
-    targets_from_synset,
-)
+from target_models import TrainingPlan, target_from_network, targets_from_synset
 from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
@@ -72,107 +60,84 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the results in --out")
     add("--seed", type=at_least(0), default=0, help="of all random generators")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add_switch(run, "compile", True, "torch.compile where enough batches pay for it")
+    add_switch(run, "compile", True, "torch.compile where it pays")
     add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     args = parser.parse_args(argv)
-    if args.query:
-        args.attacks += QUERY
+    files = args.synset + args.networks
+    if not files:
+        parser.error("nothing to attack: give --synset or --networks")
+    if len(args.method) not in (0, len(files)):
+        parser.error(f"--method has {len(args.method)} name(s) for {len(files)} file(s)")
+    args.attacks += QUERY if args.query else ()
     for name in ("attacks", "threat_model", "eps", "labels"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
-    check_flags(parser, args)
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if not any(forms(args, attack) for attack in args.attacks):
+        parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
     return args
 
 
 def add_input_flags(group):
-    add = group.add_argument
+    add, unsaid = group.add_argument, "where the files do not say it"
     add("--synset", nargs="+", default=[], metavar="FILE",
         help="synthetic sets, files or folders, to train networks on (docs/foreign_files.md)")
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
-    add_dataset_flag(group, None, "; default: what the files say, else CIFAR10")
-    add("--model", choices=NETWORKS, metavar="MODEL",
-        help="default: what the files say, else ConvNet")
+    add_dataset_flag(group, None, f"; {unsaid}, else CIFAR10")
+    add("--model", choices=NETWORKS, metavar="MODEL", help=f"{unsaid}, else ConvNet")
     add("--method", nargs="+", default=[], metavar="NAME", type=method_name,
-        help="a name for each file; default: what the file says")
+        help="a name for each file")
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--limit", type=at_least(0), default=0, help="first N test images; 0: all")
-    add_switch(group, "zca", False, "ZCA-whitened images, where a file does not say so")
+    add_switch(group, "zca", False, f"ZCA-whitened images, {unsaid}")
     add("--network_mean", nargs="+", type=float, metavar="M",
-        help="mean of the networks' images, one number or one a channel (pixels in [0, 1]: 0, with "
-        "--network_std 1)")
-    add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S",
-        help="standard deviation of the networks' images")
+        help="of the networks' images, one or one a channel (pixels in [0, 1]: 0, std 1)")
+    add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S")
 
 
 def add_training_flags(group):
     add, default, recipe = group.add_argument, TrainConfig(), "default: the set's recipe, else"
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
     add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K",
-        help="K x K sub-images in each image, where a file does not say so; no number: 2")
+        help="K x K sub-images in each image, where the files do not say it; no number: 2")
     add("--images", choices=SPACES, help="default: bytes are pixels, floats are normalised")
     add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"],
         help="of sets with soft labels: train on those, or on the classes alone")
     add("--epoch_eval_train", type=at_least(1), help=f"epochs; {recipe} {default.epochs}")
     add("--batch_train", type=at_least(1), help=f"{recipe} {default.batch_train}")
     add("--lr_net", type=at_least(0, float), help=f"{recipe} {default.lr_net}")
-    add("--dsa_strategy", type=dsa_strategy_flag,
-        help=f"augmentations joined by '_', or none; {recipe} {default.dsa_strategy}")
+    add("--dsa_strategy", type=dsa_strategy_flag, help=f"{recipe} {default.dsa_strategy}")
     add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {default.lr_schedule}")
-    add("--label_temperature", type=at_least(0.01, float),
-        help=f"of soft labels; {recipe} {default.temperature}")
-    add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32",
-        help="of this training")
+    add("--label_temperature", type=at_least(0.01, float), help=f"{recipe} {default.temperature}")
+    add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32")
     add("--adv_train", action="store_true", help="train adversarially, for each threat model")
 
 
 def add_attack_flags(group):
     add = group.add_argument
-    add("--threat_model", nargs="+", choices=THREAT_MODELS,
+    add("--threat_model", nargs="+", choices=THREAT_MODELS, default=[],
         help=f"default: both; only pixel below {PUBLISHED_CLASSES} classes")
     add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)}")
-    add("--query", action="store_true", help=f"also the query attacks: {', '.join(QUERY)}")
+    add("--query", action="store_true", help=f"also {', '.join(QUERY)}")
     add("--targeted", action="store_true", help="targeted attacks only; default: both forms")
     add("--untargeted", action="store_true", help="untargeted attacks only")
     add("--eps", nargs="+", type=at_least(0, float), default=[],
         help="radii in 1/255; default: 8 (L-inf), 128 (L2), AA under pixel 2, 4 and 8")
     add("--transfer", action="store_true", help="evaluate examples of each network on all")
-    add("--craft_on", nargs="+", default=[], metavar="METHOD",
-        help="attack networks of these methods only")
+    add("--craft_on", nargs="+", default=[], metavar="METHOD", help="attack these methods only")
     add("--aa_iterations", type=at_least(1), default=100,
         help="of AutoAttack's parts (published benchmark: 10)")
     add("--aa_limit", type=at_least(0), default=0, help="AA on the first N test images; 0: all")
     add("--queries", type=at_least(1), default=5000, help="of Square, also in AutoAttack")
     add("--attack_precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the attacks; accuracies are measured in fp32 (docs/evaluate.md)")
-    add("--spsa_steps", type=at_least(1), default=1, help="of SPSA, 256 queries each")
+        help="accuracies are measured in fp32 (docs/evaluate.md)")
     add_switch(group, "sanity", True, "check every network for signs of a broken evaluation")
-
-
-def check_flags(parser, args):
-    """End the script if flags contradict each other."""
-    count, named = len(args.synset + args.networks), len(args.method)
-    specs, names = [ATTACKS[name] for name in args.attacks], ", ".join(args.attacks)
-    targeted = args.targeted and not args.untargeted
-    for wrong, message in (
-            (not count, "nothing to attack: give --synset or --networks"),
-            (named not in (0, count), f"--method has {named} name(s) for {count} file(s)"),
-            (targeted and not any(spec.targetable for spec in specs),
-             f"{names}: no targeted form; leave out --targeted"),
-            (args.eps and not any(spec.eps for spec in specs),
-             f"{names}: no attack that --eps bounds"),
-            ((args.network_mean is None) != (args.network_std is None),
-             "--network_mean and --network_std go together")):
-        if wrong:
-            parser.error(message)
 
 
 # ------------------------------------------------------------------------------------------- main
 def main():
     args = parse_args()
-    needs_package = args.sanity or {"AA", "Square"} & set(args.attacks)
-    if needs_package and find_spec("pyautoattack") is None:
-        raise InputError("AA, Square and the sanity checks need the package pyautoattack; without "
-                         "it choose other --attacks, with --no_sanity")
+    if args.sanity or {"AA", "Square"} & set(args.attacks):
+        pyautoattack()  # raises InputError if it is missing
     device = get_device(distributed.init(vars(args)))
     precision = compilation.resolve_precision(args.precision, device)
     inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset,
@@ -181,7 +146,10 @@ def main():
     data = load_dataset(args.dataset or named, args.data_path, device)
     # The same for all processes: random starts on CUDA depend on it.
     micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
-    check_limits(args, inputs, data)
+    methods = {source.method for source in inputs}
+    if not set(args.craft_on) <= methods:
+        raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are "
+                         f"{', '.join(sorted(methods))}")
     threats = choose_threats(args.threat_model, data)
     targets = check_inputs(args, inputs, data)
 
@@ -192,37 +160,21 @@ def main():
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(source.path): {"taken_as": source.description, "warnings": source.warnings}
             for source in inputs}}
-        plan = TrainingPlan(given_config(args), args.num_eval, args.labels, args.images,
-                            list(threats) if args.adv_train else [None], precision, args.compile,
-                            args.seed)
-        try:
-            for source in inputs:
-                if source.synset:
-                    folder = results.folder / "networks"
-                    targets += targets_from_synset(source, data, folder, plan)
-            evaluate(args, targets, threats, data, micro_batch, results)
-        except (KeyboardInterrupt, Interrupted):
-            distributed.print_rank0(f"{results.folder} has the finished work; --resume goes on")
-            raise
+        plan = training_plan(args, threats, precision)
+        for source in inputs:
+            if source.synset:
+                folder = results.folder / "networks"
+                targets += targets_from_synset(source, data, folder, plan)
+        evaluate(args, targets, threats, data, micro_batch, results)
 
 
-def given_config(args):
-    """What the flags say of training on a set; None where its recipe decides."""
-    return {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
-            "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
-            "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
-
-
-def check_limits(args, inputs, data):
-    """Raise InputError for flags that this data set or these files cannot serve."""
-    count = len(data.labels["test"])
-    for flag, limit in (("limit", args.limit), ("aa_limit", args.aa_limit)):
-        if limit > count:
-            raise InputError(f"--{flag} {limit} is more than the {count} test images")
-    methods = list(dict.fromkeys(source.method for source in inputs))
-    if not set(args.craft_on) <= set(methods):
-        raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are "
-                         f"{', '.join(methods)}")
+def training_plan(args, threats, precision):
+    given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
+             "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
+             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
+    return TrainingPlan(given, args.num_eval, args.labels, args.images,
+                        list(threats) if args.adv_train else [None], precision, args.compile,
+                        args.seed)
 
 
 def choose_threats(names, data):
@@ -242,7 +194,6 @@ def check_inputs(args, inputs, data):
         network_for(data, source.model, 0)  # raises InputError where the images are too small
         if not source.synset:
             targets.append(target_from_network(source, data))
-            source.warnings += check_normalisation(targets[-1], data)
         check_and_normalise(source, data, args.images)
         distributed.print_rank0(f"{source.path} taken as: {source.description}")
         for warning in source.warnings:
@@ -252,13 +203,13 @@ def check_inputs(args, inputs, data):
 
 def network_normalisation(args, channels):
     """(mean, std) of --network_mean and --network_std, for each channel; None without them."""
-    if args.network_mean is None:
+    given = [args.network_mean, args.network_std]
+    if given == [None, None]:
         return None
-    given = [value * channels if len(value) == 1 else value
-             for value in (args.network_mean, args.network_std)]
-    if any(len(value) != channels for value in given):
-        raise InputError("--network_mean, --network_std: one number, or one for each of "
-                         f"{channels} channel(s)")
+    given = [value * channels if value and len(value) == 1 else value for value in given]
+    if any(value is None or len(value) != channels for value in given):
+        raise InputError("--network_mean and --network_std go together, with one number or one for "
+                         f"each of {channels} channel(s)")
     return given
 
 
@@ -278,10 +229,9 @@ def evaluate(args, targets, threats, data, micro_batch, results):
         run_sanity(attacked, threats, test, data, results, args.seed)
 
     content = results.content
-    found = {row["threat_model"] for row in content["rows"]}  # an earlier run may have had more
-    threats = {name: get_threat_model(name, data) for name in THREAT_MODELS if name in found}
-    content["metrics"] = metrics_of(content["rows"], threats, args.crei_weight)
-    content["transfer"] = transfer_of(content["rows"], threats)
+    pooled = {name: get_threat_model(name) for name in THREAT_MODELS}  # also of an earlier run
+    content["metrics"] = metrics_of(content["rows"], pooled, args.crei_weight)
+    content["transfer"] = transfer_of(content["rows"], pooled)
     results.save()
     text = results_markdown(content)
     if distributed.is_main_process():
@@ -308,19 +258,21 @@ def plan_tasks(args, targets, threats):
     for control, threat in itertools.product(CONTROLS, threats):
         for target in under(threat, targets):
             plan[Task(target.name, threat, control)] = [target]
-    both = args.targeted == args.untargeted
-    for attack, spec in ATTACKS.items():
-        if attack not in args.attacks:
-            continue
-        forms = [True] if spec.targetable and (both or args.targeted) else []
-        forms += [False] if both or args.untargeted else []
-        for threat, targeted in itertools.product(threats, forms):
+    for attack in (name for name in ATTACKS if name in args.attacks):
+        for threat, targeted in itertools.product(threats, forms(args, attack)):
             attacked = attacked_targets(args, targets, threat)
             for eps, target in itertools.product(radii(args, attack, threats[threat]), attacked):
                 others = [other for other in under(threat, targets) if other is not target]
                 task = Task(target.name, threat, attack, targeted, eps)
                 plan[task] = [target, *others] if args.transfer else [target]
     return plan
+
+
+def forms(args, attack):
+    """Whether an attack is run targeted: [True], [False] or both."""
+    both = args.targeted == args.untargeted
+    targeted = ATTACKS[attack].targetable and (both or args.targeted)
+    return [True] * targeted + [False] * (both or args.untargeted)
 
 
 def radii(args, attack, threat):
@@ -336,17 +288,16 @@ def radii(args, attack, threat):
 
 def attack_options(args, attack):
     """Options of an attack. PGD has no random start in the grid (SPEC 3.2)."""
-    return {"PGD": {"random_start": False}, "SPSA": {"steps": args.spsa_steps},
-            "AA": {"iterations": args.aa_iterations, "queries": args.queries},
-            "Square": {"queries": args.queries}}.get(attack, {})
+    return {"PGD": {"random_start": False}, "Square": {"queries": args.queries},
+            "AA": {"iterations": args.aa_iterations, "queries": args.queries}}.get(attack, {})
 
 
 def typical_cost(args, attack):
-    """Forward-backward passes an image; a rough guess for attacks that stop early."""
+    """Forward-backward passes an image; a guess where the attack stops early."""
     square = 0.5 * FORWARD * args.queries
     return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
             "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
-            "SPSA": 256 * FORWARD * args.spsa_steps}.get(attack, FORWARD)
+            "SPSA": 256 * FORWARD}.get(attack, FORWARD)
 
 
 def run_attacks(args, targets, threats, test, data, micro_batch, results):
@@ -359,21 +310,21 @@ def run_attacks(args, targets, threats, test, data, micro_batch, results):
     sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:
         compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
-    cost = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
+    passes = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
     rate = forward_backward_rate(targets[0].net, data, micro_batch) * distributed.world_size()
     distributed.print_rank0(
-        f"{len(targets)} network(s) on {device_name(data.device)}, {len(test[1])} test images of "
+        f"{len(targets)} network(s) on {results.device}, {len(test[1])} test images of "
         f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done, "
-        f"about {format_duration(cost / rate)} to go; results in {results.folder}")
+        f"about {format_duration(passes / rate)} to go; results in {results.folder}")
     warm = set()
 
     def work(task, number):
         if task not in warm:
             warm_up(plan[task][0].net, slices[task][0][0][:micro_batch])
             warm.add(task)
-        threat, options = threats[task.threat_model], attack_options(args, task.attack)
-        return run_slice(task, number, *slices[task][number], plan[task], threat, micro_batch,
-                         args.seed, options)
+        return run_slice(task, number, *slices[task][number], plan[task],
+                         threats[task.threat_model], micro_batch, args.seed,
+                         attack_options(args, task.attack))
 
     run_tasks({task: (plan[task], sizes[task]) for task in waiting}, work, results)
 
@@ -402,8 +353,7 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
     """Attack one slice of the test images and evaluate it.
 
     targets: the networks to evaluate on, the attacked one first. options: of the attack.
-    Returns numbers: correct (by network), n, seconds (of the attack and of the evaluation of the
-    attacked network), forward and backward passes (in images), max_linf, max_l2 (attack space).
+    Returns numbers, for `Results.add`; seconds are those of the attacked network.
     """
     attacked, *others = targets
     counter = PassCounter()

@@ -17,14 +17,8 @@ from datasets import load_dataset
 from formats.synset_file import SyntheticSet, save_synset
 from network_pool import load_prior_networks
 from networks import NETWORKS, network_for
-from rome import (
-    attack_options,
-    image_optimizer,
-    make_generators,
-    make_pool,
-    matching_groups,
-    sub_images,
-)
+from rome import (attack_options, image_optimizer, make_generators, make_pool, matching_groups,
+                  sub_images)
 from runtime import cost, distributed
 from runtime.compilation import resolve_precision, set_precision
 from runtime.cuda_graphs import use_cuda_graphs
@@ -36,17 +30,8 @@ from runtime.run_directory import open_run
 from runtime.safe_io import InputError
 from runtime.seeding import make_generator
 from runtime.training import require_finite
-from synsets import (
-    INITS,
-    baseline_packs,
-    baseline_set,
-    class_major,
-    describe_pool_networks,
-    describe_prior_networks,
-    initial_set,
-    load_initial_sets,
-    soft_labels,
-)
+from synsets import (INITS, baseline_packs, baseline_set, class_major, describe_pool_networks,
+                     describe_prior_networks, initial_set, load_initial_sets, soft_labels)
 
 LOG_INTERVAL = 10  # outer iterations
 NO_EFFECT = ("fresh", "save_interval", "parallel")  # flags that do not change the result
@@ -96,8 +81,6 @@ class Distillation:
     def load_state_dict(self, state):
         for name in ("it", "evaluated_at", "best", "best_acc"):
             setattr(self, name, state[name])
-        if self.best:  # a checkpoint is read into the memory of the CPU
-            self.best = _to_device(self.best, self.setup.data.device)
         self.image_syn.data.copy_(state["image_syn"])
         self.optimizer_img.load_state_dict(state["optimizer_img"])
         self.pool.load_state_dict(state["pool"])
@@ -180,17 +163,13 @@ class Distillation:
                               in baselines(args, self.exp, data)}}
 
     def save_best(self):
-        best, args, data = self.best, self.args, self.setup.data
-        meta = set_meta(args, data, recipe(args, [best["teachers"]]), iteration=best["iteration"])
-        self.setup.run.write_best(self.exp, lambda path: save_synset(
-            path, [SyntheticSet(*best["set"])], best["rows"], meta))
-
-
-def _to_device(best, device):
-    """`best` of a Distillation with its tensors on the device."""
-    tensors = [part if part is None else part.to(device) for part in best["set"]]
-    soft = {name: labels.to(device) for name, labels in best["baselines"].items()}
-    return {**best, "set": tensors, "baselines": soft}
+        if not distributed.is_main_process():
+            return
+        best = self.best
+        meta = set_meta(self.args, self.setup.data, [best["teachers"]],
+                        iteration=best["iteration"])
+        save_synset(self.setup.run.checkpoint_folder / f"best_exp{self.exp}.pt",
+                    [SyntheticSet(*best["set"])], best["rows"], meta)
 
 
 def evaluation_iterations(args):
@@ -384,51 +363,41 @@ def print_summary(args, setup, precision):
     if args.compile:
         cost.compile_planned(net, data, batches_to_compile(args, setup), run.log, args.embed_last)
     rate = cost.forward_backward_rate(net, data, setup.micro_batch)
-    passes = iteration_cost(args, data).passes
-    evaluations, reports = plan_phases(args, setup, passes / rate, 1 / rate)
-    stored = args.ipc * data.num_classes
-    flops = 2 * cost.forward_flops(net, data.channel, data.size)
-    packed = f" ({sub_images(args) * data.num_classes} sub-images)" if args.pack > 1 else ""
-    options = attack_options(args, threat)
-    lines = [
-        f"{run.name} on {device_name(data.device)}: {len(data.labels['train'])} training, "
-        f"{len(data.labels['test'])} test images of {data.num_classes} classes; threat model "
-        f"{threat.name}, eps {255 * options['eps']:.3g}/255, step "
-        f"{255 * options['step_size']:.3g}/255",
-        f"{args.num_exp} set(s) of {stored} stored images{packed}, {args.Iteration} iterations "
-        f"each, {evaluations + reports} evaluations each of {setup.evaluator.num_networks} "
-        "network(s)",
-        f"an iteration: {passes:.0f} forward-backward passes of {flops / 1e9:.3g} GFLOP = "
-        f"{passes * flops / 1e12:.3g} TFLOP; measured {rate:.0f} passes/s; estimated "
-        f"{setup.timer} in all"]
-    if distributed.world_size() > 1:
-        shared = ("the experiments" if args.parallel == "experiments"
-                  else "every batch, and the networks of an evaluation")
-        lines.append(f"{distributed.world_size()} processes share {shared}")
+    passes, flops = iteration_passes(args, data), 2 * cost.forward_flops(net, data.channel,
+                                                                         data.size)
+    evaluations, reports = plan_phases(args, setup, passes, rate)
+    stored, attack = args.ipc * data.num_classes, attack_options(args, threat)
+    run.log(f"{run.name} on {device_name(data.device)}, {distributed.world_size()} process(es): "
+            f"{len(data.labels['train'])} training, {len(data.labels['test'])} test images of "
+            f"{data.num_classes} classes; threat model {threat.name}, eps "
+            f"{255 * attack['eps']:.3g}/255, step {255 * attack['step_size']:.3g}/255")
+    run.log(f"{args.num_exp} set(s) of {stored} stored images ({stored * args.pack**2} "
+            f"sub-images), {args.Iteration} iterations each, {evaluations + reports} evaluations "
+            f"each of {setup.evaluator.num_networks} network(s)")
+    run.log(f"an iteration: {passes:.0f} forward-backward passes of {flops / 1e9:.3g} GFLOP = "
+            f"{passes * flops / 1e12:.3g} TFLOP; measured {rate:.0f} passes/s; estimated "
+            f"{setup.timer} in all")
     if precision != "bf16" and has_bf16(data.device):
-        lines.append("--precision bf16: this device has instructions for it, several times as "
-                     "fast (docs/performance.md)")
+        run.log("--precision bf16: this device has instructions for it, several times as fast "
+                "(docs/performance.md)")
     small = sum(data.class_size(c) < args.batch_real for c in range(data.num_classes))
     if small:
-        lines.append(f"--batch_real {args.batch_real} is more than {small} of the classes have: "
-                     "all their images are used")
-    for line in lines:
-        run.log(line)
-    distributed.barrier()  # some take longer to compile
+        run.log(f"--batch_real {args.batch_real} is more than {small} of the classes have: all "
+                "their images are used")
 
 
-def iteration_cost(args, data):
-    per_class = [min(args.batch_real, data.class_size(c)) for c in range(data.num_classes)]
+def iteration_passes(args, data):
+    """Forward-backward passes of an outer iteration."""
+    real = sum(min(args.batch_real, data.class_size(c)) for c in range(data.num_classes))
     steps = 0 if args.robust_prior else args.fetch_net_num * args.model_train_steps
-    return cost.IterationCost(
-        real_images=sum(per_class), attack_steps=args.attack_steps if args.attack_prior else 0.5,
-        matched_networks=args.train_net_num,
-        trained_images=steps * min(args.trained_bs, len(data.labels["train"])),
-        pool_attack_steps=args.attack_steps if args.attack_pool else 0, repeats=args.outer_loop)
+    trained = steps * min(args.trained_bs, len(data.labels["train"]))
+    matching = args.train_net_num * real * (args.attack_steps if args.attack_prior else 0.5)
+    training = trained * (args.attack_pool * args.attack_steps + 1)
+    return args.outer_loop * (matching + training)
 
 
-def plan_phases(args, setup, iteration_seconds, seconds):
-    """Tell the timer what this process will do. seconds: of a forward-backward pass.
+def plan_phases(args, setup, passes, rate):
+    """Tell the timer what this process will do. passes: of an iteration; rate: of passes, in 1/s.
 
     Returns how many sets an experiment evaluates to select one, and how many more to report.
     """
@@ -443,9 +412,9 @@ def plan_phases(args, setup, iteration_seconds, seconds):
     if args.parallel == "experiments":
         experiments, processes = distributed.max_shard_size(args.num_exp), 1
         networks = evaluator.num_networks
-    seconds *= networks / evaluator.num_networks
+    seconds = networks / evaluator.num_networks / rate
     trained_on = sub_images(args) * setup.data.num_classes
-    timer.add_phase("iteration", args.Iteration * experiments, iteration_seconds / processes)
+    timer.add_phase("iteration", args.Iteration * experiments, passes / processes / rate)
     timer.add_phase("evaluation", evaluations * experiments,
                     evaluator.cost(trained_on, select=True) * seconds)
     timer.add_phase("report", reports * experiments, evaluator.cost(trained_on) * seconds)
@@ -458,28 +427,27 @@ def batches_to_compile(args, setup):
     --Iteration has no part in it: a run that is given more iterations later computes the same as
     one that had them from the start. All processes compile for the largest shard.
     """
-    data, threat, micro_batch = setup.data, setup.threat, setup.micro_batch
+    data, micro_batch = setup.data, setup.micro_batch
     shard = distributed.max_shard_size if args.parallel == "batch" else int
-    kinds = ("attacked", "trained", "matched", "embedded")
-    work = {kind: collections.Counter() for kind in kinds}
+    work = collections.defaultdict(collections.Counter)
 
     def add(kind, images, passes):
         work[kind].update(cost.micro_batches(images, micro_batch, passes))
 
-    updates = cost.HORIZON * args.outer_loop * args.train_net_num
-    steps = cost.HORIZON * args.outer_loop * args.fetch_net_num * args.model_train_steps
-    steps = 0 if args.robust_prior else steps
+    rounds = cost.HORIZON * args.outer_loop
+    updates = rounds * args.train_net_num
+    steps = 0 if args.robust_prior else rounds * args.fetch_net_num * args.model_train_steps
     pool_batch = shard(min(args.trained_bs, len(data.labels["train"])))
     for classes in data.class_groups(args.batch_real):
         real = shard(sum(min(args.batch_real, data.class_size(c)) for c in classes))
         add("attacked", real * args.attack_prior, args.attack_steps * updates)
         add("embedded", real, cost.FORWARD * updates)
     add("attacked", pool_batch * args.attack_pool, args.attack_steps * steps)
-    work["trained"][pool_batch] += cost.TRAINING_STEP * pool_batch * steps
     tested = args.test_limit or len(data.labels["test"])
-    add("attacked", tested, threat.eval_cost * args.num_eval)
+    add("attacked", tested, setup.threat.eval_cost * args.num_eval)
     for classes in matching_groups(args, data.num_classes, micro_batch):
         add("matched", len(classes) * sub_images(args), updates)
+    work["trained"][pool_batch] += cost.TRAINING_STEP * pool_batch * steps
     work["trained"].update(cost.training_batches(
         data.num_classes * sub_images(args), args.batch_train,
         args.num_eval * (args.epoch_eval_train + 1)))
@@ -515,27 +483,30 @@ def save_grids(run, name, images, pack_by):
 
 
 def recipe(args, teachers):
-    """How to train on the sets of this run, for the meta of its files."""
+    """How to train on the sets of this run. teachers: of each set, what gave its labels."""
     return {**dataclasses.asdict(utils.train_config(args)), "optimizer": "SGD", "momentum": 0.9,
             "weight_decay": 5e-4, "labels": args.labels, "pack": args.pack, "model": args.model,
             "teachers": teachers}
 
 
-def set_meta(args, data, recipe, **more):
+def set_meta(args, data, teachers, **more):
     """What a file says of its sets. Source: SPEC 3.5."""
     flags = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
     return {"run": run_name(args, data), "dataset": data.name, "classes": data.classes,
             "mean": list(data.mean), "std": list(data.std), "packed": args.aug, "pack": args.pack,
             "zca": args.zca, "threat_model": args.threat_model, "seed": args.seed, "flags": flags,
-            "versions": versions(), "device": device_name(data.device), **more, "recipe": recipe}
+            "versions": versions(), "device": device_name(data.device), **more,
+            "recipe": recipe(args, teachers)}
 
 
 def save_result(args, setup):
     """The final file of sets, and the table: every set, and a constant classifier."""
     run, data = setup.run, setup.data
     table, sets = run.progress["table"], [SyntheticSet(*one) for one in run.progress["sets"]]
-    meta = set_meta(args, data, recipe(args, run.progress.get("teachers")))
-    run.write_result(lambda path: save_synset(path, sets, table[args.method], meta))
+    if distributed.is_main_process():
+        meta = set_meta(args, data, run.progress["teachers"])
+        save_synset(run.result_file, sets, table[args.method], meta)
+        run.publish()
     first = table[args.method][0]
     measured, width = [key for key in COLUMNS if key in first], max(24, *map(len, table))
     header = " ".join(f"{COLUMNS[key]:>15}" for key in measured)

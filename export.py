@@ -2,14 +2,13 @@
 
     python export.py result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --to ddranking exported/
 
-dc: res_*.pt, as DC, DSA, DM, IDM, BEARD and these scripts read it. mtt: images_best.pt,
-labels_best.pt, lr_best.pt. ddranking: images.pt, labels.pt, lr.pt. folder: PNG files, labels.csv.
-safetensors: set.safetensors. With a data set card, and meta.json if the layout has no place for it.
-evaluate.py reads all of them. Source: SPEC 3.5. Distributed under the MIT licence.
+Writes the files, a data set card, and meta.json where the layout has no place for it. evaluate.py
+reads all layouts (docs/foreign_files.md). Source: SPEC 3.5. MIT licence.
 """
 import argparse
 import csv
 import functools
+import itertools
 import json
 import os
 import tempfile
@@ -59,7 +58,7 @@ def write_dc(folder, synset, meta):
 
 
 def write_tensor_files(folder, synset, meta, suffix):
-    """Images, labels (soft ones if there are any) and learning rate, a file each."""
+    """Images, labels (soft if there are any) and learning rate: images.pt, labels.pt, lr.pt."""
     images, labels = training_set(synset, 1)
     rate = torch.tensor(float(TrainConfig.from_meta(meta).lr_net))
     for name, tensor in (("images", images), ("labels", labels), ("lr", rate)):
@@ -75,32 +74,27 @@ def write_folder(folder, synset, meta):
     mean, std = mean_and_std(meta)
     pixels = ((synset.images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).squeeze(3).numpy()  # grey (M, H, W), else (M, H, W, 3)
-    soft = synset.soft_labels
-    columns = 0 if soft is None else soft.shape[1]
-    classes = meta.get("classes", [])
+    labels = synset.labels.tolist()
+    soft = [[]] * len(labels) if synset.soft_labels is None else synset.soft_labels.tolist()
+    names = dict(enumerate(meta.get("classes", [])))
     (folder / "images").mkdir()
     with open(folder / "labels.csv", "w", encoding="utf-8") as table:
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["file", "label", "class", *(f"logit_{c}" for c in range(columns))])
-        for i, label in enumerate(synset.labels.tolist()):
-            name = f"images/{i:05d}.png"
-            Image.fromarray(pixels[i]).save(folder / name)
-            logits = [f"{soft[i, c]:.9g}" for c in range(columns)]
-            class_name = classes[label] if label < len(classes) else label
-            writer.writerow([name, label, class_name, *logits])
+        writer.writerow(["file", "label", "class", *(f"logit_{c}" for c in range(len(soft[0])))])
+        for i, (label, logits) in enumerate(zip(labels, soft)):
+            file = f"images/{i:05d}.png"
+            Image.fromarray(pixels[i]).save(folder / file)
+            logits = [f"{value:.9g}" for value in logits]
+            writer.writerow([file, label, names.get(label, label), *logits])
     write_json(folder / "meta.json", meta)
     return "."
 
 
 def write_safetensors(folder, synset, meta):
     """Tensors images, labels, soft_labels; meta as JSON in the header."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise InputError("--to safetensors needs the package safetensors") from None
+    from safetensors.torch import save_file
     tensors = {key: x.contiguous() for key, x in synset._asdict().items() if x is not None}
-    header = {"meta": json.dumps(meta, sort_keys=True)}
-    save_file(tensors, folder / "set.safetensors", header)
+    save_file(tensors, folder / "set.safetensors", {"meta": json.dumps(meta, sort_keys=True)})
     return "set.safetensors"
 
 
@@ -158,6 +152,7 @@ train_on_set(net, images, labels, config)
 """
 SOFT_LOSS = ("| loss | cross-entropy of softmax(soft label / {t:g}) and softmax(logits / {t:g}), "
              "times {square:g} |\n")
+WHITENING = "ZCA whitening of the pixels in [0, 1] (eps 0.1), fitted on the training images"
 TEACHER_COLUMNS = {
     "clean_acc": "clean",
     "robust_2_acc": "PGD-20 2/255",
@@ -171,20 +166,17 @@ TEACHER_COLUMNS = {
 def card(synset, meta, name):
     """The data set card, as Markdown. name: what `load_synset` reads in its folder."""
     config, shape = TrainConfig.from_meta(meta), tuple(synset.images.shape[1:])
+    count = len(synset.labels)
     labels, loss, num_classes = "classes", "", int(synset.labels.max()) + 1
     if synset.soft_labels is not None:
         labels, num_classes = "classes, and soft labels: logits", synset.soft_labels.shape[1]
         loss = SOFT_LOSS.format(t=config.temperature, square=config.temperature**2)
-    normalisation = f"mean {meta['mean']}, std {meta['std']}"
-    if meta["zca"]:
-        normalisation = ("ZCA whitening of the pixels in [0, 1] (eps 0.1), fitted on the training "
-                         "images")
+    normalisation = WHITENING if meta["zca"] else f"mean {meta['mean']}, std {meta['std']}"
     packing, pack, stored_pack = "", meta["pack"], meta["stored_pack"]
     if pack > 1:
         packing = f", each of {pack}x{pack} sub-images (`load_synset` below cuts them out)"
     elif stored_pack > 1:
         packing = f", stored as {meta['stored']} images of {stored_pack}x{stored_pack} sub-images"
-    count = len(synset.labels)
     return CARD.format(
         name=name, meta=meta, config=config, epochs=config.epochs + 1, count=count,
         size_category="n<1K" if count < 1000 else "1K<n<10K", shape=shape, size=shape[1:],
@@ -195,9 +187,8 @@ def card(synset, meta, name):
 
 def teacher_table(meta):
     """The networks that gave the soft labels, each once, and their accuracies; "" if unknown."""
-    teachers = {}
-    for experiment in meta.get("recipe", {}).get("teachers", []):
-        teachers |= {teacher["sha256"]: teacher for teacher in experiment}
+    recorded = itertools.chain(*meta.get("recipe", {}).get("teachers", []))
+    teachers = {teacher["sha256"]: teacher for teacher in recorded}
     if not teachers:
         return ""
     keys = [key for key in TEACHER_COLUMNS if any(key in one for one in teachers.values())]
@@ -212,7 +203,7 @@ def teacher_table(meta):
 
 def complete_meta(given, args):
     """The meta of an Input, with its data set, normalisation, method and network filled in."""
-    meta = given.synset.meta
+    meta, zca = given.synset.meta, given.synset.declared_zca()
     dataset = given.dataset or given.unknown.get("dataset")
     if args.dataset:
         dataset = dataset_name(args.dataset)
@@ -221,21 +212,17 @@ def complete_meta(given, args):
                          f"({', '.join(DATASETS)}, or the file of its data)")
     if given.dataset not in (None, dataset):
         raise InputError(f"{given} is not of {dataset}")
-    zca = given.synset.declared_zca()
     zca = args.zca if zca is None else zca
     if zca:
         channels = given.synset.sets[0].images.shape[1]
         normalisation = {"mean": [0.0] * channels, "std": [1.0] * channels}
     elif {"mean", "std"} <= set(meta):
         normalisation = meta
-    elif dataset in DATASETS:
-        normalisation = DATASETS[dataset]
     else:
-        normalisation = vars(load_dataset(args.dataset or dataset, "."))
-    mean, std = list(normalisation["mean"]), list(normalisation["std"])
+        normalisation = DATASETS.get(dataset) or vars(load_dataset(args.dataset or dataset, "."))
     method = args.method or given.method.removesuffix(f"-{meta.get('threat_model')}")
-    return {**meta, "mean": mean, "std": std, "dataset": dataset, "zca": zca, "method": method,
-            "model": given.model or "ConvNet"}
+    return {**meta, "mean": list(normalisation["mean"]), "std": list(normalisation["std"]),
+            "dataset": dataset, "zca": zca, "method": method, "model": given.model or "ConvNet"}
 
 
 def read_set(args):

@@ -3,16 +3,14 @@
     python pretrain.py --dataset CIFAR10 --model ConvNet --threat_model pixel --num_nets 3
     python ROME_cifar10.py ... --robust_prior checkpoints/full_ConvNet_CIFAR10_5000_PGD-pixel_*.pth
 
-Each network is a state_dict, named as in BEARD, with a `.json` beside it that says how it was
-trained. The same command resumes a run that was killed. Source: Madry et al. 2018, for the
-paper's "robust pretrained model". Distributed under the MIT licence.
+Each network is a state_dict, with a `.json` beside it that says how it was trained. The same
+command resumes a run that was killed. Source: Madry et al. 2018. Distributed under the MIT licence.
 """
 import argparse
 import contextlib
 import json
 import math
 import shutil
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,11 +24,10 @@ from datasets import add_dataset_flag, load_dataset
 from networks import NETWORKS, network_for
 from runtime import distributed
 from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
-from runtime.command_line import add_fast_flags, add_switch, at_least, run_script
+from runtime.command_line import add_common_flags, add_switch, at_least, run_script
 from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
-from runtime.cost import TRAINING_STEP, compile_planned, training_batches
+from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, training_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
-from runtime.measures import COLUMNS
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
@@ -44,28 +41,21 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_dataset_flag(parser)
-    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--checkpoint_path", default="./checkpoints", help="folder for the networks")
     add("--model", choices=NETWORKS, default="ConvNet", metavar="MODEL", help=", ".join(NETWORKS))
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
     add_switch(parser, "targeted", False, "attacks in training aim at the next class")
     add("--attack_steps", type=at_least(0), default=10, help="PGD steps; 0: clean images")
-    add("--epochs", type=at_least(1), default=50, help="epochs of the whole training set")
+    add("--epochs", type=at_least(1), default=50)
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
     add("--lr_net", type=at_least(0, float), default=0.05, help="highest learning rate")
-    add("--warm_up", type=at_least(0, float), default=0.05,
-        help="fraction of the steps in which the learning rate rises; then it falls as a cosine")
+    add("--warm_up", type=at_least(0, float), default=0.05, help="fraction of the steps")
     add("--dsa_strategy", type=dsa_strategy_flag, default="crop_flip",
         help="augmentations joined by '_', or none")
-    add("--test_limit", type=at_least(0), default=0, help="test images to evaluate on; 0: all")
+    add("--test_limit", type=at_least(0), default=0, help="test images; 0: all")
     add("--aa_limit", type=at_least(0), default=200, help="test images for AutoAttack; 0: none")
-    add("--save_interval", type=at_least(0), default=0,
-        help="steps between saved states; 0: saving takes 1 %% of the time")
-    add("--fresh", action="store_true", help="start over instead of resuming from a saved state")
-    add_fast_flags(parser)
     add("--seed", type=at_least(0), default=0, help="governs everything that is random")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_common_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -81,8 +71,8 @@ class Training:
     """The training of network number k. It can be saved and resumed between any two steps."""
 
     def __init__(self, args, flags, k, data, threat, micro_batch):
-        self.args, self.flags, self.k, self.data, self.threat = args, flags, k, data, threat
-        self.micro_batch, self.fingerprint = micro_batch, data.fingerprint()
+        self.args, self.k, self.data, self.threat = args, k, data, threat
+        self.flags, self.fingerprint, self.micro_batch = flags, data.fingerprint(), micro_batch
         self.net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=args.lr_net, momentum=0.9,
                                          weight_decay=5e-4)
@@ -98,18 +88,17 @@ class Training:
         return make_generator(self.args.seed, "pretrain", self.k, *key, device=device)
 
     def state_dict(self):
-        return {"flags": self.flags, "data": self.fingerprint, "k": self.k,
-                "step": self.step, "net": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+        return {"flags": self.flags, "data": self.fingerprint, "step": self.step,
+                "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "rng": {name: rng.get_state() for name, rng in self.rng.items()},
                 "correct": self.correct, "seen": self.seen, "chunk": self.micro_batch}
 
     def load_state_dict(self, saved, where):
-        """Raises InputError if `saved` is of another run. where: it is, for the message."""
+        """Raises InputError if `saved`, which the message calls `where`, is of another run."""
         require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where, "--fresh to start over")
-        if (saved["data"], saved["k"]) != (self.fingerprint, self.k):
-            raise InputError(f"{where} began with other data than {self.args.data_path} holds "
-                             "now, or is of another network; --fresh starts over")
+        if saved["data"] != self.fingerprint:
+            raise InputError(f"{where} began with other data than {self.args.data_path} holds; "
+                             "--fresh starts over")
         self.net.load_state_dict(saved["net"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for name, rng in self.rng.items():
@@ -118,44 +107,64 @@ class Training:
         self.seen, self.step = saved["seen"], saved["step"]
         self.micro_batch = saved["chunk"]  # another one draws other random starts on CUDA
 
-    def train_step(self):
-        """One step on the next batch, of which each process attacks its shard."""
+    def next_batch(self):
+        """The augmented images and the labels of the next step."""
         args, data = self.args, self.data
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         if batch == 0:
-            self.correct, self.seen, self.order = torch.zeros_like(self.correct), 0, None
-        if self.order is None:  # it has a seed for each epoch, so it need not be saved
+            self.correct, self.seen = torch.zeros_like(self.correct), 0
+        if batch == 0 or self.order is None:  # not saved: each epoch has its seed
             self.order = torch.randperm(len(data.labels["train"]),
                                         generator=self.generator("order", epoch))
         first = batch * args.batch_train
         images, labels = data.get_batch("train", self.order[first:first + args.batch_train])
-        images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, self.rng["dsa"],
-                                            n=len(images)))
+        params = dsa_draw(args.dsa_strategy, data.size, self.rng["dsa"], n=len(images))
+        return dsa_apply(images, params), labels
+
+    def train_step(self):
+        """One step on the next batch, of which each process attacks its shard."""
+        args = self.args
+        images, labels = self.next_batch()
         shard = distributed.shard(len(labels))
         attacked = images[shard]
         if args.attack_steps:
             attacked = attack(self.net, images, labels, self.threat, targeted=args.targeted,
                               steps=args.attack_steps, generator=self.rng["attack"],
                               micro_batch=self.micro_batch, shard=shard)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(args, self.step, self.steps)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(args, self.step, self.steps)
         loss, correct = training_step(self.net, self.optimizer, attacked, labels[shard],
                                       len(labels))
         self.correct, self.seen = self.correct + correct, self.seen + len(labels)
         self.step += 1
         if self.step % self.steps_per_epoch == 0:
-            self.report_epoch(loss.item())
+            require_finite({"the training loss": loss.item()})
+            distributed.print_rank0(
+                f"network {self.k} epoch {self.step // self.steps_per_epoch}/{args.epochs}: "
+                f"accuracy in training {100 * self.accuracy():.2f} %, loss {loss.item():.4f}")
 
     def accuracy(self):
         """Of the epoch so far, on its batches as they were trained on; a fraction."""
         return self.correct.item() / self.seen
 
-    def report_epoch(self, loss):
-        require_finite({"the training loss": loss})
-        distributed.print_rank0(
-            f"network {self.k} epoch {self.step // self.steps_per_epoch}/{self.args.epochs}: "
-            f"accuracy {100 * self.accuracy():.2f} % on its "
-            f"{'attacked' if self.args.attack_steps else 'clean'} batches, loss {loss:.4f}")
+    def measure(self):
+        """What is known of the trained network, for the file beside it."""
+        args, data, net = self.args, self.data, self.net
+        images, labels = data.get_batch("test", slice(args.test_limit or None))
+        rng = self.generator("test", device=data.device)
+        about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
+                 "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std),
+                 "train_robust_acc": self.accuracy(),
+                 "clean_acc": utils.accuracy(net, images, labels),
+                 **utils.robust_accuracies(net, images, labels, self.threat, rng, self.micro_batch),
+                 "n": len(labels), "seed": args.seed, "flags": self.flags,
+                 "versions": versions(), "device": device_name(data.device)}
+        if args.aa_limit:
+            images, labels = images[:args.aa_limit], labels[:args.aa_limit]
+            with disable_bf16():
+                x_adv = attack(net, images, labels, self.threat, "AA", targeted=False,
+                               generator=rng)
+            about |= {"aa_acc": utils.accuracy(net, x_adv, labels), "aa_n": len(x_adv)}
+        return about
 
 
 def train(training, folder, signals):
@@ -179,7 +188,7 @@ def train(training, folder, signals):
               unit="step", disable=distributed.disable_tqdm()) as bar:
         try:
             while training.step < training.steps:
-                if signals.check(checkpoint is not None and checkpoint.should_save(training.step)):
+                if signals.check(checkpoint and checkpoint.should_save(training.step)):
                     save()
                 with signals.delay_signals():
                     training.train_step()
@@ -191,92 +200,43 @@ def train(training, folder, signals):
     save()  # the test comes next, and may be interrupted
 
 
-def measure(training):
-    """What is known of a trained network, for the file beside it."""
-    args, data, threat, net = training.args, training.data, training.threat, training.net
-    images, labels = data.get_batch("test", slice(args.test_limit or None))
-    rng = training.generator("test", device=data.device)
-    about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
-             "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std),
-             "train_robust_acc": training.accuracy(),
-             "clean_acc": utils.accuracy(net, images, labels),
-             **utils.robust_accuracies(net, images, labels, threat, rng, training.micro_batch),
-             "n": len(labels), "seed": args.seed, "flags": training.flags,
-             "versions": versions(), "device": device_name(data.device)}
-    if args.aa_limit:
-        images, labels = images[:args.aa_limit], labels[:args.aa_limit]
-        with disable_bf16():
-            x_adv = attack(net, images, labels, threat, "AA", targeted=False, generator=rng)
-        about |= {"aa_acc": utils.accuracy(net, x_adv, labels), "aa_n": len(x_adv)}
-    return about
-
-
-def about_path(path):
-    """The file that says how a network was trained."""
-    return path.with_name(f"{path.name}.json")
-
-
-def one_network(training, path, folder, signals):
-    """Train a network, test it and write it to `path`, unless it is there.
-
-    folder: of its saved states.
-    """
-    args, start = training.args, time.perf_counter()
-    if about_path(path).exists():
-        saved = json.loads(about_path(path).read_text())["flags"]
+def make_network(training, path, folder, signals):
+    """Train a network, test it and write it to `path`, unless it is there; folder: its states."""
+    about_path = Path(f"{path}.json")
+    if about_path.exists():
+        saved = json.loads(about_path.read_text())["flags"]
         require_same_flags(saved, training.flags, MAY_CHANGE, path, "--fresh to start over")
         distributed.print_rank0(f"{path} is there already")
         return
     train(training, folder, signals)
     training.net.eval()
     with signals.allow_signals():
-        (about,) = distributed.map_dynamic(1, lambda _: measure(training))
+        (about,) = distributed.map_dynamic(1, lambda _: training.measure())
     with signals.delay_signals():
         if distributed.is_main_process():
             state = training.net.state_dict()
             write_tensors(path, {key: value.cpu() for key, value in state.items()})
-            write_json(about_path(path), about)
+            write_json(about_path, about)
             shutil.rmtree(folder)
-    text = ", ".join(f"{name} {100 * about[key]:.2f} %" for key, name in COLUMNS.items()
-                     if key in about) + f" of {about['n']} test images"
-    if args.aa_limit:
-        text += f", AutoAttack {100 * about['aa_acc']:.2f} % of {about['aa_n']}"
-    distributed.print_rank0(f"{path}: {text}, in training {100 * training.accuracy():.2f} %; "
-                            f"{format_duration(time.perf_counter() - start)}")
+    text = ", ".join(f"{key} {100 * value:.2f} %" for key, value in about.items()
+                     if key.endswith("acc"))
+    distributed.print_rank0(f"{path}: {text}")
 
 
-# ------------------------------------------------------------------------------------------- main
-def check_flags(args, data):
-    """Raise InputError where flags do not fit the data or the packages."""
+def check(args, data):
+    """Raise InputError where flags do not fit the data, the packages or the processes."""
     check_threat_model(args.threat_model, data)
-    network_for(data, args.model, 0)  # raises InputError where the images are too small
-    if args.test_limit > len(data.labels["test"]):
-        raise InputError(f"--test_limit {args.test_limit} is more than the "
-                         f"{len(data.labels['test'])} test images")
+    net, images = network_for(data, args.model, 0), len(data.labels["train"])
     if args.aa_limit and find_spec("pyautoattack") is None:
         raise InputError("AutoAttack needs the package pyautoattack; without it: --aa_limit 0")
-
-
-def check_shards(args, data):
-    """Raise InputError where processes have nothing to share, or share what must stay whole."""
     if args.num_nets > 1:
         distributed.require_work(args.num_nets, "networks (--num_nets)")
         return
-    last = len(data.labels["train"]) % args.batch_train or args.batch_train
-    distributed.require_work(min(last, args.batch_train),
-                             "images of the last batch of an epoch (--batch_train)")
-    if distributed.world_size() > 1 and is_batch_dependent(network_for(data, args.model, 0)):
+    last = images % args.batch_train or args.batch_train
+    distributed.require_work(last, "images of the last batch of an epoch (--batch_train)")
+    if distributed.world_size() > 1 and is_batch_dependent(net):
         raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; "
                          "start one process, or train several networks (--num_nets)")
-
-
-def print_summary(args, data):
-    text = (f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}: {args.epochs} "
-            f"epochs of {data.name}, threat model {args.threat_model}")
-    if distributed.world_size() > 1:
-        shared = "every batch" if args.num_nets == 1 else "the networks"
-        text += f"; {distributed.world_size()} processes share {shared}"
-    distributed.print_rank0(text)
 
 
 def compile_training(args, data, micro_batch):
@@ -298,8 +258,20 @@ def open_folder(args, folder, paths, held):
     if args.fresh and not distributed.is_restart():
         for k, path in enumerate(paths):
             shutil.rmtree(folder / f"net{k}", ignore_errors=True)
-            about_path(path).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            Path(f"{path}.json").unlink(missing_ok=True)
+
+
+def print_summary(args, data, micro_batch):
+    """Say what the run will do and, from a short measurement, how long it will take."""
+    images, sharing = len(data.labels["train"]), 1
+    if args.num_nets == 1:  # all processes share its batches
+        sharing = distributed.world_size()
+    rate = forward_backward_rate(network_for(data, args.model, 0), data, micro_batch) * sharing
+    seconds = args.epochs * images * (args.attack_steps + 1) / rate
+    distributed.print_rank0(
+        f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}, "
+        f"{distributed.world_size()} process(es): {args.epochs} epochs of {images} images, threat "
+        f"model {args.threat_model}; about {format_duration(seconds)} each")
 
 
 def main():
@@ -310,19 +282,17 @@ def main():
     micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
     data = load_dataset(args.dataset, args.data_path, device)
     distributed.print_rank0(data.describe())
-    check_flags(args, data)
-    check_shards(args, data)
+    check(args, data)
     threat = get_threat_model(args.threat_model, data)
-    print_summary(args, data)
     alone = distributed.single_process if args.num_nets > 1 else contextlib.nullcontext
     if args.compile:
         with alone():
             compile_training(args, data, micro_batch)
+    print_summary(args, data, micro_batch)
 
-    attacks = "None"
-    if args.attack_steps:
-        attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
-    name = f"full_{args.model}_{data.name}_{data.class_size(0)}_{attacks}_seed{args.seed}"
+    attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
+    name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
+            f"{attacks if args.attack_steps else None}_seed{args.seed}")
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
     paths = [folder.with_name(f"{name}-{k}.pth") for k in range(args.num_nets)]
     flags = {**vars(args), "precision": precision}
@@ -331,7 +301,7 @@ def main():
     def work(k):
         with alone():
             training = Training(args, flags, k, data, threat, micro_batch)
-            one_network(training, paths[k], folder / f"net{k}", signals)
+            make_network(training, paths[k], folder / f"net{k}", signals)
 
     with contextlib.ExitStack() as held:
         held.callback(signals.restore)

@@ -30,8 +30,7 @@ NORMALISATION_GAIN = 0.08  # of accuracy; its standard error on so many images i
 @dataclass
 class TargetModel:
     """A network to attack. name: its file name. threat: the threat model of its adversarial
-    training, if any. meta: its origin, for results.json.
-    """
+    training, if any. meta: its origin, for results.json."""
 
     name: str
     method: str
@@ -44,11 +43,10 @@ class TargetModel:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How networks are trained on sets.
+    """How networks are trained on sets, by flags of evaluate.py.
 
-    given: fields of a TrainConfig, None where the recipe of a set decides. num_eval: networks
-    a set. labels: "own", "hard" or both. images: "normalised" or "pixels", if the user says so.
-    threats: names of threat models to train under; [None]: natural training.
+    given: fields of a TrainConfig, None where the recipe of a set decides. threats: names of threat
+    models to train under; [None]: natural training.
     """
 
     given: dict
@@ -65,8 +63,9 @@ def target_from_network(source, data):
     """The network of an Input (formats.inputs)."""
     net = load_into(network_for(data, source.model, 0), source.path, source.notes).eval()
     meta = {"file": str(source.path), "sha256": sha256(source.path)}
-    name = source.path.name
-    return TargetModel(name, source.method, source.ipc, source.model, net, meta=meta)
+    target = TargetModel(source.path.name, source.method, source.ipc, source.model, net, meta=meta)
+    source.warnings += check_normalisation(target, data)
+    return target
 
 
 @torch.no_grad()
@@ -79,8 +78,8 @@ def check_normalisation(target, data):
         return float((target.net(x).argmax(1) == labels).float().mean())
 
     here = accuracy(data.normalize(pixels))
-    others = {(mean, std): accuracy((pixels - mean) / std) for mean, std in OTHER_NORMALISATIONS}
-    (mean, std), best = max(others.items(), key=lambda item: item[1])
+    best, mean, std = max((accuracy((pixels - mean) / std), mean, std)
+                          for mean, std in OTHER_NORMALISATIONS)
     if best < here + NORMALISATION_GAIN:
         return []
     return [f"{target.meta['file']} classifies {100 * here:.0f} % of {len(labels)} test images as "
@@ -89,71 +88,69 @@ def check_normalisation(target, data):
 
 
 def targets_from_synset(source, data, folder, plan):
-    """The TargetModels of an Input that is a set. Those that `folder` lacks are trained first, each
-    by the next free process. Raises InputError if one in `folder` was trained otherwise.
-    """
+    """The TargetModels of an Input that is a set; those that `folder` lacks are trained first.
+    Raises InputError if one in `folder` was trained otherwise."""
     folder.mkdir(exist_ok=True)
-    file = source.synset
-    config = TrainConfig.from_meta(file.meta, **plan.given)
-    training = {"seed": plan.seed, **asdict(config), "pack": file.pack, "precision": plan.precision,
-                "set_sha256": file.sha256()}
-    if plan.images:
-        training["images"] = plan.images
-    planned = [(target, synset, key) for index in range(len(file.sets))
-               for target, synset, key in _plan_set(source, index, data, folder, training, plan)]
-    untrained = [part for part in planned if not (folder / f"{part[0].name}.json").exists()]
+    config = TrainConfig.from_meta(source.synset.meta, **plan.given)
+    planned = [part for index in range(len(source.synset.sets))
+               for part in _plan_set(source, index, data, folder, config, plan)]
+    untrained = [part for part in planned if not _meta_path(part[0]).exists()]
     distributed.barrier()  # all processes have looked before one trains
     with tqdm(total=len(untrained), desc=f"training on {source.path.name}", unit="net",
               disable=distributed.disable_tqdm()) as bar:
         distributed.map_dynamic(
             len(untrained),
-            lambda k: _train(*untrained[k], config, file.pack, data, plan, len(planned)),
+            lambda k: _train(*untrained[k], config, source.synset.pack, data, plan, len(planned)),
             lambda k, result: bar.update())
     for target, _, _ in planned:
-        target.net = load_into(network_for(data, source.model, 0), folder / target.name).eval()
-        wanted = {key: target.meta[key] for key in (*training, "labels")}
-        target.meta = json.loads((folder / f"{target.name}.json").read_text())
-        for key, value in wanted.items():
-            if target.meta.get(key) != value:
-                raise InputError(f"{folder / target.name} was trained with another {key} "
-                                 f"({target.meta.get(key)} instead of {value}); choose another "
-                                 "--out")
+        target.net = load_into(network_for(data, source.model, 0), target.meta["file"]).eval()
+        meta = json.loads(_meta_path(target).read_text())
+        for key in target.meta.keys() - {"file", "set", "set_index"}:
+            if meta.get(key) != target.meta[key]:
+                raise InputError(f"{target.meta['file']} was trained with another {key} "
+                                 f"({meta.get(key)}, not {target.meta[key]}); choose another --out")
+        target.meta = meta
     return [target for target, _, _ in planned]
 
 
-def _plan_set(source, index, data, folder, training, plan):
+def _meta_path(target):
+    return Path(f"{target.meta['file']}.json")
+
+
+def _plan_set(source, index, data, folder, config, plan):
     """Yields (TargetModel, SyntheticSet to train on, key of its seeds) for one set of a file."""
     file = source.synset
-    synset = file.sets[index]
-    synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in synset))
+    synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in file.sets[index]))
     ipc = len(synset.labels) // data.num_classes
-    if file.labels_from_soft and "own" not in plan.labels:
+    variants = {}  # {method: (labels, set)}
+    if synset.soft_labels is None:
+        variants[source.method] = "hard", synset
+    elif "own" in plan.labels:
+        variants[source.method] = "soft", synset
+    elif file.labels_from_soft:
         raise InputError(f"{source.path} has soft labels only, no classes; leave out --labels hard")
-    variants = {}
-    if "own" in plan.labels or synset.soft_labels is None:
-        variants[source.method] = synset
     if "hard" in plan.labels and synset.soft_labels is not None and not file.labels_from_soft:
-        variants[f"{source.method}-hard"] = synset._replace(soft_labels=None)
+        variants[f"{source.method}-hard"] = "hard", synset._replace(soft_labels=None)
     for method, threat, i in itertools.product(variants, plan.threats, range(plan.num_eval)):
+        labels, variant = variants[method]
         trained = f"PGD-{threat}" if threat else "None"
         name = f"{method}_{source.model}_{data.name}_{ipc}_{trained}_{index}-{i}.pth"
         # Both kinds of labels start from the same network: the key has the method of the file.
         key = "evaluate", source.method, ipc, index, trained, i
-        labels = "hard" if variants[method].soft_labels is None else "soft"
         meta = {"file": str(folder / name), "set": str(source.path), "set_index": index,
-                "labels": labels, **training,
-                "seed_init": derive_seed(plan.seed, *key, "init"),
-                "seed_train": derive_seed(plan.seed, *key, "train")}
-        target = TargetModel(name, method, ipc, source.model, threat=threat, meta=meta)
-        yield target, variants[method], key
+                "labels": labels, "seed": plan.seed, **asdict(config), "pack": file.pack,
+                "precision": plan.precision, "set_sha256": file.sha256()}
+        if plan.images:
+            meta["images"] = plan.images
+        yield TargetModel(name, method, ipc, source.model, None, threat, meta), variant, key
 
 
 def _train(target, synset, key, config, pack, data, plan, count):
     """Train one of `count` networks on a SyntheticSet and write it with its .json."""
     set_precision(plan.precision)
     images, labels = training_set(synset, pack)
-    net = network_for(data, target.model, target.meta["seed_init"])
-    attack_batch = None
+    seeds = {f"seed_{what}": derive_seed(plan.seed, *key, what) for what in ("init", "train")}
+    net, attack_batch = network_for(data, target.model, seeds["seed_init"]), None
     if target.threat:
         threat = get_threat_model(target.threat, data)
         rng = make_generator(plan.seed, *key, "attack", device=data.device)
@@ -165,14 +162,13 @@ def _train(target, synset, key, config, pack, data, plan, count):
         batches = training_batches(len(labels), config.batch_train, epochs)
         compile_planned(net, data, {"trained": batches}, distributed.print_rank0)
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(target.meta["seed_train"])
+    generator = torch.Generator().manual_seed(seeds["seed_train"])
     utils.train_on_set(net, images, labels, config, generator, attack_batch)
     synchronise(data.device)
-    target.meta["train_seconds"] = round(time.perf_counter() - start, 2)
-    path = Path(target.meta["file"])
+    seconds, path = round(time.perf_counter() - start, 2), Path(target.meta["file"])
     total = float(sum(parameter.detach().abs().sum() for parameter in net.parameters()))
     require_finite({f"a weight of {path.name} after training on {target.meta['set']} (--lr_net "
                     f"{config.lr_net})": total})
     write_tensors(path, {name: value.cpu() for name, value in net.state_dict().items()})
-    target.meta["sha256"] = sha256(path)
-    write_json(path.with_name(f"{path.name}.json"), target.meta)
+    write_json(_meta_path(target), {**target.meta, **seeds, "train_seconds": seconds,
+                                    "sha256": sha256(path)})

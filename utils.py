@@ -132,7 +132,7 @@ class Evaluator:
         fractions of the n test images; select_acc, the mean of the robust ones on the selection
         images (test images with --select test or last), None unless `select`; seconds.
         """
-        images, labels = training_set(synset, pack)
+        images, labels = (x.to(self.data.device) for x in training_set(synset, pack))
 
         def evaluate_one(k):
             key_of_network = ("evaluate", *key, *self.networks[k])

@@ -14,12 +14,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 def standard_arrays(where, arrays):
     """Convert the arrays of a data set to the form that all loaders return.
 
-    where: the name of the file, for messages.
-    arrays: x_train, y_train, x_test, y_test and perhaps classes (names). Images are (N, H, W, C),
-        (N, C, H, W) or (N, H, W), of 1 or 3 channels: bytes, floats in [0, 1], or whole numbers
-        up to 255. Labels are whole numbers from 0, (N,) or (N, 1).
-    Returns (arrays, notes): x_* uint8 (N, H, W, C), y_* int64 (N,), classes [str]; a sentence for
-        each conversion. Raises InputError that names the array.
+    where: the name of the file. arrays: x_train, y_train, x_test, y_test and perhaps classes.
+    Returns x_* uint8 (N, H, W, C), y_* int64 (N,), classes [str]; and a sentence for each
+    conversion. Raises InputError that names the array.
     """
     result, notes = {}, []
     for split in ("train", "test"):
@@ -30,25 +27,22 @@ def standard_arrays(where, arrays):
     if train != test:
         raise InputError(f"{where}: training images are {train}, test images {test}")
     count = 1 + max(result["y_train"].max(), result["y_test"].max())
-    result["classes"] = np.asarray(arrays.get("classes", range(count))).astype(str).ravel().tolist()
-    _check_classes(where, **result)
-    return result, list(dict.fromkeys(notes))
-
-
-def _check_classes(where, y_train, y_test, classes, **images):
-    for name, y in (("y_train", y_train), ("y_test", y_test)):
-        if y.min() < 0 or y.max() >= len(classes):
-            expected = f"0..{len(classes) - 1}: {y.min()} to {y.max()}"
-            raise InputError(f"{where}: {name} has labels outside {expected}")
+    classes = np.asarray(arrays.get("classes", range(count))).astype(str).ravel().tolist()
+    for name in ("y_train", "y_test"):
+        low, high = result[name].min(), result[name].max()
+        if low < 0 or high >= len(classes):
+            expected = f"labels outside 0..{len(classes) - 1}"
+            raise InputError(f"{where}: {name} has {expected}: {low} to {high}")
     if len(classes) < 2:
         raise InputError(f"{where}: 1 class(es), at least 2 are needed")
     for c, name in enumerate(classes):
-        if c not in y_train:
+        if c not in result["y_train"]:
             raise InputError(f"{where}: class {name} has no training image")
+    return {**result, "classes": classes}, list(dict.fromkeys(notes))
 
 
 def _images(name, x, notes):
-    """Images as uint8 (N, H, W, C). Adds a sentence to `notes` for each conversion."""
+    """Images as uint8 (N, H, W, C)."""
     given = f"{name} is {x.dtype} {x.shape}"
     if x.ndim == 3:
         x = x[..., None]
@@ -59,13 +53,11 @@ def _images(name, x, notes):
         notes.append("images given as (N, C, H, W)")
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x)
-    if not (np.issubdtype(x.dtype, np.number) and np.isrealobj(x) and np.isfinite(x).all()):
-        raise InputError(f"{given}, or not finite; expected bytes, or floats in [0, 1]")
-    low, high = float(x.min()), float(x.max())
-    if low < 0 or high > 255 or high > 1 and (x != np.round(x)).any():
+    low, high = (x.min(), x.max()) if x.dtype.kind in "iuf" else (np.nan, np.nan)
+    if not 0 <= low <= high <= 255 or high > 1 and (x != np.round(x)).any():
         raise InputError(
-            f"{name} is {x.dtype} with values from {low:.4g} to {high:.4g}; expected bytes, floats "
-            "in [0, 1], or whole numbers up to 255, without a normalisation"
+            f"{given} with values from {low:.4g} to {high:.4g}; expected bytes, floats in [0, 1], "
+            "or whole numbers up to 255, without a normalisation"
         )
     if high <= 1:
         x = np.asarray(x, np.float64) * 255
@@ -79,13 +71,13 @@ def _labels(name, y, count):
         y = y[:, 0]
     if y.shape != (count,):
         raise InputError(f"{name} is {y.dtype} {y.shape} for {count} images; expected ({count},)")
-    if not np.issubdtype(y.dtype, np.number) or not np.isrealobj(y) or (y != np.round(y)).any():
+    if y.dtype.kind not in "iuf" or (y != np.round(y)).any():
         raise InputError(f"{name} is {y.dtype}; expected whole numbers from 0")
     return y.astype(np.int64)
 
 
 def read_arrays(path):
-    """Read what `standard_arrays` takes: a .npz file of those arrays, or a folder of pictures,
+    """What `standard_arrays` takes, of a .npz file, or of a folder of pictures,
     train/<class>/*.png and test/<class>/*.png (or val/)."""
     path = Path(path)
     if not path.is_dir():
@@ -97,17 +89,15 @@ def read_arrays(path):
     x_test, y_test, test_classes = read_class_folders(test)
     if classes != test_classes:
         raise InputError(f"--dataset {path}: the classes of {test.name} are not those of train")
-    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-    return {**arrays, "classes": classes}
+    return {
+        "x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
+        "classes": classes,
+    }
 
 
 def read_class_folders(folder):
-    """Read pictures that lie in a folder for each class.
-
-    Returns images (N, H, W, C) uint8, labels (N,) int64, the sorted names of the classes.
-    """
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    folders = [entry for entry in folders if not entry.name.startswith(".")]
+    """Pictures in a folder for each class: images (N, H, W, C), labels (N,), sorted class names."""
+    folders = [x for x in sorted(folder.iterdir()) if x.is_dir() and not x.name.startswith(".")]
     paths, labels = [], []
     for c, entry in enumerate(folders):
         pictures = [path for path in sorted(entry.iterdir()) if path.suffix.lower() in PICTURES]
@@ -119,7 +109,7 @@ def read_class_folders(folder):
 
 
 def read_pictures(paths):
-    """Read pictures of one size: (N, H, W, C) uint8; C is 1 if all of them are grey, else 3."""
+    """Pictures of one size as (N, H, W, C) uint8; C is 1 if all of them are grey, else 3."""
     from PIL import Image
 
     pictures = []

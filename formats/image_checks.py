@@ -13,7 +13,7 @@ SEAM_RATIO, SEAM_DEVIATIONS = 1.75, 4.0
 def likely_space(images):
     """What a list of images (N, C, H, W) probably holds, and its range, both as text.
 
-    The first is "normalised", a key of PIXEL_SCALES or another kind.
+    The first is "normalised images", a key of PIXEL_SCALES or another kind.
     """
     low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
     deviation = float(images[0].std())
@@ -28,17 +28,16 @@ def likely_space(images):
     elif low >= -1.001 and high <= 1.001:
         kind = "images in [-1, 1]"
     else:
-        kind = "normalised"
+        kind = "normalised images"
     return kind, f"from {low:.4g} to {high:.4g} (standard deviation {deviation:.2g})"
 
 
 def seams(images):
-    """How images (N, C, H, W) seem to be packed: (K, ratio), K of PACKS, or 1 if no seams are seen.
+    """How images (N, C, H, W) seem to be packed: (K, ratio), K of PACKS, or 1 without seams.
 
     ratio: the mean difference of neighbouring pixels across the seams that only K x K sub-images
     have, relative to that where no packing has any. CIFAR-10: 1.9 to 4.0 where packed, 0.9 to 1.3
-    where not (sets of 10 to 500 images). It must also exceed 1 by SEAM_DEVIATIONS standard
-    deviations of its mean over images.
+    where not. Over the images it must also exceed 1 by SEAM_DEVIATIONS standard errors.
     """
     side, found = images.shape[-1], (1, 1.0)
     if images.shape[2] != side or side % (2 * PACKS[-1]):

@@ -1,4 +1,4 @@
-"""Sets and networks that a user gives: what their names and meta declare, how they fit the data.
+"""Sets and networks that a user gives: what they declare of themselves, how they fit the data.
 
 What a file declares is believed; a flag adds what it does not declare. A contradiction is a
 warning; what cannot be is refused. The rules: docs/foreign_files.md.
@@ -22,13 +22,16 @@ NETWORK_NAME = re.compile(
     r"(?P<trained>[^_]+)(_.*)?\.(pth|pt)$"
 )
 SET_NAME = re.compile(
-    r"res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc"
+    r".*?res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc"
 )
 OTHER_DATASETS = (  # of the field, as words of file names; none of ours
     "SVHN MNIST FashionMNIST KMNIST EMNIST STL10 CINIC10 CUB200 TinyImageNet ImageNet ImageNette "
     "ImageWoof CelebA Places365"
 ).split()
-DEFAULTS = {"dataset": "CIFAR10", "model": "ConvNet"}
+CHOICES = {  # where a file names one that is unknown here
+    "dataset": ("data set", f"{', '.join(DATASETS)}, or the file of its data"),
+    "model": ("network", "--help lists them"),
+}
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Input:
 
     dataset, model, ipc: None where nothing declares them. trained: how a network was, by its name.
     synset: the content of a set. unknown: {"dataset" or "model": a name that is none of ours}.
-    assumed: which of the two nothing declares. notes, of networks: on how they were read.
+    assumed: which of the two nothing declares. notes: how a network was read.
     """
 
     path: Path
@@ -53,9 +56,6 @@ class Input:
     description: str = ""
     warnings: list = field(default_factory=list)
 
-    def marker(self, key):
-        return " (assumed)" if key in self.assumed else ""
-
     def __str__(self):
         dataset = self.dataset or "data set unknown"
         return f"{self.path} ({self.method}, {dataset}, {self.ipc or '?'} images per class)"
@@ -70,7 +70,7 @@ def read_input(path, models, is_set, packed=1):
     path = Path(path)
     if not path.exists() or path.is_dir() and not is_set:
         raise InputError(f"{path} does not exist" + ("" if is_set else " or is a folder"))
-    match = SET_NAME.search(path.name) if is_set else NETWORK_NAME.match(path.name)
+    match = (SET_NAME if is_set else NETWORK_NAME).match(path.name)
     parts = match.groupdict() if match else {}
     entry = Input(path, parts.get("method", path.stem), trained=parts.get("trained"))
     entry.ipc = int(parts["ipc"]) if match else None
@@ -78,27 +78,20 @@ def read_input(path, models, is_set, packed=1):
     if is_set:
         entry.synset = read_synset(path, packed)
         meta = entry.synset.meta
-        flags = meta.get("flags", {})
-        if not match and isinstance(flags.get("method"), str):
-            entry.method = flags["method"]
-        if meta.get("threat_model", "published") != "published":
-            entry.method += f"-{meta['threat_model']}"
-        _prefer_meta(entry, names, {"dataset": meta.get("dataset"), "model": flags.get("model")})
-    known_models = {_plain(model): model for model in models}
+        flags, threat = meta.get("flags", {}), meta.get("threat_model", "published")
+        if not match:
+            entry.method = flags.get("method", entry.method)
+        entry.method += f"-{threat}" if threat != "published" else ""
+        for key, declared in ("dataset", meta.get("dataset")), ("model", flags.get("model")):
+            if declared and names[key] and _plain(declared) != _plain(names[key]):
+                both = f"its name says {names[key]}, its meta {declared}"
+                entry.warnings.append(f"{path}: {both}; the meta is believed")
+            names[key] = declared or names[key]
     entry.dataset = known_dataset(names["dataset"])
-    entry.model = known_models.get(_plain(names["model"]))
+    entry.model = {_plain(model): model for model in models}.get(_plain(names["model"]))
     entry.assumed = {key for key, name in names.items() if name is None}
     entry.unknown = {key: x for key, x in names.items() if x and getattr(entry, key) is None}
     return entry
-
-
-def _prefer_meta(entry, names, declared):
-    """Let the meta of a set replace what its file name declares."""
-    for key, value in declared.items():
-        if value and names[key] and _plain(value) != _plain(names[key]):
-            warning = f"its name says {names[key]}, its meta {value}; the meta is believed"
-            entry.warnings.append(f"{entry.path}: {warning}")
-        names[key] = value or names[key]
 
 
 def _plain(name):
@@ -123,7 +116,7 @@ def read_inputs(synsets, networks, models, methods=(), dataset=None, model=None,
     for entry, method in itertools.zip_longest(inputs, methods):
         entry.method = method or entry.method
         take_flags(entry, dataset, model)
-        entry.model = entry.model or DEFAULTS["model"]
+        entry.model = entry.model or "ConvNet"
     for one, other in itertools.combinations(inputs, 2):
         if one.path.name == other.path.name and not (one.synset and other.synset):
             both = f"{one.path} and {other.path} have the same name"
@@ -147,17 +140,13 @@ def take_flags(entry, dataset=None, model=None):
 
     Raises InputError for an unknown name without its flag.
     """
-    choices = {
-        "dataset": ("data set", f"{', '.join(DATASETS)}, or the file of its data"),
-        "model": ("network", "--help lists them"),
-    }
     for key, value in (("dataset", dataset), ("model", model)):
         name, chosen = entry.unknown.get(key), Path(str(value)).stem
         if name and not value:
-            kind, choice = choices[key]
+            kind, choices = CHOICES[key]
             raise InputError(
                 f"{entry.path} is of the {kind} {name!r}, which is none of those here; say what to "
-                f"take it for with --{key} ({choice})"
+                f"take it for with --{key} ({choices})"
             )
         if name and _plain(name) != _plain(chosen):
             entry.warnings.append(f"{entry.path} says {name}, taken as {chosen} as --{key} says")
@@ -168,8 +157,7 @@ def take_flags(entry, dataset=None, model=None):
 
 def choose_dataset(flag, inputs):
     """The data set of --dataset, else of the files, else CIFAR10. Refuses files of another one."""
-    declared = (entry.dataset for entry in inputs if entry.dataset)
-    name = flag or next(declared, DEFAULTS["dataset"])
+    name = flag or next((entry.dataset for entry in inputs if entry.dataset), "CIFAR10")
     for entry in inputs:
         if entry.dataset not in (None, name):
             raise InputError(f"{entry} is not of {name}: evaluate each data set by itself")
@@ -196,17 +184,15 @@ class Normalisation(NamedTuple):
 def _normalisation_of(entry, data, zca, network=None):
     """The Normalisation of an input. For the arguments see `choose_normalisation`."""
     if entry.synset is None:
-        mean, std = network or (data.mean, data.std)
-        return Normalisation(tuple(mean), tuple(std), zca)
+        return Normalisation(*(network or (data.mean, data.std)), zca)
     meta, declared = entry.synset.meta, entry.synset.declared_zca()
     if zca and declared is False:
         raise InputError(f"{entry.path} says that it is not ZCA-whitened; leave out --zca")
-    channels = len(data.mean)
     if zca or declared:
-        return Normalisation((0.0,) * channels, (1.0,) * channels, True)
-    own = Normalisation(tuple(meta.get("mean", data.mean)), tuple(meta.get("std", data.std)))
-    if {len(own.mean), len(own.std)} != {channels}:
-        raise InputError(f"{entry.path} is {own}; images here have {channels} channel(s)")
+        return Normalisation((0.0,) * data.channel, (1.0,) * data.channel, True)
+    own = Normalisation(meta.get("mean", data.mean), meta.get("std", data.std))
+    if {len(own.mean), len(own.std)} != {data.channel}:
+        raise InputError(f"{entry.path} is {own}; images here have {data.channel} channel(s)")
     return own
 
 
@@ -220,10 +206,8 @@ def choose_normalisation(inputs, data, zca=False, network=None):
     for entry, own in zip(inputs, found):
         if not own.matches(first):
             hint = " (--zca says it of networks)" if own.zca != first.zca else ""
-            raise InputError(
-                f"{inputs[0].path} is {first}, {entry.path} is {own}: evaluate them in runs of "
-                f"their own{hint}"
-            )
+            both = f"{inputs[0].path} is {first}, {entry.path} is {own}"
+            raise InputError(f"{both}: evaluate them in runs of their own{hint}")
     if first.zca:
         data.fit_zca()
     elif not first.matches(Normalisation(data.mean, data.std)):
@@ -244,19 +228,20 @@ def check_and_normalise(entry, data, images=None):
 
     images: of SPACES, what the images of sets are; see SynsetFile.normalise. Raises InputError.
     """
-    name = data.name + entry.marker("dataset")
+    dataset, model = (" (assumed)" if key in entry.assumed else "" for key in ("dataset", "model"))
     if entry.synset is None:
         space = f"for images {Normalisation(data.mean, data.std, data.zca)}"
-        parts = [name, entry.model + entry.marker("model"), space, *entry.notes]
+        parts = [data.name + dataset, entry.model + model, space, *entry.notes]
         entry.description = ", ".join([*parts, "ZCA" if data.zca else "no ZCA"])
         return
-    for one in entry.synset.sets:
-        if problem := _misfit(one, data, entry.synset.labels_from_soft):
+    synset = entry.synset
+    for one in synset.sets:
+        if problem := _misfit(one, data, synset.labels_from_soft):
             raise InputError(f"{entry.path}: {problem}")
     _match_classes(entry, data)
-    entry.synset.normalise(data.normalize, images, data.zca)
-    entry.warnings += entry.synset.warnings
-    entry.description = entry.synset.describe(name, data.mean, data.std, data.zca)
+    synset.normalise(data.normalize, images, data.zca)
+    entry.warnings += synset.warnings
+    entry.description = synset.describe(data.name + dataset, data.mean, data.std, data.zca)
 
 
 def _misfit(one, data, labels_from_soft):
@@ -270,9 +255,8 @@ def _misfit(one, data, labels_from_soft):
     if one.soft_labels is not None and one.soft_labels.shape[1] != classes:
         return f"soft labels of {one.soft_labels.shape[1]} classes; {data.name} has {classes}"
     counts = one.labels.bincount(minlength=classes)
-    low, high = int(counts.min()), int(counts.max())
-    if low != high and not labels_from_soft:  # the largest soft labels may be of any class
-        return f"the classes have {low} to {high} images each; the same number is expected"
+    if counts.min() != counts.max() and not labels_from_soft:
+        return f"the classes have {counts.min()} to {counts.max()} images; expected the same number"
     return None
 
 
@@ -280,14 +264,12 @@ def _match_classes(entry, data):
     """Number the classes of a set as `data` does, where it names them; warn of other names."""
     synset = entry.synset
     theirs = [str(name).lower() for name in synset.meta.get("classes", data.classes)]
-    ours = [str(name).lower() for name in data.classes]
+    ours = [name.lower() for name in data.classes]
     if theirs == ours:
         return
     if sorted(theirs) != sorted(ours):
-        entry.warnings.append(
-            f"{entry.path}: its classes are {', '.join(theirs[:3])} ..., those of {data.name} "
-            f"{', '.join(ours[:3])} ...; taken in this order"
-        )
+        names = f"{', '.join(theirs[:3])} ..., those of {data.name} {', '.join(ours[:3])} ..."
+        entry.warnings.append(f"{entry.path}: its classes are {names}; taken in this order")
         return
     number = torch.tensor([ours.index(name) for name in theirs])
     for i, one in enumerate(synset.sets):

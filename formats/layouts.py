@@ -1,6 +1,8 @@
 """The layouts in which the field stores synthetic sets (docs/foreign_files.md has the table).
 
-What the stored values mean is the subject of formats.synset_file.
+Each reader returns (sets, meta, files, notes): [((images, labels), soft labels or None), ...] as
+they are stored; a dict, what the file declares; the paths that were read; sentences on what was
+found beside the images.
 """
 
 import csv
@@ -21,12 +23,7 @@ KNOWN_LAYOUTS = (
 
 
 def read_layout(path):
-    """Read a file or folder of synthetic sets.
-
-    Returns (sets, meta, files, notes): [((images, labels), soft labels or None), ...] as they are
-    stored; a dict, what the file declares; the paths that were read; sentences on what was found
-    beside the images. Raises InputError.
-    """
+    """Read a file or folder of synthetic sets in any layout. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
@@ -49,8 +46,7 @@ def _read_dict(path, content):
         keys = keys_of(content)
         raise InputError(f"{path}: a dict without a list 'data' of [images, labels], but {keys}")
     soft = content.get("soft_labels")
-    if soft is None:
-        soft = [None] * len(sets)
+    soft = [None] * len(sets) if soft is None else soft
     if not isinstance(soft, (list, tuple)) or len(soft) != len(sets):
         raise InputError(f"{path}: soft_labels is no list of {len(sets)} entries, one for each set")
     return list(zip(sets, soft)), meta, [path], []
@@ -88,19 +84,16 @@ def _read_meta_json(folder):
         return {}, [], []
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error})") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("recipe", {}), dict):
-        raise InputError(f"{path} is damaged or no meta of a set")
+        {**meta.get("recipe", {})}  # raises an error if it is no dict
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged or no meta of a set ({error})") from None
     return meta, [path], ["recipe from meta.json"] if "recipe" in meta else []
 
 
 def _read_safetensors(path):
     """Tensors images, labels and perhaps soft_labels; the meta as JSON in the header."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise InputError(f"{path} needs the package safetensors: pip install it") from None
+    from safetensors import SafetensorError, safe_open
+
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: more than {MAX_BYTES >> 30} GiB is refused")
     try:
@@ -152,15 +145,13 @@ def _read_listed_pictures(folder):
             rows = list(csv.DictReader(file))
         paths = [folder / row["file"] for row in rows]
         labels = torch.tensor([int(row["label"]) for row in rows])
-        logits = [key for key in (rows[0] if rows else ()) if key and key.startswith("logit_")]
+        logits = [key for key in rows[0] if key and key.startswith("logit_")]
         soft = torch.tensor([[float(row[key]) for key in logits] for row in rows])
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
         raise InputError(
             f"{table} is damaged or no list of pictures ({type(error).__name__}: {error}); "
             "expected the columns file, label, and perhaps logit_0 ..."
         ) from None
-    if not paths:
-        raise InputError(f"{table} names no picture")
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise InputError(f"{table} names {path}, which is no file in {folder}")

@@ -16,6 +16,8 @@ from runtime.safe_io import InputError, reason, sha256, write_tensors
 SPACES = ("normalised", "pixels")  # of images, --images
 SUM_TOLERANCE = 0.01  # of a row of probabilities, which may be stored as bfloat16
 SEAM_IMAGES = 1000  # that are looked at
+ADVICE = {kind: "; --images pixels converts them" for kind in PIXEL_SCALES}
+ADVICE["ZCA-whitened images"] = "; --zca declares it"
 
 
 class SyntheticSet(NamedTuple):
@@ -36,7 +38,7 @@ class SynsetFile:
 
     sets: [SyntheticSet, ...]; until `normalise` their images are floats or bytes as stored. meta:
     what the file declares. files: all that was read. pack: sub-images along each side of an image.
-    labels: their kind, for the reader. labels_from_soft: the classes are the largest soft labels.
+    labels: their kind, as text. labels_from_soft: the classes are the largest soft labels.
     """
 
     path: Path
@@ -64,13 +66,14 @@ class SynsetFile:
         are_bytes = any(one.images.dtype == torch.uint8 for one in self.sets)
         if are_bytes:
             kind = "pixels from 0 to 255"  # also where all of them are dark
-            if space == "normalised":
-                found = "its images are bytes, which are pixels"
-                raise InputError(f"{self.path}: {found}; leave out --images {space}")
+        wrong = None
+        if are_bytes and space == "normalised":
+            wrong = "bytes, which are pixels"
+        elif space == "pixels" and kind not in PIXEL_SCALES:
+            wrong = f"no pixels, with values {values}"
+        if wrong:
+            raise InputError(f"{self.path}: its images are {wrong}; leave out --images {space}")
         if are_bytes or space == "pixels":
-            if kind not in PIXEL_SCALES:
-                found = f"its images are no pixels, with values {values}"
-                raise InputError(f"{self.path}: {found}; leave out --images pixels")
             scale, self.converted_from = PIXEL_SCALES[kind], kind
             self.sets = [one._replace(images=normalize(one.images / scale)) for one in self.sets]
         elif space is None:
@@ -80,19 +83,13 @@ class SynsetFile:
 
     def _check_values(self, kind, values, zca):
         """Warn where floats look like something else than normalised, or whitened, images."""
-        taken, advice = "normalised", ""
+        taken = "ZCA-whitened images" if zca else "normalised images"
         if zca:
-            if self.declared_zca() or float(self.sets[0].images.std()) < ORDINARY_DEVIATION:
-                return
-            taken, kind = "ZCA-whitened", "ordinary ones"
-        elif kind == "normalised":
-            return
-        elif kind in PIXEL_SCALES:
-            advice = "; --images pixels converts them"
-        elif kind == "ZCA-whitened images":
-            advice = "; --zca declares it"
-        warning = f"taken as {taken} images, but its values {values} look like {kind}{advice}"
-        self.warnings.append(f"{self.path}: {warning}")
+            are_small = float(self.sets[0].images.std()) < ORDINARY_DEVIATION
+            kind = taken if self.declared_zca() or are_small else "ordinary ones"
+        if kind != taken:
+            warning = f"taken as {taken}, but its values {values} look like {kind}"
+            self.warnings.append(f"{self.path}: {warning}{ADVICE.get(kind, '')}")
 
     def _check_seams(self):
         found, ratio = seams(self.sets[0].images[:SEAM_IMAGES])
@@ -133,18 +130,18 @@ def read_synset(path, packed=1):
     pack, sets, kinds, from_soft = pack_of(meta, packed), [], [], False
     for i, (pair, soft) in enumerate(stored):
         name = f"{path}, set {i}"
-        images, labels, soft = _tensors(name, pair, soft)
-        _check_images(name, images, pack)
-        if images.dtype != torch.uint8:
-            images = images.float()
-        if labels.dim() == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        elif labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
+        try:
+            images, labels = map(_tensor, pair)
+            soft = None if soft is None else _tensor(soft)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
+        images = _images(name, images, pack)
+        if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
             from_soft, soft = True, labels if soft is None else soft
             labels = labels.argmax(1)[: len(images)]  # a packed set has more rows than images
-        _check_labels(name, labels, len(images))
+        labels = _labels(name, labels, len(images))
         soft, kind = _logits(name, soft, len(images) * pack**2)
-        sets.append(SyntheticSet(images.contiguous(), labels.long(), soft))
+        sets.append(SyntheticSet(images, labels, soft))
         kinds.append(kind)
     if len(set(kinds)) > 1:
         both = " and ".join(sorted(set(kinds)))
@@ -166,40 +163,44 @@ def mean_and_std(meta):
     return tuple(torch.tensor(meta[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
 
 
-def _numbers(value):
-    return isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
+def _is(kind):
+    return lambda x: isinstance(x, kind)
+
+
+def _are_above(least):
+    return lambda x: isinstance(x, list) and all(
+        isinstance(value, (int, float)) and value > least for value in x
+    )
 
 
 def _at_least(least, *types):
     return lambda x: isinstance(x, types) and type(x) is not bool and least <= x < float("inf")
 
 
-# What the scripts read of a meta: (keys, what is expected, a type or a check).
+# What the scripts read of a meta: keys, what is expected, a check.
 META = (
-    (("flags", "recipe"), "a dict", dict),
-    (("dataset", "threat_model", "run", "method", "model", "flags.model"), "a string", str),
-    (("recipe.dsa_strategy", "recipe.lr_schedule"), "a string", str),
-    (("classes", "recipe.teachers"), "a list", list),
-    (("packed", "zca"), "True or False", bool),
-    (("pack",), "1, 2, 4 or 8", lambda x: type(x) is int and x in (1, *PACKS)),
-    (("mean",), "a list of numbers", _numbers),
-    (("std",), "a list of numbers above 0", lambda x: _numbers(x) and min(x, default=1) > 0),
-    (("recipe.epochs", "recipe.batch_train", "recipe.pack"), "an int above 0", _at_least(1, int)),
-    (("recipe.lr_net",), "a number of at least 0", _at_least(0, int, float)),
-    (("recipe.temperature",), "a number of at least 0.01", _at_least(0.01, int, float)),
+    ("flags recipe", "a dict", _is(dict)),
+    ("dataset threat_model run method model flags.method flags.model", "a string", _is(str)),
+    ("recipe.dsa_strategy recipe.lr_schedule", "a string", _is(str)),
+    ("classes recipe.teachers", "a list", _is(list)),
+    ("packed zca", "True or False", _is(bool)),
+    ("pack", "1, 2, 4 or 8", lambda x: type(x) is int and x in (1, *PACKS)),
+    ("mean", "a list of numbers", _are_above(-float("inf"))),
+    ("std", "a list of numbers above 0", _are_above(0)),
+    ("recipe.epochs recipe.batch_train recipe.pack", "an int above 0", _at_least(1, int)),
+    ("recipe.lr_net", "a number of at least 0", _at_least(0, int, float)),
+    ("recipe.temperature", "a number of at least 0.01", _at_least(0.01, int, float)),
 )
 
 
 def check_meta(path, meta):
     """Raise InputError if the meta of a file has another value than the scripts expect."""
-    for keys, expected, check in META:
-        for key in keys:
+    for keys, expected, is_valid in META:
+        for key in keys.split():
             *outer, inner = key.split(".")
             values = meta.get(outer[0], {}) if outer else meta
-            value = values.get(inner)
-            valid = isinstance(value, check) if isinstance(check, type) else check(value)
-            if inner in values and not valid:
-                found = f"{key} of its meta is {str(value)[:60]!r}"
+            if inner in values and not is_valid(values[inner]):
+                found = f"{key} of its meta is {str(values[inner])[:60]!r}"
                 raise InputError(f"{path}: {found}; expected {expected}")
     pack = pack_of(meta)
     trained = meta.get("recipe", {}).get("pack", pack)
@@ -208,37 +209,35 @@ def check_meta(path, meta):
         raise InputError(f"{path}: {found}, its meta has {pack}x{pack}")
 
 
-def _tensors(name, pair, soft):
-    """The arrays of a set as tensors; soft labels may be None."""
-    try:
-        images, labels = (_tensor(array) for array in pair)
-        return images, labels, None if soft is None else _tensor(soft)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
-
-
 def _tensor(array):
+    """No lists: those of a hostile file may be endless."""
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
 
 
-def _check_images(name, images, pack):
-    is_image = images.is_floating_point() or images.dtype == torch.uint8
-    if images.dim() != 4 or not is_image or not len(images):
+def _images(name, images, pack):
+    """Images as they are stored, bytes or float32; checked."""
+    are_bytes = images.dtype == torch.uint8
+    if images.dim() != 4 or not (images.is_floating_point() or are_bytes) or not len(images):
         found = f"images are {images.dtype} {tuple(images.shape)}"
         raise InputError(f"{name}: {found}; expected floats or bytes (N, C, H, W)")
     _check_finite(name, "images", images)
     height, width = images.shape[2:]
     if height % pack or width % pack:
         raise InputError(f"{name}: images of {height}x{width} cannot be packed {pack}x{pack}")
+    return (images if are_bytes else images.float()).contiguous()
 
 
-def _check_labels(name, labels, count):
+def _labels(name, labels, count):
+    """Classes, (count,) int64."""
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.shape != (count,):
         found = f"labels {tuple(labels.shape)} for {count} images"
         raise InputError(f"{name}: {found}; expected (N,), or soft labels (N, classes)")
-    if labels.is_complex() or labels.is_floating_point() and (labels != labels.round()).any():
+    if labels.is_complex() or (labels != labels.long()).any():
         expected = "soft labels have a column for each class"
         raise InputError(f"{name}: labels are no whole numbers; {expected}")
+    return labels.long()
 
 
 def _check_finite(name, what, values):

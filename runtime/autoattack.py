@@ -1,33 +1,34 @@
 """AutoAttack and Square from the package pyautoattack: silent, and seeded by our generators.
 
-FAB sorts the pixels of every image in every iteration to project it onto a hyperplane, half the
-time of AutoAttack on a CPU; `project_linf` finds the same point without sorting.
+FAB sorts the pixels of every image to project it onto a hyperplane, half the time of AutoAttack on
+a CPU; `project_linf` finds the same point without sorting.
 """
 import logging
 from contextlib import contextmanager, nullcontext
 
 import torch
 
+from runtime.safe_io import InputError
+
 
 def pyautoattack():
-    """Its classes (AutoAttack, SquareAttack). Raises ValueError if the package is missing."""
+    """Its classes (AutoAttack, SquareAttack). Raises InputError if the package is missing."""
     try:
         from pyautoattack import AutoAttack
         from pyautoattack.square import SquareAttack
     except ImportError:
-        raise ValueError("AA and Square need the package pyautoattack "
-                         "(pip install pyautoattack)") from None
+        raise InputError("AA, Square and the sanity checks (--no_sanity) need the package "
+                         "pyautoattack") from None
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # a warning for every batch
     return AutoAttack, SquareAttack
 
 
 def project_linf(points, w, b):
-    """The least L-inf change that brings each point onto the hyperplane w . x = b, or as close as
-    the box [0, 1] allows. points, w: (N, D); b: (N,). Returns (N, D).
+    """The least L-inf change (N, D) that brings points (N, D) onto the hyperplanes w . x = b, or as
+    close as the box [0, 1] allows. w: (N, D); b: (N,). Croce and Hein 2020 (FAB), section 2.2.
 
-    Each coordinate moves by `step`, at most to the border of the box. Newton's method solves
-    sum |w| min(step, room) = distance; the sum is concave and piecewise linear, so it never
-    overshoots. Source: Croce and Hein 2020 (FAB), section 2.2.
+    Newton's method for the `step` with sum |w| min(step, room) = distance; the sum is concave and
+    piecewise linear, so it never overshoots.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
     upwards = (w < 0) == (residual >= 0)  # the coordinates that grow

@@ -15,6 +15,7 @@ MAX_STATE_BYTES = 64 << 30
 SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0
 MIN_SECONDS = 5.0  # between two saves then
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNAL_SECONDS = 5.0  # within which torchrun ends the others when a process has left
 
 
 class Interrupted(BaseException):
@@ -28,10 +29,9 @@ class Interrupted(BaseException):
 class SignalHandler:
     """Turns SIGINT and SIGTERM into `Interrupted`: at once, or where they are delayed in `check()`.
 
-    One process: a second signal while one is delayed stops at once, with the state not whole.
-    Several processes: signals are delayed, and all stop in the same `check()`; in `allow_signals()`
-    each process stops by itself. Further signals are ignored: torchrun sends SIGTERM to all others
-    when one has ended.
+    One process: a second signal stops at once, with the state not whole. Several processes: all
+    stop in the same `check()`, or each by itself in `allow_signals()`, and further signals are
+    ignored, because torchrun sends SIGTERM to all others when one has ended.
     """
 
     def __init__(self, log):
@@ -48,46 +48,58 @@ class SignalHandler:
 
     def _handle(self, signum, frame):
         if not self.delayed:
-            self._stop(signum, state_is_whole=True)
+            self._stop(signum)
         if self.pending is None:
             self.pending = signum
-            hint = "" if self.under_torchrun else ("; a second signal stops at once, back to the "
-                                                   "last saved state")
-            self.log(f"stopping after this iteration{hint}")
+            self.log("stopping after this iteration" if self.under_torchrun else
+                     "stopping after this iteration; a second signal stops at once, back to the "
+                     "last saved state")
         elif not self.under_torchrun:
             self._stop(signum, state_is_whole=False)
 
-    def _stop(self, signum, state_is_whole):
+    def _stop(self, signum, state_is_whole=True):
         if self.under_torchrun:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)
         raise Interrupted(signum, state_is_whole)
 
     @contextmanager
-    def delay_signals(self):
-        """The state of the run is not whole inside: signals wait for the next `check()`."""
-        before, self.delayed = self.delayed, True
+    def _set_delayed(self, delayed):
+        before, self.delayed = self.delayed, delayed
         try:
             yield
         finally:
             self.delayed = before
+
+    def delay_signals(self):
+        """A context in which the state is not whole: signals wait for the next `check()`."""
+        return self._set_delayed(True)
 
     @contextmanager
     def allow_signals(self):
-        """The state does not change inside, nor do processes wait: a signal stops at once."""
-        before, self.delayed = self.delayed, False
-        try:
+        """Inside, the state does not change, nor do processes wait: a signal stops at once."""
+        with self._set_delayed(False):
             if self.pending:
-                self._stop(self.pending, state_is_whole=True)
+                self._stop(self.pending)
             yield
-        finally:
-            self.delayed = before
 
     def check(self, save_due=False):
-        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`."""
-        pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
+        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`.
+
+        Where another process has left already, torchrun's SIGTERM to this one is on its way; the
+        state is whole here, so it is worth waiting for.
+        """
+        try:
+            pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
+        except ConnectionError:
+            deadline = time.monotonic() + SIGNAL_SECONDS
+            while self.pending is None and time.monotonic() < deadline:
+                time.sleep(0.05)  # signal handlers run in between
+            if self.pending is None:
+                raise
+            pending = self.pending
         if pending:
-            self._stop(pending, state_is_whole=True)
+            self._stop(pending)
         return bool(save_due)
 
 
@@ -102,9 +114,9 @@ def lock(folder, name=".lock", wait=False):
     except Timeout:
         raise InputError(f"another run is writing to {folder}; wait for it, or choose another "
                          "folder") from None
-    except (OSError, NotImplementedError) as error:
-        raise InputError(f"cannot lock {folder} ({getattr(error, 'strerror', error)}); a run needs "
-                         "a file system with locks (some network ones have none)") from None
+    except (OSError, NotImplementedError) as error:  # as some network file systems answer
+        raise InputError(f"cannot lock {folder} ({getattr(error, 'strerror', error)}); choose a "
+                         "folder on a file system with locks") from None
     return held
 
 
@@ -143,10 +155,8 @@ class CheckpointFile:
         try:
             write_atomically(self.newest, lambda partial: self._write(state, partial))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-            left = "there is no state before it"
-            for path in (self.previous, self.newest):
-                if path.exists():
-                    left = f"the state before it, {path.name}, is intact"
+            intact = [path.name for path in self._existing()]
+            left = f"{intact[0]} before it is intact" if intact else "there is none before it"
             raise InputError(f"cannot save the state as {self.newest} "
                              f"({reason_of_failed_write(error)}); {left}") from None
         self._last = time.perf_counter()
@@ -160,21 +170,23 @@ class CheckpointFile:
         if self.newest.exists():
             os.replace(self.newest, self.previous)
 
+    def _existing(self):
+        return [path for path in (self.newest, self.previous) if path.exists()]
+
     def load(self, keys=()):
         """Returns (the newest readable state or None, a message about damaged ones or None).
 
         keys: that a state must have. Raises InputError if there are states but none is readable.
         """
         damaged = []
-        for path in filter(Path.exists, (self.newest, self.previous)):
+        for path in self._existing():
             try:
                 state = read_tensors(path, MAX_STATE_BYTES)
                 if not isinstance(state, dict) or not set(keys) <= set(state):
                     raise InputError(f"{path} is no saved state of this script")
+                return state, f"{damaged[0]}; going on from {path.name}" if damaged else None
             except InputError as error:
                 damaged.append(str(error))
-                continue
-            return state, f"{'; '.join(damaged)}; going on from {path.name}" if damaged else None
         if damaged:
             raise InputError(f"{'; '.join(damaged)}; start over with --fresh")
         return None, None

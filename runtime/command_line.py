@@ -22,36 +22,34 @@ def add_switch(parser, name, default, text):
                        help=argparse.SUPPRESS)
 
 
-def add_fast_flags(parser):
-    """--compile and --precision."""
-    add_switch(parser, "compile", True,
-               "torch.compile for the batches of which there are enough to pay for it")
-    parser.add_argument("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
-                        help="of convolutions and matrix products. tf32: fp32 where the device "
-                             "has no TensorFloat-32. bf16: in training and its attacks, not where "
-                             "an accuracy is reported. auto: bf16 if the device has it, else tf32")
+def add_common_flags(parser):
+    """Where and how a training script reads, writes and computes."""
+    add = parser.add_argument
+    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
+    add("--checkpoint_path", default="./checkpoints", help="folder for saved states and networks")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--save_interval", type=at_least(0), default=0,
+        help="iterations between saved states; 0: saving takes 1 %% of the time")
+    add("--fresh", action="store_true", help="start over instead of resuming")
+    add_switch(parser, "compile", True, "torch.compile for the batches that are worth it")
+    add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
+        help="tf32: fp32 where the device has no TensorFloat-32; bf16: in training and its "
+             "attacks, not where an accuracy is reported; auto: bf16 if the device has it")
 
 
 def add_run_flags(parser):
-    """Where a ROME script reads, writes and computes; none of it is part of the method."""
+    """The flags of a ROME script that are no part of the method."""
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
-    add("--save_path", default="./result", help="folder for the final set and the run's folder")
-    add("--checkpoint_path", default="./checkpoints", help="folder for the best set and the states")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_common_flags(group)
+    add("--save_path", default="./result", help="folder for results")
     add("--chunk", type=at_least(0), default=0,
         help="real images attacked at a time; 0: chosen by the free memory")
-    add("--save_interval", type=at_least(0), default=0,
-        help="outer iterations between saved states; 0: saving takes 1 %% of the time")
-    add("--fresh", action="store_true", help="start over instead of resuming from a saved state")
     add("--deterministic", action="store_true",
-        help="CUDA: refuse operations that are not repeatable (a CPU always is)")
+        help="CUDA: refuse operations that are not repeatable")
     add("--parallel", choices=("batch", "experiments"), default="batch",
-        help="what the processes of torchrun share: the images of every batch, or whole "
-             "experiments (--num_exp), each with its own saved state")
+        help="what the processes of torchrun share: every batch, or whole experiments (--num_exp)")
     add_switch(group, "cuda_graphs", True, "CUDA: record and replay CUDA graphs")
-    add_fast_flags(group)
 
 
 def add_compatibility_flags(parser):
@@ -101,11 +99,11 @@ def run_script(main):
     try:
         main()
         distributed.shutdown()
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _leave(f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
-        _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); smaller "
-               "batches need less: --chunk, --batch_real, --trained_bs, --batch_train", 1)
+        _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); give a "
+               "smaller --chunk, --batch_real, --trained_bs or --batch_train", 1)
     except Interrupted as stop:
         where = "here" if stop.state_is_whole else "the last saved state"
         command = "the same command" + " without --fresh" * ("--fresh" in sys.argv)

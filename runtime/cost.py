@@ -5,7 +5,6 @@ which batches are worth compiling.
 """
 import collections
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -15,28 +14,6 @@ from runtime.device import synchronise
 TRAINING_STEP = 1.5  # forward-backward passes: the gradient of the parameters comes on top
 FORWARD = 0.45  # forward-backward passes: no gradient at all
 HORIZON = 500  # outer iterations within which compiling must pay; the paper makes 20 000
-
-
-@dataclass(frozen=True)
-class IterationCost:
-    """One outer iteration in forward-backward passes, from the sizes of its batches.
-
-    real_images: attacked for each network that is matched. attack_steps: PGD steps on them.
-    trained_images: of all training steps together. pool_attack_steps: PGD steps on those.
-    """
-
-    real_images: int
-    attack_steps: float
-    matched_networks: int
-    trained_images: int
-    pool_attack_steps: int
-    repeats: int = 1  # --outer_loop
-
-    @property
-    def passes(self):
-        matching = self.attack_steps * self.matched_networks * self.real_images
-        training = (self.pool_attack_steps + 1) * self.trained_images
-        return self.repeats * (matching + training)
 
 
 def forward_flops(net, channel, size):

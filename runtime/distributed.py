@@ -48,51 +48,41 @@ def init(flags):
         return flags["device"]
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device, problem = _own_device(flags["device"], rank)
-    backend = "gloo"
-    if device != "cpu" and not problem:
+    number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device, backend = _own_device(flags["device"]), "gloo"
+    if device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that errors can be caught
         torch.cuda.set_device(device)
     with _one_line_errors():
-        store, *_ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store, *_ = next(rendezvous("env://", number, size, timeout=TIMEOUT))
         # torchrun may keep the store, with all its contents, for the processes that it restarts.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    _world = SimpleNamespace(rank=rank, size=size, store=store)
-    flags = {name: str(value) for name, value in flags.items()}
-    _compare(all_gather_object((flags, device.split(":")[0], problem)))
+        dist.init_process_group(backend, store=store, rank=number, world_size=size,
+                                timeout=TIMEOUT)
+        everyone = [None] * size
+        dist.all_gather_object(everyone, {**flags, "device": device.split(":")[0]})
+    for other, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise InputError(f"--{name} is {value} in process 0 and {theirs[name]} in process "
+                                 f"{other}; all processes of a run have the same flags")
+    _world = SimpleNamespace(rank=number, size=size, store=store)
     return device
 
 
-def _own_device(name, rank):
-    """The device of this process where --device is `name`, and what is wrong with it, or None."""
+def _own_device(name):
+    """The device of this process where --device is `name`. Raises InputError."""
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
-        return "cpu", None
+        return "cpu"
     if name not in ("auto", "cuda"):
-        return name, f"--device {name}: each process takes its own GPU; choose auto, cuda or cpu"
-    if local < gpus:
-        return f"cuda:{local}", None
-    choice = f"--nproc_per_node {gpus}, or --device cpu" if gpus else "--device cpu"
-    return "cuda", (f"process {rank} has no GPU: {os.environ['LOCAL_WORLD_SIZE']} processes on "
-                    f"its machine, {gpus} GPU(s); choose {choice}")
-
-
-def _compare(gathered):
-    """gathered: (flags, kind of device, problem or None) of each process."""
-    first_flags, first_device, _ = gathered[0]
-    for rank, (flags, device, problem) in enumerate(gathered):
-        if problem:
-            raise InputError(problem)
-        for name, value in first_flags.items():
-            if flags.get(name) != value:
-                raise InputError(f"--{name} is {value} in process 0 and {flags.get(name)} in "
-                                 f"process {rank}; all processes of a run have the same flags")
-        if device != first_device:
-            raise InputError(f"process 0 computes on {first_device} and process {rank} on "
-                             f"{device}; choose one with --device")
+        raise InputError(f"--device {name}: each process takes its own GPU; choose auto, cuda or "
+                         "cpu")
+    if local >= gpus:
+        raise InputError(f"process {local} of a machine with {gpus} GPU(s) has none; start at most "
+                         f"--nproc_per_node {max(gpus, 1)}, or choose --device cpu")
+    return f"cuda:{local}"
 
 
 def shutdown():
@@ -224,32 +214,21 @@ def barrier():
     all_reduce_max(0)  # NCCL's own barrier would need a GPU
 
 
-def all_gather_object(value):
-    """The values of all processes, by rank."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    with _one_line_errors():
-        dist.all_gather_object(values, value)
-    return values
-
-
 def run_on_rank0(work):
     """Call work() on process 0 only. All processes return its value or raise its InputError."""
     if world_size() == 1:
         return work()
-    outcome = [None, None]
+    outcome = [None]
     if is_main_process():
         try:
-            outcome[0] = work()
+            outcome = [work()]
         except InputError as error:
-            outcome[1] = str(error)
+            outcome = [error]
     with _one_line_errors():
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    value, problem = outcome
-    if problem:
-        raise InputError(problem)
-    return value
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def map_dynamic(count, work, collect=lambda k, result: None):

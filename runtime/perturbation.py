@@ -13,17 +13,16 @@ class DeferredChecks:
     """Extremes of attacks, not read yet: reading makes the host wait for the device."""
 
     def __init__(self):
-        self.found, self.allowed = [], []
+        self.found, self.bounds = [], []
 
     def read(self, values=()):
         """Check the extremes. Returns `values`, () tensors, as floats: one transfer for all."""
         tensors = [*self.found, *(value.detach().view(1) for value in values)]
-        found = torch.cat(tensors).tolist() if tensors else []
-        for k, (norm, eps) in enumerate(self.allowed):
-            _require_bounds(*found[3 * k:3 * k + 3], norm, eps)
-        values = found[3 * len(self.allowed):]
-        self.found, self.allowed = [], []
-        return values
+        numbers = torch.cat(tensors).tolist() if tensors else []
+        bounds, self.found, self.bounds = self.bounds, [], []
+        for k, (norm, eps) in enumerate(bounds):
+            _require_bounds(*numbers[3 * k:3 * k + 3], norm, eps)
+        return numbers[3 * len(bounds):]
 
 
 @contextmanager
@@ -42,24 +41,22 @@ def check_perturbation(x, x_adv, norm, eps, keeps_failed_input=False):
     """Check that x_adv is finite, inside [0, 1] and within eps of the clamped x.
 
     x, x_adv: (N, C, H, W), attack space. norm: "Linf" or "L2", of eps; eps None: no bound.
-    keeps_failed_input: an image equal to its original passes, wherever it lies.
-    Returns the L-inf and the L2 change of each image, (N,). Raises FloatingPointError if x_adv is
-    not finite, RuntimeError if it is out of bounds.
+    keeps_failed_input: an image equal to its original passes. Returns the L-inf and the L2 change
+    of each image, (N,). Raises FloatingPointError or RuntimeError.
     """
     change = x_adv - x.clamp(0, 1)
     if keeps_failed_input:
         unchanged = (x_adv == x).flatten(1).all(1).view(-1, 1, 1, 1)
         x_adv, change = (torch.where(unchanged, 0, t) for t in (x_adv, change))
     linf, l2 = change.flatten(1).abs().amax(1), change.flatten(1).norm(dim=1)
-    if len(x) == 0:
-        return linf, l2
-    largest = (linf if norm == "Linf" else l2).max()
-    found = torch.stack([x_adv.min(), x_adv.max(), largest]).detach()  # NaN propagates
-    if _deferred is None:
-        _require_bounds(*found.tolist(), norm, eps)
-    else:
-        _deferred.found.append(found)
-        _deferred.allowed.append((norm, eps))
+    if len(x):
+        largest = (linf if norm == "Linf" else l2).max()
+        found = torch.stack([x_adv.min(), x_adv.max(), largest]).detach()  # NaN propagates
+        if _deferred is None:
+            _require_bounds(*found.tolist(), norm, eps)
+        else:
+            _deferred.found.append(found)
+            _deferred.bounds.append((norm, eps))
     return linf, l2
 
 
@@ -67,7 +64,6 @@ def _require_bounds(low, high, largest, norm, eps):
     if not math.isfinite(low + high + largest):
         raise FloatingPointError("an attack met values that are not finite: the network or the "
                                  "images have diverged")
-    if not (low >= 0 and high <= 1 and (eps is None or largest <= eps + TOLERANCE)):
-        raise RuntimeError(
-            f"an attack left its bounds: values in [{low:.6g}, {high:.6g}], largest {norm} change "
-            f"{largest:.6g}, allowed are [0, 1] and {eps}")
+    if low < 0 or high > 1 or (eps is not None and largest > eps + TOLERANCE):
+        raise RuntimeError(f"an attack left its bounds: values from {low:.6g} to {high:.6g}, "
+                           f"{norm} change {largest:.6g}; eps is {eps}")

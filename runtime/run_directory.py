@@ -133,7 +133,10 @@ class RunDirectory:
         self._metrics.seek(0, os.SEEK_END)
         self.start = time.perf_counter() - saved.get("seconds", 0.0)
         if self.finished:
-            self._report_finished(saved)
+            longer = f"--Iteration {self.flags['Iteration']} does not prolong it; " * (
+                saved["flags"]["Iteration"] != self.flags["Iteration"])
+            self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; {longer}"
+                     "--fresh starts over")
             return
         if self.part is None:
             about = {key: self._identity[key] for key in ("flags", "versions", "device")}
@@ -148,14 +151,6 @@ class RunDirectory:
         if owner not in (None, self.name):
             self.log(f"{self.published_file} is {owner}'s and will be moved aside at the end")
 
-    def _report_finished(self, saved):
-        iterations = self.flags["Iteration"]
-        longer = ""
-        if saved["flags"]["Iteration"] != iterations:
-            longer = f"--Iteration {iterations} does not prolong it; "
-        self.log(f"{self.name} is finished: {self.result_file}, {self.folder}; {longer}"
-                 "--fresh starts over")
-
     def _report_resumed(self, saved):
         exp = len(self.progress.get("sets", [])) if self.part is None else self.part
         where = f"experiment {exp}"
@@ -163,12 +158,10 @@ class RunDirectory:
             where += f", iteration {self.saved_experiment['it']}"
         self.log(f"going on with {self.name} at {where}, "
                  f"after {format_duration(saved['seconds'])}")
-        before, now = ({key: about[key] for key in ("versions", "device")}
-                       for about in (saved, self._identity))
+        before, now = ([about["versions"], about["device"]] for about in (saved, self._identity))
         if before != now:
-            self.log(f"the saved part ran with {before['versions']} on {before['device']}, this is "
-                     f"{now['versions']} on {now['device']}: the result may differ in the last "
-                     "bits from that of an undisturbed run")
+            self.log(f"the saved part ran with {before}, this is {now}: the result may differ in "
+                     "the last bits from that of an undisturbed run")
 
     # ------------------------------------------------------------------------- checkpoints
     def register_state(self, experiment):
@@ -340,15 +333,6 @@ class RunDirectory:
         per_row = per_class * max(1, math.isqrt(classes // per_class)) if per_class > 1 else 10
         save_grid(self.folder / f"{name}.png", images, self.data, per_row)
 
-    def write_result(self, write):
-        """write(path) writes the final sets, which then get their published name too."""
-        write(self.result_file)
-        self.publish()
-
-    def write_best(self, exp, write):
-        """write(path) writes the best set of an experiment so far."""
-        write(self.checkpoint_folder / f"best_exp{exp}.pt")
-
 
 class NullRunDirectory(RunDirectory):
     """A run as the other processes see it: the same state, and nothing is written."""
@@ -362,7 +346,7 @@ class NullRunDirectory(RunDirectory):
     def _nothing(self, *args, **options):
         pass
 
-    log = log_metrics = save_grid = write_result = write_best = _nothing
+    log = log_metrics = save_grid = _nothing
     _should_save = save_checkpoint = _close = _gather_parts = _remove_parts = _nothing
 
     def finish(self):
@@ -387,7 +371,8 @@ def save_grid(path, images, data, per_row):
     """Write normalised images (N, C, H, W) as one PNG, `per_row` a row, about 1000 pixels wide."""
     from torchvision.utils import make_grid, save_image
 
-    grid = make_grid(data.denormalize(images.detach()).clamp(0, 1), nrow=per_row, pad_value=1.0)
+    pixels = data.denormalize(images.detach().to(data.device)).clamp(0, 1)
+    grid = make_grid(pixels, nrow=per_row, pad_value=1.0)
     factor = max(1, min(math.ceil(960 / grid.shape[2]), 1200 // grid.shape[1]))
     grid = grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     write_atomically(path, lambda partial: save_image(grid, partial))

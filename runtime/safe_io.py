@@ -7,7 +7,6 @@ import collections
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import pickletools
@@ -27,24 +26,27 @@ class InputError(ValueError):
     """Something that a user gave cannot be used; the message names the value and the choices."""
 
 
-class _Array:
-    """Stands for a numpy array while a file is read; takes no memory before there is data."""
+class _Array(np.ndarray):
+    """A numpy array that takes no memory before there is data, and holds no objects."""
 
-    def __init__(self, *ignored):
-        self.array = np.zeros(0)
+    def __new__(cls, *ignored):
+        return super().__new__(cls, 0)
 
     def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(data, bytes):
-            raise pickle.UnpicklingError("a numpy array of objects")
-        order = "F" if fortran else "C"
-        self.array = np.frombuffer(data, dtype).reshape(shape, order=order).copy()
+        for part in state:
+            if isinstance(part, np.dtype):
+                _check_dtype(part)
+        super().__setstate__(state)
 
 
-def _numpy_scalar(dtype, data=None):
-    if not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise pickle.UnpicklingError("a numpy scalar of objects")
-    return np.frombuffer(data, dtype, 1)[0]
+def _numpy_scalar(dtype, data):
+    return np.frombuffer(data, _check_dtype(dtype), 1)[0]
+
+
+def _check_dtype(dtype):
+    if dtype.kind not in "biufcSU":
+        raise pickle.UnpicklingError(f"it holds numpy objects of type {dtype}")
+    return dtype
 
 
 # What a file may ask for: {name: what it gets}. torch's loader admits tensors by itself.
@@ -87,21 +89,6 @@ def _read_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _with_arrays(content, done):
-    """`content` with numpy arrays in place of `_Array`s. done: {id: result}, each object once."""
-    if id(content) not in done:
-        done[id(content)] = content
-        if isinstance(content, _Array):
-            done[id(content)] = content.array
-        elif isinstance(content, dict):
-            content.update({key: _with_arrays(value, done) for key, value in content.items()})
-        elif isinstance(content, list):
-            content[:] = [_with_arrays(part, done) for part in content]
-        elif type(content) is tuple:
-            done[id(content)] = tuple(_with_arrays(part, done) for part in content)
-    return done[id(content)]
-
-
 def _tensor_bytes(content, seen):
     """Bytes of all tensors. seen: ids; nested lists of one list would take for ever without."""
     if id(content) in seen:
@@ -109,27 +96,31 @@ def _tensor_bytes(content, seen):
     seen.add(id(content))
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
-    parts = content.values() if isinstance(content, dict) else content
-    if not isinstance(content, (dict, list, tuple)):
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, (list, tuple)):
         return 0
-    return sum(_tensor_bytes(part, seen) for part in parts)
+    return sum(_tensor_bytes(part, seen) for part in content)
 
 
-def _refuse_size(path, size, max_bytes):
-    if size > max_bytes:
+def _check_size(path, size, max_bytes):
+    if size > (max_bytes or MAX_BYTES):
         raise InputError(f"{path} would take {size / 2**30:.1f} GiB; more than "
-                         f"{max_bytes / 2**30:g} GiB is refused")
+                         f"{(max_bytes or MAX_BYTES) / 2**30:g} GiB is refused")
 
 
-def _check_size(path, max_bytes):
-    """Refuse an empty file and one that is, or unpacks to, more than max_bytes."""
+def _check_file(path, max_bytes, checksums):
+    """Refuse an empty file, one that is or unpacks to more than max_bytes, and a wrong checksum."""
     size = path.stat().st_size
     if size == 0:
         raise InputError(f"{path} is damaged: it is empty")
+    _check_size(path, size, max_bytes)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            size = max(size, sum(entry.file_size for entry in archive.infolist()))
-    _refuse_size(path, size, max_bytes)
+            _check_size(path, sum(entry.file_size for entry in archive.infolist()), max_bytes)
+            wrong = checksums and archive.testzip()  # torch does not look at them
+        if wrong:
+            raise InputError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
 
 
 @contextmanager
@@ -145,56 +136,36 @@ def _input_errors(path):
         raise InputError(f"{path} is refused, nothing in it was executed: {reason(error)}"
                          ) from None
     except Exception as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason(error)}); it may "
-                         "be damaged, or another kind of file") from None
+        raise InputError(f"{path} is damaged or another kind of file ({type(error).__name__}: "
+                         f"{reason(error)})") from None
 
 
 def read_tensors(path, max_bytes=None):
     """The content of a .pt, .pth or .pkl file, on the CPU. Nothing in the file is executed.
 
-    max_bytes: of the file, packed or unpacked; default MAX_BYTES. Raises InputError if the file
-    is missing, damaged or too large, or holds anything but tensors, arrays, numbers, strings and
-    containers; the message names it.
+    max_bytes: of the file, packed or unpacked; default MAX_BYTES. Raises InputError, which names
+    the file, if it is missing, damaged or too large, or holds anything but tensors, arrays,
+    numbers, strings and containers.
     """
-    path, max_bytes = Path(path), max_bytes or MAX_BYTES
+    path = Path(path)
     with _input_errors(path):
-        _check_size(path, max_bytes)
-        if zipfile.is_zipfile(path):  # torch does not look at checksums
-            with zipfile.ZipFile(path) as archive:
-                wrong = archive.testzip()
-            if wrong:
-                raise InputError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
+        _check_file(path, max_bytes, checksums=True)
         content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
-        content = _with_arrays(content, {})
-        _refuse_size(path, _tensor_bytes(content, set()), max_bytes)  # strides of 0 are cheap
+        _check_size(path, _tensor_bytes(content, set()), max_bytes)  # strides of 0 are cheap
         return content
 
 
 def read_npz(path, names, optional=(), max_bytes=None):
     """{name: array} of a .npz file: all of `names`, and those of `optional` that are there.
 
-    Raises InputError if the file is damaged, lacks a name, holds objects, or declares another
-    size than it has.
+    Raises InputError if the file is damaged, too large, lacks a name or holds objects.
     """
     path = Path(path)
     with _input_errors(path):
-        _check_size(path, max_bytes or MAX_BYTES)
-        with zipfile.ZipFile(path) as archive:
-            there = archive.namelist()
-            names = [*names, *(name for name in optional if f"{name}.npy" in there)]
-            return {name: _read_member(archive, f"{name}.npy") for name in names}
-
-
-def _read_member(archive, name):
-    with archive.open(name) as member:
-        header_of = {(1, 0): np.lib.format.read_array_header_1_0,
-                     (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = header_of[np.lib.format.read_magic(member)](member)
-        size = archive.getinfo(name).file_size - member.tell()
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
-            raise ValueError(f"{name} is declared as {dtype} {shape}, {size} bytes follow")
-    with archive.open(name) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
+        _check_file(path, max_bytes, checksums=False)
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in (*names, *optional)
+                    if name in names or name in file}
 
 
 def keys_of(content):

@@ -13,6 +13,7 @@ from runtime import distributed
 from runtime.checkpoint import lock, require_same_flags
 from runtime.compilation import forward
 from runtime.device import device_name, versions
+from runtime.measures import attack_label
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json
 
@@ -28,12 +29,11 @@ class Task:
     eps: float = None
 
     def __str__(self):
-        form = {None: "", True: " targeted", False: " untargeted"}[self.targeted]
-        eps = "" if self.eps is None else f" {255 * self.eps:g}/255"
-        return f"{self.crafted_on}: {self.threat_model} {self.attack}{form}{eps}"
+        label = attack_label(self.attack, self.targeted, self.eps)
+        return f"{self.crafted_on}: {self.threat_model} {label}"
 
     def matches(self, row):
-        """Whether a row of results.json belongs to this task."""
+        """Whether a row of results.json is of this task."""
         return all(row[key] == value for key, value in vars(self).items())
 
 
@@ -44,7 +44,7 @@ class PassCounter:
         self.forward = self.backward = 0
 
     def wrap(self, model):
-        """`model`, images -> logits, with its passes counted."""
+        """`model`, with its passes counted."""
         def counted(x):
             self.forward += len(x)
             logits = model(x)
@@ -58,7 +58,7 @@ class PassCounter:
 
 
 def warm_up(net, images):
-    """Run a forward pass, on a GPU also a backward pass, that no timer sees."""
+    """A forward pass, on a GPU also a backward pass, that no timer sees."""
     x = images.clone().requires_grad_(images.device.type != "cpu")
     with torch.set_grad_enabled(x.requires_grad):
         logits = forward(net, x)
@@ -69,8 +69,8 @@ def warm_up(net, images):
 def run_tasks(plan, work, results):
     """Run every slice of every task, each by the next free process.
 
-    plan: {Task: (networks evaluated, crafting one first, sizes of its slices)}, in order. work:
-    (task, number of a slice) -> its figures, see `evaluate.run_slice`. results: of class Results.
+    plan: {Task: (networks evaluated, sizes of its slices)}. work: (task, number of a slice) -> its
+    figures, see `evaluate.run_slice`.
     """
     done = {task: results.finished_slices(task, *plan[task]) for task in plan}
     todo = [(task, number) for task, (_, sizes) in plan.items()
@@ -99,11 +99,10 @@ def run_tasks(plan, work, results):
 
 
 class Results:
-    """results.json and, for an interrupted task, unfinished.json. All processes hold the content;
-    the first one writes.
+    """results.json and, for an interrupted task, unfinished.json; the main process writes them.
 
-    flags: {name: value}. resume: go on with the file in `folder`. may_change: flags that may differ
-    then. check_rows: raises ValueError, KeyError or TypeError for damaged rows.
+    resume: go on with those in `folder`. may_change: flags that may differ then. check_rows: raises
+    ValueError, KeyError or TypeError for damaged rows.
     """
 
     def __init__(self, folder, flags, device, resume, may_change, check_rows):
@@ -126,28 +125,21 @@ class Results:
                     "versions": versions()}
         if not resume and not distributed.is_restart():
             raise InputError(f"{self.path} exists; go on with --resume, or choose another --out")
-        content = self._read(check_rows)
-        saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
+        try:
+            content = json.loads(self.path.read_text())
+            check_rows(content["rows"])
+            saved = {"attack_precision": "fp32", "zca": False, **content["flags"]}
+            for key in ("sanity", "networks", "versions"):
+                content[key].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.path} is damaged or not a file of evaluate.py "
+                             f"({type(error).__name__}: {error})") from None
         require_same_flags(saved, self.flags, may_change, f"the run in {self.folder}",
                            "another --out")
         if content["rows"] and content["device"] != self.device:
-            raise InputError(
-                f"the seconds in {self.path} are those of {content['device']}, this is "
-                f"{self.device}: AE and CREI would mix them; choose another --out")
+            raise InputError(f"the seconds in {self.path} are of {content['device']}, not of "
+                             f"{self.device}; choose another --out")
         return content | current
-
-    def _read(self, check_rows):
-        try:
-            content = json.loads(self.path.read_text())
-            for key in ("flags", "sanity", "networks", "versions"):
-                if not isinstance(content[key], dict):
-                    raise TypeError(f"{key} is no object")
-            content["device"]
-            check_rows(content["rows"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path} is damaged or not a file of evaluate.py "
-                             f"({type(error).__name__}: {error})") from None
-        return content
 
     def _read_unfinished(self):
         try:
@@ -166,11 +158,11 @@ class Results:
             write_json(self.path, self.content)
 
     def register(self, target):
-        """Note the origin of a network. Raises InputError if its file has changed since."""
+        """Note the origin of a network. Raises InputError if its file has changed."""
         known = self.content["networks"].setdefault(target.name, target.meta)
         if known.get("sha256") != target.meta["sha256"]:
-            raise InputError(f"{target.meta['file']} is not the file that {self.path} has results "
-                             "of; choose another --out")
+            raise InputError(f"{target.meta['file']} is not the file of {self.path}; choose "
+                             "another --out")
 
     def has(self, task, targets):
         """Whether the rows of a task are there for all these networks."""
@@ -179,39 +171,38 @@ class Results:
 
     def finished_slices(self, task, targets, sizes):
         """The slices of the task, if it was interrupted with the same networks and sizes."""
-        unfinished, slices = self.unfinished, self.unfinished["slices"]
-        same = (unfinished["job"] == vars(task)
-                and unfinished["evaluated_on"] == [target.name for target in targets]
-                and [part["n"] for part in slices] == sizes[:len(slices)])
+        slices = self.unfinished["slices"]
+        same = self.unfinished == _unfinished(task, targets, slices)
+        same = same and [part["n"] for part in slices] == sizes[:len(slices)]
         return list(slices) if same else []
 
     def save_slices(self, task, targets, slices):
         """Write the finished slices of the task that is running."""
         if distributed.is_main_process():
-            names = [target.name for target in targets]
-            content = {"job": vars(task), "evaluated_on": names, "slices": slices}
-            write_json(self.unfinished_path, content)
+            write_json(self.unfinished_path, _unfinished(task, targets, slices))
 
     def add(self, task, targets, slices):
-        """Write the rows of a finished task, in place of earlier ones. Returns the first row."""
-        def total(key):
-            return sum(part[key] for part in slices)
-
-        n, rows = total("n"), []
+        """Write the rows of a finished task. Returns the first one."""
+        n, seconds, forward, backward = (sum(part[key] for part in slices) for key in
+                                         ("n", "seconds", "forward", "backward"))
+        largest = {key: max(part[key] for part in slices) for key in ("max_linf", "max_l2")}
+        rows = []
         for target in targets:
             correct = sum(part["correct"][target.name] for part in slices)
             rows.append({
                 "dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
-                "crafted_on": task.crafted_on, "evaluated_on": target.name,
-                "threat_model": task.threat_model, "attack": task.attack,
-                "targeted": task.targeted, "eps": task.eps, "n": n, "accuracy": correct / n,
-                "seconds": round(total("seconds"), 3), "forward": total("forward") / n,
-                "backward": total("backward") / n,
-                "max_linf": max(part["max_linf"] for part in slices),
-                "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]})
+                "evaluated_on": target.name, **vars(task), "n": n, "accuracy": correct / n,
+                "seconds": round(seconds, 3), "forward": forward / n, "backward": backward / n,
+                **largest, "seed": self.flags["seed"]})
         others = [row for row in self.content["rows"] if not task.matches(row)]
         self.content["rows"] = others + rows
         self.save()
         if distributed.is_main_process():
             self.unfinished_path.unlink(missing_ok=True)
         return rows[0]
+
+
+def _unfinished(task, targets, slices):
+    """The content of unfinished.json."""
+    return {"job": vars(task), "evaluated_on": [target.name for target in targets],
+            "slices": slices}

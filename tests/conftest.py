@@ -22,7 +22,7 @@ SEED = 1729  # of no generator in the tests
 
 
 def pytest_fixture_setup():
-    """A fixture, and a test itself, draws the same numbers alone, in any order and on any worker: what fails, fails again."""
+    """Fixtures and tests draw the same numbers in any order and on any worker."""
     torch.manual_seed(SEED)
     np.random.seed(SEED)
     random.seed(SEED)
@@ -35,9 +35,10 @@ def random_dataset(num_classes=10, per_class=8, seed=0):
     """A Dataset of random images, with CIFAR's normalisation."""
     rng = np.random.default_rng(seed)
     labels = torch.arange(num_classes).repeat(per_class)
-    images = {s: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)) for s in ("train", "test")}
-    return Dataset("random", images, {"train": labels, "test": labels}, [str(c) for c in range(num_classes)],
-                   **DATASETS["CIFAR10"])
+    images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), np.uint8))
+              for split in ("train", "test")}
+    return Dataset("random", images, {"train": labels, "test": labels},
+                   [str(c) for c in range(num_classes)], **DATASETS["CIFAR10"])
 
 
 def sets_and_meta(path, packed=1):
@@ -47,7 +48,7 @@ def sets_and_meta(path, packed=1):
 
 
 def sigterm_at(monkeypatch, owner, name, call):
-    """SIGTERM to this process at that call (from 1) of the function `name` of `owner`, which is then called all the same."""
+    """SIGTERM to this process before that call (from 1) of the function `name` of `owner`."""
     function, calls = getattr(owner, name), []
 
     def disturbed(*args, **options):
@@ -65,7 +66,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def cifar_like(tmp_path_factory):
-    """A data folder with a cifar10.npz of 200 training and 100 test images of ten crudely separable classes."""
+    """A data folder: a cifar10.npz of 200 training and 100 test images of ten easy classes."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     arrays = {"classes": np.array([f"class{c}" for c in range(10)])}
@@ -80,12 +81,13 @@ def cifar_like(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cifar10_npz(tmp_path_factory):
-    """The folder of the real cifar10.npz, unpacked from ../shared if need be; skips where there is neither."""
+    """The folder of the real cifar10.npz, unpacked from ../shared if need be, or skip."""
     if (ROOT / "data" / "cifar10.npz").exists():
         return ROOT / "data"
     if not (SHARED / "data" / "unpack.py").exists():
         pytest.skip("no data/cifar10.npz and no ../shared/data here")
     import subprocess
     folder = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, SHARED / "data" / "unpack.py", "--out", folder, "--dataset", "cifar10"], check=True)
+    subprocess.run([sys.executable, SHARED / "data" / "unpack.py", "--out", folder, "--dataset",
+                    "cifar10"], check=True)
     return folder

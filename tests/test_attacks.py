@@ -10,24 +10,12 @@ from torch import nn
 
 import attacks
 import utils
-from attacks import (
-    ATTACKS,
-    attack,
-    attack_with_norms,
-    autoattack,
-    cw,
-    deepfool,
-    fgsm,
-    get_threat_model,
-    pgd,
-    pgd_l2,
-    spsa,
-    square_attack,
-    start_noise,
-)
+from attacks import (ATTACKS, attack, attack_with_norms, autoattack, cw, deepfool, fgsm,
+                     get_threat_model, pgd, pgd_l2, spsa, square_attack, start_noise)
 from networks import get_network
 from runtime.autoattack import project_linf
 from runtime.perturbation import check_perturbation, deferred_checks
+from synsets import TrainConfig
 
 EPS = 8 / 255
 QUICK = {  # enough to see the direction
@@ -96,25 +84,6 @@ def test_equals_torchattacks(targeted):
         assert torch.allclose(their_attack(x, labels), x_adv, atol=1e-9)
 
 
-def test_pgd_against_a_step_by_step_numpy_loop():
-    """Ten steps of projected sign ascent with a numpy gradient, on a two-layer network."""
-    rng = np.random.default_rng(0)
-    w1, w2 = rng.normal(size=(12, 48)) / 4, rng.normal(size=(10, 12))
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 12, bias=False), nn.Tanh(),
-                        nn.Linear(12, 10, bias=False)).double()
-    net[1].weight.data, net[3].weight.data = torch.from_numpy(w1), torch.from_numpy(w2)
-    x, y = rng.random(48), 4
-    z = x.copy()
-    for _ in range(10):
-        hidden = np.tanh(w1 @ z)
-        p = np.exp(w2 @ hidden)
-        p = p / p.sum()
-        gradient = w1.T @ ((w2.T @ (p - np.eye(10)[y])) * (1 - hidden**2))
-        z = np.clip(x + np.clip(z + 2 / 255 * np.sign(gradient) - x, -EPS, EPS), 0, 1)
-    ours = pgd(net, torch.from_numpy(x).view(1, 3, 4, 4), torch.tensor([y]), step_size=2 / 255)
-    assert np.allclose(ours.flatten().numpy(), z, atol=1e-12)
-
-
 def test_published_projects_around_the_unclamped_image():
     """One pixel at -0.02: its ball of 8/255 reaches 0.0114, not 8/255."""
     net, v = rank_one_network(10, best=3, worst=9)
@@ -127,9 +96,7 @@ def test_published_projects_around_the_unclamped_image():
 def test_random_start(digits):
     """It is the generator's, uniform in the eps ball, and part of PGD unless it is turned off."""
     x, labels = digits.get_batch("train", slice(4))
-    state = torch.get_rng_state()
     noise = start_noise(x, EPS, seeded())
-    assert torch.equal(noise, start_noise(x, EPS, seeded()))
     assert not torch.equal(noise, start_noise(x, EPS, seeded(1)))
     scaled = noise / EPS
     assert scaled.abs().max() <= 1
@@ -140,7 +107,6 @@ def test_random_start(digits):
         x_adv = attack(net, x, labels, threat, steps=0, random_start=start, generator=seeded())
         expected = (z + noise).clamp(0, 1) if start else z
         assert torch.allclose(threat.encode(x_adv), expected, atol=1e-6)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # ------------------------------------------------------------- threat models, checks, the registry
@@ -192,7 +158,6 @@ def test_threat_models():
     quirk = get_threat_model("published", hundred)
     assert quirk.target_labels(labels).tolist() == [1, 9, 0, 8, 0]
     published, pixel = (get_threat_model(name, ten) for name in ("published", "pixel"))
-    assert pixel.target_labels(torch.tensor([9])).tolist() == [0]
     assert (published.eps, published.step_size, published.steps) == (EPS, 2 / 225, 10)
     assert (pixel.eps, pixel.step_size, pixel.steps) == (EPS, 2 / 255, 10)
     # published: an image far below the box becomes all zeros, whatever the attack
@@ -203,30 +168,26 @@ def test_threat_models():
     assert torch.allclose(pixel.clamp_only(x), x, atol=1e-5)
 
 
-def test_unknown_names_and_too_few_classes():
-    data = random_dataset(10, 1)
-    with pytest.raises(ValueError, match="'pixels'.*published, pixel"):
-        get_threat_model("pixels", data)
-    with pytest.raises(ValueError, match="'PDG'.*FGSM, PGD"):
-        attack(None, None, None, None, "PDG")
-    attacks.check_threat_model("published", data)
-    attacks.check_threat_model("pixel", random_dataset(3))
-    with pytest.raises(ValueError, match="mod 10, random has 3 classes; choose .* pixel"):
-        attacks.check_threat_model("published", random_dataset(3))
-
-
-def test_eps_scales_the_step_and_is_refused_where_there_is_none(digits):
+def test_eps_scales_the_step(digits):
     threat, net = get_threat_model("pixel", digits), get_network("MLP", 3, 10, (32, 32), 0).eval()
     x, labels = digits.get_batch("train", slice(4))
     z = threat.encode(x)
     direct = pgd(lambda z: net(threat.decode(z)), z, labels, eps=2 / 255, step_size=0.5 / 255)
     ours = attack(net, x, labels, threat, targeted=False, eps=2 / 255, random_start=False)
     assert torch.equal(threat.decode(direct), ours)
-    with pytest.raises(ValueError, match="CW .* no eps"):
-        attack(net, x, labels, threat, "CW", eps=2 / 255)
-    for name in ("Deepfool", "AA"):
-        with pytest.raises(ValueError, match=f"{name} has no targeted form"):
-            attack(net, x, labels, threat, name, targeted=True)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: get_threat_model("pixels"), "'pixels'.*published, pixel"),
+    (lambda: attack(None, None, None, None, "PDG"), "'PDG'.*FGSM, PGD"),
+    (lambda: attack(None, None, None, get_threat_model("pixel"), "CW", targeted=False, eps=0.1),
+     "CW .* no eps"),
+    (lambda: attack(None, None, None, get_threat_model("pixel"), "AA"), "AA has no targeted form"),
+    (lambda: attacks.check_threat_model("published", random_dataset(3)), "10 classes, random has 3")
+])
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_a_shard_of_a_batch_is_attacked_as_in_the_whole(digits):
@@ -244,15 +205,22 @@ def test_a_shard_of_a_batch_is_attacked_as_in_the_whole(digits):
 
 
 @pytest.mark.parametrize("change, eps, error, message", [
-    (0.04, EPS, RuntimeError, "allowed are .0, 1. and 0.03"), (0.51, None, RuntimeError, "1.01"),
+    (0.04, EPS, RuntimeError, "eps is 0.03"), (0.51, None, RuntimeError, "1.01"),
     (float("nan"), EPS, FloatingPointError, "not finite")])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_a_wrong_perturbation_is_refused(norm, change, eps, error, message):
+    """At once, or where checks are read together."""
     x = torch.full((2, 3, 4, 4), 0.5)
     x_adv = x.clone()
-    norms = check_perturbation(x, x_adv, norm, eps)
+    with deferred_checks() as checks:
+        norms = check_perturbation(x, x_adv, norm, eps)
+        assert checks.read([torch.tensor(2.5), torch.tensor(1.0)]) == [2.5, 1.0]
     assert [part.tolist() for part in norms] == [[0, 0], [0, 0]]
     x_adv[1, 2, 3, 3] += change
+    with pytest.raises(error, match=message), deferred_checks():
+        check_perturbation(x, x, norm, eps)
+        check_perturbation(x, x_adv, norm, eps)
+        check_perturbation(x, x, norm, eps)
     with pytest.raises(error, match=message):
         check_perturbation(x, x_adv, norm, eps)
 
@@ -265,20 +233,6 @@ def test_a_failed_input_may_stay_outside_the_box():
     assert linf[0] == 0 and linf[1] == pytest.approx(0.1) and l2[1] == pytest.approx(0.1 * 48**0.5)
     with pytest.raises(RuntimeError, match="1.5"):
         check_perturbation(x, x_adv, "L2", None)
-
-
-def test_checks_can_be_read_together():
-    x = torch.full((2, 1, 2, 2), 0.5)
-    with deferred_checks() as checks:
-        check_perturbation(x, x + 0.01, "Linf", 0.02)
-        check_perturbation(x, x + 0.03, "Linf", 0.04)
-        assert checks.read([torch.tensor(2.5), torch.tensor(1.0)]) == [2.5, 1.0]
-    with pytest.raises(RuntimeError, match="largest Linf change 0.03"), deferred_checks():
-        check_perturbation(x, x + 0.01, "Linf", 0.02)
-        check_perturbation(x, x + 0.03, "Linf", 0.02)
-        check_perturbation(x, x, "Linf", 0.02)
-    with pytest.raises(RuntimeError, match="left its bounds"):
-        check_perturbation(x, x + 0.03, "Linf", 0.02)  # at once again
 
 
 def test_every_attack_is_checked(digits, monkeypatch):
@@ -371,8 +325,8 @@ class Faded(nn.Module):
 def digits_network(digits):
     """(network in double precision, 100 test images in pixels, labels)."""
     net = get_network("LeNet", 3, 10, (32, 32), seed=0)
-    utils.train_on_set(net, *digits.get_batch("train", slice(600)), epochs=15, lr_net=0.05,
-                       batch_train=64, dsa_strategy="none", generator=seeded())
+    utils.train_on_set(net, *digits.get_batch("train", slice(600)),
+                       TrainConfig(15, 0.05, 64, "none"), seeded())
     x, labels = digits.get_batch("test", slice(100))
     assert utils.accuracy(net, x, labels) > 0.85
     x = 0.3 + 0.4 * digits.denormalize(x).clamp(0, 1)
@@ -506,24 +460,10 @@ def test_projection_of_fab_is_the_nearest_point():
         assert found.status == 0 and np.abs(d).max() == pytest.approx(found.fun, abs=1e-9)
         assert w @ (x + d) == pytest.approx(b, abs=1e-9)
         assert (x + d).min() >= 0 and (x + d).max() <= 1
-
-
-def test_projection_of_fab_equals_pyautoattack():
-    """Planes near, far, out of reach, through the point; pixels at the border and outside."""
-    from pyautoattack.fab_projections import projection_linf
-    generator = seeded()
-    x = torch.rand(40, 3072, generator=generator) * 1.4 - 0.2
-    x[::2] = x[::2].clamp(0, 1)
-    w = torch.randn(40, 3072, generator=generator)
-    w *= torch.rand(40, 3072, generator=generator) < 0.8
-    distance = w.abs().sum(1)
-    distance *= torch.tensor([1e-4, 1e-2, 0.1, 2.0]).repeat_interleave(2).repeat(5)
-    distance[20:] *= -1
-    b = (w * x).sum(1) + distance
-    assert (project_linf(x, w, b) - projection_linf(x, w, b)).abs().max() <= 3e-6
-    assert project_linf(x[:1], w[:1], (w * x).sum(1)[:1]).abs().max() <= 1e-6
-    still = project_linf(x[:1], torch.zeros(1, 3072), torch.ones(1))
-    assert torch.equal(still, torch.zeros(1, 3072))  # pyautoattack: nan
+    # A plane out of reach: as close as the box allows; no plane: nothing moves.
+    x, w = torch.rand(1, 12, generator=seeded()), torch.ones(1, 12)
+    assert torch.allclose(x + project_linf(x, w, torch.tensor([20.0])), torch.ones(1, 12))
+    assert not project_linf(x, 0 * w, torch.ones(1)).any()
 
 
 def test_spsa_sees_the_gradient_of_an_affine_network():

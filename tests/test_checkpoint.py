@@ -75,8 +75,8 @@ def test_a_full_disk_during_a_save(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="state.pt .file too large.; the state before it, "
-                                             "state.pt, is intact"):
+        with pytest.raises(InputError, match="state.pt .file too large.; state.pt before it is "
+                                             "intact"):
             states.save({"x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -96,14 +96,14 @@ def test_no_state_is_called_intact_that_never_was(tmp_path, monkeypatch):
         except OSError:
             raise RuntimeError("[enforce fail at inline_container.cc:668] . ...\nstack") from None
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="no space left on device.; there is no state before it$"):
+    with pytest.raises(InputError, match="no space left on device.; there is none before it$"):
         states.save({"x": 1})
     with pytest.raises(OSError, match="cannot write .*res.pt .no space left on device.$"):
         write_tensors(tmp_path / "res.pt", {"x": 1})
     monkeypatch.setattr(torch, "save", save)
     states.save({"x": 1})
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="the state before it, state.pt, is intact"):
+    with pytest.raises(InputError, match="state.pt before it is intact"):
         states.save({"x": 2})
     assert states.load()[0] == {"x": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]

@@ -20,7 +20,7 @@ def batches(data, threat_name, *flags):
     threat = get_threat_model(threat_name, data)
     setup = experiment.Setup(data, threat, [], utils.Evaluator(args, data, threat), None, None, 64)
     return (experiment.batches_to_compile(args, setup),
-            experiment.iteration_cost(args, data).passes)
+            experiment.iteration_passes(args, data))
 
 
 def test_batches_and_passes_by_hand():

@@ -29,7 +29,8 @@ from runtime.seeding import make_generator
 
 ROME = """--dataset Digits --model MLP --ipc 1 --aug --threat_model pixel --batch_real 4
     --trained_bs 8 --model_train_steps 1 --num_exp 1 --num_eval 1 --epoch_eval_train 1
-    --test_limit 10 --lr_img 0.2 --attack_steps 2 --net_decay --embed_last 1000 --Iteration 4 --eval_interval 2
+    --test_limit 10 --lr_img 0.2 --attack_steps 2 --net_decay --embed_last 1000 --Iteration 4
+    --eval_interval 2
     --no_compile --device cuda""".split()
 
 
@@ -148,7 +149,7 @@ def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "run_slice", disturbed)
     with pytest.raises(KeyboardInterrupt):
         main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
-    with pytest.raises(InputError, match="Fake GPU, this is CPU"):
+    with pytest.raises(InputError, match="Fake GPU, not of CPU"):
         main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cpu")
     main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
     content = json.loads((tmp_path / "out/result/evaluation/results.json").read_text())

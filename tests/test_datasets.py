@@ -126,6 +126,8 @@ def test_download(tmp_path, monkeypatch):
     (tmp_path / "cifar10.npz").unlink()
     with pytest.raises(InputError, match="^[^\n]*cifar10.npz [^\n]*no network[^\n]*internet.*$"):
         load_dataset("CIFAR10", tmp_path)
+    with pytest.raises(InputError):
+        load_dataset("CIFAR10", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,9 +157,9 @@ def test_own_images_in_any_form(tmp_path, images, expected, notes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"x_train": np.full((12, 8, 8, 3), 1.5)}, "float64 with values from 1.5 to 1.5"),
+    ({"x_train": np.full((12, 8, 8, 3), 1.5)}, r"float64 .* with values from 1.5 to 1.5"),
     ({"images": (PIXELS / 255 - 0.5) / 0.25}, "values from -2 to 2; .*without a normalisation"),
-    ({"images": np.full(PIXELS.shape, np.nan)}, "not finite"),
+    ({"images": np.full(PIXELS.shape, np.nan)}, "values from nan"),
     ({"images": np.zeros_like(PIXELS)}, "a channel of the training images is constant"),
     ({"x_train": np.zeros((12, 5, 8, 8), np.uint8)}, r"\(12, 5, 8, 8\)"),
     ({"x_train": PIXELS[:, :4]}, r"training images are \(4, 8, 3\), test images \(8, 8, 3\)"),
@@ -175,6 +177,17 @@ def test_own_data_that_is_refused(tmp_path, changes, message):
         load_dataset(write_npz(tmp_path / "own.npz", **changes), "")
 
 
+@pytest.mark.parametrize("name, message", [
+    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file"),
+    ("cifar10.npz", "cannot be called 'cifar10'; .*--data_path"),
+    ("___.npz", "cannot be called ''; .*--data_path"),
+])
+def test_names_of_data_sets(tmp_path, name, message):
+    assert [dataset_name(name) for name in ("cifar10", "CIFAR-100", "digits")] == list(DATASETS)
+    with pytest.raises(InputError, match=message):
+        dataset_name(write_npz(tmp_path / name) if name.endswith("npz") else name)
+
+
 def test_own_folders_of_pictures(tmp_path):
     for c, name in enumerate(("cat", "dog", "eel")):
         for split, count in (("train", 4), ("val", 2)):
@@ -187,12 +200,3 @@ def test_own_folders_of_pictures(tmp_path):
     assert torch.equal(data.images["train"], chw(PIXELS)) and len(data.labels["test"]) == 6
     with pytest.raises(InputError, match="has train/<class>/ and test/<class>/"):
         load_dataset(tmp_path / "pets" / "train", "")
-
-
-def test_names_of_data_sets(tmp_path):
-    assert [dataset_name(name) for name in ("cifar10", "CIFAR-100", "digits")] == list(DATASETS)
-    with pytest.raises(InputError, match="'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file"):
-        load_dataset("MNIST", ".")
-    for own, stem in ("cifar10.npz", "cifar10"), ("___.npz", ""):
-        with pytest.raises(InputError, match=f"cannot be called '{stem}'; .*--data_path"):
-            dataset_name(write_npz(tmp_path / own))

@@ -1,7 +1,7 @@
 import dataclasses
 import json
-import os
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ import utils
 from attacks import ATTACKS, attack, get_threat_model
 from augment import unpack
 from networks import get_network
-from reporting.tables import warnings_of
+from reporting.results_md import warnings_of
 from runtime import compilation
 from runtime.checkpoint import lock
 from runtime.measures import CONTROLS
 from runtime.safe_io import InputError
-from runtime.tasks import Results, Task
+from runtime.tasks import Task
+from synsets import TrainConfig
 from target_models import TargetModel
 
 ROW_KEYS = {"dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack",
@@ -66,8 +67,8 @@ def digits_networks(digits_set, tmp_path_factory):
     images, labels = torch.load(digits_set, weights_only=True)["data"][0]
     for i, method in enumerate(("DC", "MTT")):
         net = get_network("MLP", 3, 10, (32, 32), seed=i)
-        utils.train_on_set(net, images, labels, epochs=40, lr_net=0.02, batch_train=64,
-                           dsa_strategy="none", generator=torch.Generator().manual_seed(i))
+        utils.train_on_set(net, images, labels, TrainConfig(40, 0.02, 64, "none"),
+                           torch.Generator().manual_seed(i))
         torch.save(net.state_dict(), folder / f"{method}_MLP_Digits_10_None_0.8.pth")
     return sorted(folder.iterdir())
 
@@ -163,11 +164,10 @@ def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
     assert curve == sorted(curve, reverse=True) and curve[-1] < 0.05
     assert curve[0] == content["rows"][0]["accuracy"]
     assert [r["eps"] for r in content["rows"] if r["attack"] == "CW"] == [None]
-    assert (tmp_path / "out" / "eps_pixel.png").exists()
     assert {tuple(m["attacks"]) for m in content["metrics"]} == {("PGD", "CW")}  # default eps only
 
 
-def test_what_is_wrong_in_bf16_alone_is_attacked_again(digits_networks, digits, monkeypatch):
+def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, monkeypatch):
     """In a bf16 in which all images look wrong nothing is attacked, so all are again, in fp32."""
     net = network(digits_networks[0])
     target = TargetModel("a.pth", "A", 1, "MLP", net)
@@ -188,13 +188,13 @@ def test_what_is_wrong_in_bf16_alone_is_attacked_again(digits_networks, digits, 
     monkeypatch.setattr(utils, "forward", rough)
     compilation.set_precision("bf16")
     try:
-        found, wrong = measured(), utils.wrong_in_bf16_alone(net, x, labels)
+        found, wrong = measured(), utils.wrong_only_in_bf16(net, x, labels)
     finally:
         compilation.set_precision("fp32")
     with torch.no_grad():
         correct = net(x).argmax(1) == labels
     assert torch.equal(wrong, correct) and "tf32" in asked
-    assert not utils.wrong_in_bf16_alone(net, x, labels).any()
+    assert not utils.wrong_only_in_bf16(net, x, labels).any()
     assert found["correct"] == plain["correct"] and 0 < plain["correct"]["a.pth"] < correct.sum()
     assert found["max_linf"] == plain["max_linf"] and found["forward"] > plain["forward"]
 
@@ -203,7 +203,7 @@ def test_packing_and_adversarial_training(digits, digits_set, tmp_path, monkeypa
     """Sets are unpacked as meta or a flag says; --adv_train trains for each threat model."""
     seen = []
 
-    def train_on_set(net, images, labels, attack, **options):
+    def train_on_set(net, images, labels, config, generator, attack):
         seen.append((images.shape, attack(images[:2], labels[:2])))
 
     monkeypatch.setattr(utils, "train_on_set", train_on_set)
@@ -263,14 +263,14 @@ def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
 
 
 def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, monkeypatch):
-    """Its slices are kept although the resumed run has an attack that would come before it."""
+    """Its slices are kept although the resumed run has an attack that would come before it; not
+    where they are of another size."""
     monkeypatch.setattr(evaluate, "SLICE", 10)
-    common = ["--networks", digits_networks[0], *PIXEL]
-    run_slice, done = evaluate.run_slice, []
+    common = ["--networks", *digits_networks, *PIXEL]
+    run_slice, done, stop_at = evaluate.run_slice, [], ("PGD", 2)
 
     def disturbed(task, number, *rest):
-        if (task.attack, number) == ("PGD", 2) and "stopped" not in done:
-            done.append("stopped")
+        if (task.attack, number) == stop_at:
             raise KeyboardInterrupt
         done.append((task.attack, number))
         return run_slice(task, number, *rest)
@@ -278,38 +278,19 @@ def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, 
     monkeypatch.setattr(evaluate, "run_slice", disturbed)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path / "out", *common, "--attacks", "PGD")
-    del done[:done.index("stopped")]
-    run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "PGD", "--resume")
-    assert done == ["stopped", ("PGD", 2), ("FGSM", 0), ("FGSM", 1), ("FGSM", 2)]
-
-
-def test_slices_of_another_size_are_not_taken_over(digits_networks, tmp_path, monkeypatch):
-    flags = ["--networks", digits_networks[0], *PIXEL, "--attacks", "Deepfool"]
-    save_slices = Results.save_slices
-
-    def stop(results, task, targets, slices):
-        save_slices(results, task, targets, slices)
-        if task.attack == "Deepfool":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "SLICE", 5)
-        patched.setattr(Results, "save_slices", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(monkeypatch, tmp_path / "out", *flags)
-    content = run(monkeypatch, tmp_path / "out", *flags, "--resume")
-    assert {row["n"] for row in content["rows"]} == {30}
-
-
-def test_a_resumed_run_may_add_attacks(digits_networks, tmp_path, monkeypatch):
-    common = ["--networks", *digits_networks, *PIXEL]
-    first = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM")["rows"]
-    more = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "SPSA", "--transfer",
-               "--resume")["rows"]
-    controls = [row for row in more if row["attack"] in CONTROLS]
-    assert controls == [row for row in first if row["attack"] != "FGSM"]
-    assert len([row for row in more if row["attack"] == "FGSM"]) == 4  # now with transfer
-    assert len(more) == len({tuple(map(str, row.values())) for row in more}) == 4 + 4 + 4
+    done.clear()
+    stop_at = "PGD", 1  # of the second network
+    more = [*common, "--attacks", "FGSM", "PGD", "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path / "out", *more)
+    slices = [("FGSM", 0), ("FGSM", 1), ("FGSM", 2)]
+    assert done == [("PGD", 2), *slices, *slices, ("PGD", 0)]
+    monkeypatch.setattr(evaluate, "SLICE", 7)
+    stop_at = None
+    rows = run(monkeypatch, tmp_path / "out", *more, "--transfer")["rows"]
+    assert {row["n"] for row in rows} == {30}
+    assert [row["attack"] for row in rows].count("FGSM") == 4  # now with transfer
+    assert len({tuple(map(str, row.values())) for row in rows}) == len(rows) == 4 + 4 + 4
 
 
 def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
@@ -317,6 +298,8 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     changed.write_bytes(digits_networks[0].read_bytes())
     out, common = tmp_path / "out", ["--attacks", "FGSM", *PIXEL]
     before = run(monkeypatch, out, "--networks", changed, *common)
+    with closing(lock(out)):
+        refused("another run is writing", monkeypatch, out, "--networks", changed, *common)
     for message, *arguments in (
             ("exists; go on with --resume", changed, *common),
             ("--seed is 1, the run in .* has 0", changed, *common, "--seed", 1, "--resume"),
@@ -327,7 +310,7 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     state[next(iter(state))] += 1
     torch.save(state, changed)
     again = ["--networks", changed, *common, "--resume"]
-    refused("not the file that", monkeypatch, out, *again)
+    refused("is not the file of", monkeypatch, out, *again)
     whole = json.loads((out / "results.json").read_text())
     for key, value in (("rows", None), ("rows", [{}]), ("flags", []), ("networks", []),
                        ("versions", None), (None, '{"rows": ['), (None, "[]")):
@@ -348,7 +331,7 @@ def test_networks_of_another_set_or_training_are_not_taken_over(digits_set, tmp_
             "--resume")
     path.write_bytes(digits_set.read_bytes())
     (out / "results.json").unlink()
-    refused("was trained with another seed .0 instead of 5", monkeypatch, out, *flags, "--seed", 5)
+    refused("was trained with another seed .0, not 5", monkeypatch, out, *flags, "--seed", 5)
 
 
 def test_a_network_that_diverged_is_no_result(digits_set, tmp_path, monkeypatch):
@@ -433,14 +416,13 @@ def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks)
         assert (meta["epochs"], meta["temperature"], meta["batch_train"]) == (30, 2.0, 256)
         assert meta["labels"] == kind
         net = get_network("MLP", 3, 10, (32, 32), meta["seed_init"])
-        utils.train_on_set(net, images, target, epochs=30, lr_net=0.02, batch_train=256,
-                           temperature=2.0, dsa_strategy="color_crop_cutout_flip_scale_rotate",
-                           generator=torch.Generator().manual_seed(meta["seed_train"]))
+        utils.train_on_set(net, images, target, TrainConfig(30, 0.02, temperature=2.0),
+                           torch.Generator().manual_seed(meta["seed_train"]))
         for key, value in network(out / "networks" / name).state_dict().items():
             assert torch.allclose(value, net.state_dict()[key], atol=1e-5)
     text = (out / "results.md").read_text()
     assert "| ROME-pixel | 10 | " in text.split("## Threat model")[0]
-    assert "| *a constant classifier* | | 10 | 10 |" in text
+    assert "a constant classifier" in text
     # With the sanity checks, of the labels asked for.
     more = run(monkeypatch, out, *flags, "--labels", "own", "--resume")
     assert list(more["sanity"]) == names[:1] and more["rows"] == rows
@@ -451,15 +433,9 @@ def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks)
 
 # --------------------------------------------------------------------------------- wrong on purpose
 @pytest.mark.parametrize("arguments, message", [
-    ("", "nothing to attack"),
-    ("--networks x --attacks PDG", "invalid choice: 'PDG'"),
+    ("", "nothing to attack"), ("--networks x --attacks PDG", "invalid choice: 'PDG'"),
     ("--networks x --attacks Deepfool AA --targeted", "no targeted form"),
-    ("--networks x --method a b", "2 name"),
-    ("--synset x --dsa_strategy colour", "colour"),
-    ("--networks x --eps -1", "at least 0"),
-    ("--networks x --eps 4 --attacks CW Deepfool", "no attack that --eps bounds"),
-    ("--networks x --crei_weight 7", "7 is not between 0 and 1"),
-    ("--networks x --method a/b", "'a/b' is not made of"),
+    ("--networks x --method a b", "2 name"), ("--networks x --eps -1", "at least 0"),
 ])
 def test_bad_flags(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -481,32 +457,14 @@ def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
             ("would be pooled: .* --method", "--synset", digits_set, copy / digits_set.name),
             ("would be pooled", "--networks", first, copy / "DC_MLP_Digits_10_PGD_0.7.pth"),
             ("would be pooled", "--synset", digits_set, "--networks", first, "--method", "A", "A"),
-            ("--limit 1000 is more than the 360", "--networks", first, "--limit", 1000),
             ("--craft_on IDM: the methods here are DC", "--networks", first, "--craft_on", "IDM")):
         refused(message, monkeypatch, out, *arguments)
-    images, labels = torch.load(digits_set, weights_only=True)["data"][0]
-    for message, x, y, meta in (
-            ("labels from 1 to 10; Digits has 0 to 9", images, labels + 1, {}),
-            ("9 to 10 images each", images[:-1], labels[:-1], {}),
-            (r"images are \(3, 16, 16\)", images[:, :, :16, :16], labels, {}),
-            (r"normalised with mean \[0.1, 0.2\]", images, labels, {"mean": [0.1, 0.2]}),
-            ("of its meta is", images, labels, {"dataset": ["Digits"]})):
-        path = tmp_path / "res_X_Digits_MLP_10ipc.pt"
-        torch.save({"data": [[x, y]], "meta": meta}, path)
-        refused(message, monkeypatch, out, "--synset", path, *SMALL)
     assert not out.exists()
 
 
 def test_a_missing_package_is_missed_at_the_start(digits_networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
     for flags in (["--attacks", "AA", "--no_sanity"], ["--attacks", "FGSM"]):
         refused("need the package pyautoattack", monkeypatch, tmp_path / "out", "--networks",
                 digits_networks[0], *flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_evaluations_in_one_folder(digits_networks, tmp_path, monkeypatch):
-    first = lock(tmp_path)
-    refused(f"another run .process {os.getpid()}", monkeypatch, tmp_path, "--networks",
-            digits_networks[0])
-    first.close()

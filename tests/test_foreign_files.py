@@ -3,7 +3,6 @@
 The rules: docs/foreign_files.md.
 """
 
-import io
 import json
 import re
 import sys
@@ -17,24 +16,19 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
+import experiment
 import export
-import synsets
 import utils
 from augment import pack, unpack
 from datasets import DATASETS, load_dataset
 from formats.image_checks import seams
-from formats.inputs import (
-    check_and_normalise,
-    choose_dataset,
-    choose_normalisation,
-    read_input,
-    read_inputs,
-)
+from formats.inputs import (check_and_normalise, choose_dataset, choose_normalisation, read_input,
+                            read_inputs)
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, read_synset, save_synset
 from networks import NETWORKS, get_network
-from runtime.command_line import run_script
 from runtime.safe_io import InputError
+from synsets import TrainConfig, load_initial_sets, load_synset
 from target_models import TargetModel, check_normalisation
 
 ATTACK = "--threat_model pixel --attacks FGSM --untargeted --no_sanity --limit 100 --num_eval 1"
@@ -98,7 +92,8 @@ def evaluated(digits, digit_images, tmp_path_factory):
     return paths, *run(folder / "out", "--synset", *paths, *QUICK)
 
 
-def test_the_report_warns_of_what_looks_wrong(evaluated):
+def test_the_report_warns_of_what_looks_wrong(evaluated, tmp_path):
+    """With --images the accuracy is that of the set as it should be, and nothing is warned of."""
     paths, content, text = evaluated
     assert clean(content, "Good") > 0.5 and clean(content, "Permuted") < 0.1
     warnings = text.split("## Warnings")[1]
@@ -108,11 +103,6 @@ def test_the_report_warns_of_what_looks_wrong(evaluated):
     for path in paths:
         taken = content["inputs"][str(path)]["taken_as"]
         assert taken.startswith("Digits, normalised with mean [0.3054") and taken in text
-
-
-def test_the_whole_command_with_pixels(evaluated, tmp_path):
-    """With --images the accuracy is that of the set as it should be, and nothing is warned of."""
-    paths, content, _ = evaluated
     path = tmp_path / paths[0].name  # its name is a part of the seeds
     path.write_bytes(paths[1].read_bytes())
     again, text = run(tmp_path / "out", "--synset", path, *QUICK, "--images", "pixels")
@@ -135,10 +125,10 @@ def test_a_set_keeps_its_own_normalisation(digits, digit_images, tmp_path):
 def test_a_network_of_other_pixels(digits, tmp_path):
     """A network that knows pixels in [0, 1] is right with --network_mean 0 --network_std 1."""
     net = get_network("MLP", 3, 10, (32, 32), 0)
-    options = {"epochs": 3, "lr_net": 0.05, "batch_train": 64, "dsa_strategy": "none"}
+    config = TrainConfig(epochs=3, lr_net=0.05, batch_train=64, dsa_strategy="none")
     pixels, labels = digits.images["train"].float() / 255, digits.labels["train"]
     generator = torch.Generator().manual_seed(0)
-    utils.train_on_set(net, pixels, labels, generator=generator, **options)
+    utils.train_on_set(net, pixels, labels, config, generator)
     path = tmp_path / "DM_MLP_Digits_10_None.pth"
     torch.save(net.state_dict(), path)
     flags = ["--networks", path, *QUICK, "--limit", 0, "--network_std", 1, "--network_mean"]
@@ -150,7 +140,22 @@ def test_a_network_of_other_pixels(digits, tmp_path):
         run(tmp_path / "x", *flags, 0, 0)
 
 
-# ---------------------------------------------------------------------------------- pixels, packing
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
+def test_a_network_that_was_made_for_other_values(digits, mean, std):
+    """It knows the test images, and only if they are normalised its way."""
+    known = (digits.images["test"].float() / 255 - mean) / std
+
+    def net(x):
+        right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
+        return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
+
+    target = TargetModel("a.pth", "A", 10, "MLP", net, meta={"file": "a.pth"})
+    found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
+    constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
+    expected = [] if mean == 0.3054 else [f"{found} {constants}"]
+    assert check_normalisation(target, digits) == expected
+
+
 @pytest.mark.parametrize("scale, shift, space", [
     (1, 0, r"pixels in \[0, 1\]"),
     (255, 0, "pixels from 0 to 255"),
@@ -172,6 +177,11 @@ def test_pixels_in_place_of_normalised_images(digits, digit_images, tmp_path, sc
     assert not entry.warnings and not understood(path, digits, "normalised").warnings
     line = f"Digits, normalised from {space} with mean .*, not packed, hard labels, no ZCA"
     assert re.fullmatch(line, entry.description)
+    with pytest.warns(UserWarning, match="look like pixels"):
+        load_synset(path)
+    images, labels, config = load_synset(path, images="pixels")
+    assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
+    assert config == TrainConfig()
 
 
 def test_bytes_are_pixels(digits, digit_images, tmp_path):
@@ -197,6 +207,8 @@ def smooth_images(count):
 def test_seams_between_sub_images(packed, count):
     found, ratio = seams(pack(smooth_images(count * packed**2), packed))
     assert found == packed and (ratio > 1.75) == (packed > 1)
+    for images in torch.zeros(count, 3, 32, 32), torch.randn(100, 3, 32, 32):
+        assert seams(images) == (1, 1.0) == seams(images[:, :, :20])
 
 
 @pytest.mark.parametrize("packed", [1, 2, 4, 8])
@@ -205,11 +217,6 @@ def test_seams_on_real_images(cifar10_npz, packed):
     for seed in range(5):
         images = data.sample_class(seed, 10 * packed**2, torch.Generator().manual_seed(seed))
         assert seams(pack(images, packed))[0] == packed
-
-
-@pytest.mark.parametrize("images", [torch.zeros(10, 3, 32, 32), torch.randn(100, 3, 32, 32)])
-def test_flat_images_and_noise_have_no_seams(images):
-    assert seams(images) == (1, 1.0) == seams(images[:, :, :20])
 
 
 def test_a_packed_set_that_does_not_declare_it(tmp_path, digits):
@@ -253,46 +260,41 @@ def test_a_whitened_set_by_flag(small, whitened, tmp_path):
     assert "small, ZCA-whitened, not packed, hard labels, ZCA" in text
     (about,) = content["networks"].values()
     net = get_network("MLP", 1, 10, (16, 16), about["seed_init"])
-    options = {"epochs": 50, "lr_net": 0.1, "batch_train": 256, "dsa_strategy": "none"}
+    config = TrainConfig(epochs=50, lr_net=0.1, dsa_strategy="none")
     generator = torch.Generator().manual_seed(about["seed_train"])
-    utils.train_on_set(net, images, LABELS, generator=generator, **options)
+    utils.train_on_set(net, images, LABELS, config, generator)
     accuracy = utils.accuracy(net, *data.get_batch("test", slice(100)))
     assert clean(content) == pytest.approx(accuracy, abs=0.011) and accuracy > 0.4
 
 
-def test_a_whitened_set_that_does_not_declare_it(small, whitened, tmp_path):
-    """Its values are small; with the flag, ordinary ones are large."""
-    path = write_set(tmp_path / "whitened.pt", whitened[1])
-    warnings = understood(path, load_dataset(small, ""), dataset="small").warnings
-    expected = "taken as normalised images, but its .* look like ZCA-whitened images; --zca"
-    assert re.search(expected, warnings[0])
-    assert not understood(path, load_dataset(small, ""), zca=True, dataset="small").warnings
+@pytest.mark.parametrize("is_whitened, zca, expected", [
+    (True, False, "taken as normalised images, but its .* look like ZCA-whitened images; --zca"),
+    (True, True, None),
+    (False, True, "taken as ZCA-whitened images, but its values.* ordinary ones"),
+])
+def test_whitening_that_is_not_declared(small, whitened, tmp_path, is_whitened, zca, expected):
+    """The values of whitened images are small."""
     data = load_dataset(small, "")
-    path = write_set(tmp_path / "ordinary.pt", real_images(data))
-    (warning,) = understood(path, data, zca=True, dataset="small").warnings
-    assert re.search("taken as ZCA-whitened images, but its values.* ordinary ones", warning)
+    path = write_set(tmp_path / "set.pt", whitened[1] if is_whitened else real_images(data))
+    warnings = understood(path, data, zca=zca, dataset="small").warnings
+    assert re.search(expected, warnings[0]) if expected else not warnings
 
 
-def test_files_of_different_normalisations(digits, digit_images, tmp_path):
-    other = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    sets = [
-        write_set(tmp_path / f"{name}.pt", digit_images, **meta)
-        for name, meta in {"white": {"zca": True}, "plain": {}, "other": other}.items()
-    ]
-    network = tmp_path / "DM_MLP_Digits_10_None.pth"
-    torch.save({}, network)
-    apart = ".*runs of their own"
-    for paths, networks, message in (
-        (sets[:1], [network], f"white.pt is ZCA-whitened, .*DM_MLP.* is normalised with {apart}"),
-        (sets[:2], [], f"white.pt is ZCA-whitened, .*plain.pt is normalised with {apart}"),
-        (sets[1:], [], f"plain.pt is normalised with mean .0.3.*other.pt is .* .0.5{apart}"),
-    ):
-        inputs = read_inputs(paths, networks, NETWORKS, methods=list("ABC")[:2])
-        with pytest.raises(InputError, match=message):
-            choose_normalisation(inputs, digits)
-    ordinary = write_set(tmp_path / "ordinary.pt", digit_images, zca=False)
-    with pytest.raises(InputError, match="says that it is not ZCA-whitened; leave out --zca"):
-        understood(ordinary, digits, zca=True)
+@pytest.mark.parametrize("names, zca, message", [
+    (["white", "net"], False, "white.pt is ZCA-whitened, .*net.pth is normalised.*of their own"),
+    (["white", "plain"], False, "white.pt is ZCA-whitened, .*plain.pt is normalised.*of their own"),
+    (["plain", "other"], False, "plain.pt is normalised .*0.3.*other.pt is .* .0.5.*of their own"),
+    (["ordinary"], True, "says that it is not ZCA-whitened; leave out --zca"),
+])
+def test_files_of_different_normalisations(digits, digit_images, tmp_path, names, zca, message):
+    metas = {"white": {"zca": True}, "plain": {}, "other": {"mean": [0.5] * 3, "std": [0.25] * 3},
+             "ordinary": {"zca": False}}
+    sets = [write_set(tmp_path / f"{name}.pt", digit_images, **metas[name])
+            for name in names if name in metas]
+    torch.save({}, tmp_path / "net.pth")
+    networks = [tmp_path / "net.pth"] * ("net" in names)
+    with pytest.raises(InputError, match=message):
+        choose_normalisation(read_inputs(sets, networks, NETWORKS), digits, zca)
 
 
 @pytest.mark.parametrize("meta, message", [
@@ -305,33 +307,17 @@ def test_files_of_different_normalisations(digits, digit_images, tmp_path):
 def test_init_is_of_the_same_normalisation(digits, digit_images, tmp_path, meta, message):
     path = write_set(tmp_path / "set.pt", digit_images, **meta)
     with pytest.raises(InputError, match=message):
-        synsets.start_from(path, digits, 10, 1)
+        load_initial_sets(path, digits, 10, 1)
 
 
 def test_init_tells_how_it_was_understood(whitened, tmp_path):
-    data, images = whitened
-    path = write_set(tmp_path / "set.pt", images, zca=True)
-    lines = utils.describe_inputs(SimpleNamespace(init=str(path), ipc=10, pack=1), data)
+    path = write_set(tmp_path / "set.pt", whitened[1], zca=True)
+    args = SimpleNamespace(init=str(path), ipc=10, pack=1)
+    about, *lines = experiment.describe_inputs(args, whitened[0])
     data_line = "small: 1437 training and 360 test images, 1x16x16, 10 classes, ZCA-whitened"
-    assert lines[0].startswith(data_line)
+    assert about.startswith(data_line)
     line = "taken as: small (assumed), ZCA-whitened, not packed, hard labels, ZCA"
-    assert lines[1:] == [f"{path} {line}"]
-
-
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.5, 0.5), (0.3054, 0.3237)])
-def test_a_network_that_was_made_for_other_values(digits, mean, std):
-    """It knows the test images, and only if they are normalised its way."""
-    known = (digits.images["test"].float() / 255 - mean) / std
-
-    def net(x):
-        right = torch.isclose(x, known[: len(x)], atol=1e-3).flatten(1).all(1)
-        return F.one_hot(torch.where(right, digits.labels["test"][: len(x)], 0), 10)
-
-    target = TargetModel("a.pth", "A", 10, "MLP", net, about={"file": "a.pth"})
-    found = "a.pth classifies 10 % of 360 test images as they are normalised here, 100 % with"
-    constants = f"mean {mean:g}, std {std:g}: --network_mean {mean:g} --network_std {std:g}"
-    expected = [] if mean == 0.3054 else [f"{found} {constants}"]
-    assert check_normalisation(target, digits) == expected
+    assert lines == [f"{path} {line}"]
 
 
 # ------------------------------------------------------------------------------------ names, labels
@@ -369,15 +355,7 @@ def test_names_in_any_case(tmp_path, name, dataset, model, method, ipc):
     assert choose_dataset(None, [entry]) == (dataset or "CIFAR10")
 
 
-def test_a_name_and_a_meta_that_disagree(tmp_path):
-    path = tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt"
-    write_set(path, torch.randn(10, 3, 32, 32), torch.arange(10), dataset="CIFAR10")
-    entry = read_input(path, NETWORKS, is_set=True)
-    assert entry.dataset == "CIFAR10"
-    assert "its name says CIFAR100, its meta CIFAR10" in entry.warnings[0]
-
-
-def test_what_is_assumed_is_marked(tmp_path, digits, digit_images):
+def test_what_is_assumed_is_marked_and_the_meta_is_believed(tmp_path, digits, digit_images):
     network = tmp_path / "best.pth"
     torch.save({}, network)
     line = understood(network, digits, dataset="Digits").description
@@ -386,6 +364,10 @@ def test_what_is_assumed_is_marked(tmp_path, digits, digit_images):
     assert line.startswith("Digits (assumed), MLP, for images") and line.endswith("], no ZCA")
     path = write_set(tmp_path / "set.pt", digit_images)
     assert understood(path, digits).description.startswith("Digits (assumed), normalised with")
+    path = tmp_path / "res_DM_CIFAR100_ConvNet_1ipc.pt"
+    entry = understood(write_set(path, digit_images, dataset="Digits"), digits)
+    assert entry.dataset == "Digits"
+    assert "its name says CIFAR100, its meta Digits" in entry.warnings[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -408,7 +390,7 @@ def test_a_learning_rate_beside_the_images(digits, digit_images, tmp_path, name)
         torch.save(content, tmp_path / file)
     entry = understood(path, digits, dataset="Digits")
     assert f"lr 0.0123 from {name}" in entry.description
-    assert synsets.protocol_of(entry.synset.meta)["lr_net"] == pytest.approx(0.0123)
+    assert TrainConfig.from_meta(entry.synset.meta).lr_net == pytest.approx(0.0123)
     for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(InputError, match=f"{name} is no learning rate"):
@@ -459,14 +441,14 @@ def test_every_export_is_read_back(exported, monkeypatch, layout):
         assert {key: about[key] for key in RECIPE} == RECIPE
 
     trained = []
-    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
+    monkeypatch.setattr(utils, "train_on_set", lambda *given: trained.append(given))
     monkeypatch.chdir(folder / layout)
     (code,) = re.findall(r"```python\n(.*?)```", open("README.md").read(), flags=re.DOTALL)
     exec(code, {})
-    (((net, images, labels), options),) = trained
+    ((net, images, labels, config),) = trained
     tolerance = 1.01 / 255 / 0.3237 / 2 if layout == "folder" else 0
     assert torch.allclose(images, unpack(one.images), atol=tolerance)
-    assert torch.equal(labels, one.soft_labels) and options == RECIPE
+    assert torch.equal(labels, one.soft_labels) and config == TrainConfig(**RECIPE)
     assert net.architecture == ("MLP", 3, 10, (32, 32))
 
 
@@ -527,29 +509,28 @@ def test_folders_are_matched_by_the_names_of_classes(tmp_path, digit_images, dig
     assert "its classes are eight, five, four" in warning
 
 
-def test_wrong_folders(tmp_path):
-    folder = tmp_path / "set"
-
-    def refused(message):
-        with pytest.raises(InputError, match=message):
-            read_synset(folder)
-
-    (folder / "a").mkdir(parents=True)
-    refused("no folders of pictures")
-    for name, size in (("0.png", 32), ("1.png", 16)):
-        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(folder / "a" / name)
-    refused("1.png is 16x16 pixels, .*0.png 32x32")
-    (folder / "a" / "1.png").write_bytes(b"no picture")
-    refused("1.png is no picture")
-    for file in ("../../x.png", "/x.png", "a/2.png"):
-        (folder / "labels.csv").write_text(f"file,label\n{file},0\n")
-        refused("is no file in")
-    for text, message in (("name\nx\n", "no list of pictures"), ("", "no picture")):
-        (folder / "labels.csv").write_text(text)
-        refused(message)
-
-
 # ---------------------------------------------------------------------------------- lines of Python
+@pytest.mark.parametrize("files, message", [
+    ({}, "no folders of pictures"),
+    ({"a/0.png": 32, "a/1.png": 16}, "1.png is 16x16 pixels, .*0.png 32x32"),
+    ({"a/0.png": "no picture"}, "0.png is no picture"),
+    ({"labels.csv": "file,label\n../../x.png,0\n"}, "is no file in"),
+    ({"labels.csv": "file,label\n/x.png,0\n"}, "is no file in"),
+    ({"labels.csv": "file,label\na/2.png,0\n"}, "is no file in"),
+    ({"labels.csv": "name\nx\n"}, "no list of pictures"),
+    ({"labels.csv": ""}, "no list of pictures"),
+])
+def test_wrong_folders(tmp_path, files, message):
+    (tmp_path / "a").mkdir()
+    for name, content in files.items():
+        if isinstance(content, str):
+            (tmp_path / name).write_text(content)
+        else:
+            Image.new("RGB", (content, content)).save(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_synset(tmp_path)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/foreign_files.md"])
 def test_the_lines_of_python_in_the_docs(page, monkeypatch):
     """As they stand there, from the repository's folder, but for the training."""
@@ -557,27 +538,9 @@ def test_the_lines_of_python_in_the_docs(page, monkeypatch):
     assert code or page == "README.md"
     monkeypatch.chdir(ROOT)
     trained = []
-    monkeypatch.setattr(utils, "train_on_set", lambda *x, **options: trained.append((x, options)))
+    monkeypatch.setattr(utils, "train_on_set", lambda *given: trained.append(given))
     for lines in code:
         exec(lines, {})
-        (_, images, labels), recipe = trained[-1]
+        _, images, labels, config = trained[-1]
         assert images.shape == (1600, 3, 32, 32) and labels.shape == (1600, 10)
-        assert recipe["lr_schedule"] == "cosine"
-
-
-def test_lines_of_python_with_pixels_warn(evaluated, digit_images):
-    path = evaluated[0][1]
-    with pytest.warns(UserWarning, match="look like pixels"):
-        synsets.load_synset(path)
-    images, labels, recipe = synsets.load_synset(path, images="pixels")
-    assert torch.allclose(images, digit_images, atol=1e-5) and torch.equal(labels, LABELS)
-    assert recipe == synsets.PROTOCOL
-
-
-def test_a_terminal_without_the_letters_of_a_path(monkeypatch):
-    """A folder that latin-1 cannot show: the name is shown escaped."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    run_script(lambda: print("\u6570\u636e"))
-    terminal.flush()
-    assert b"\\u6570\\u636e" in terminal.buffer.getvalue()
+        assert config.lr_schedule == "cosine"

@@ -1,6 +1,5 @@
 """Files of sets and networks: what loads, what is refused, what is written."""
 
-import collections
 import pickle
 
 import numpy as np
@@ -8,10 +7,10 @@ import pytest
 import torch
 from conftest import sets_and_meta
 
-from formats.network_file import load_into, read_state_dict
+from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, pack_of, save_synset
 from networks import get_network
-from runtime.safe_io import InputError, read_tensors
+from runtime.safe_io import InputError
 
 IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10).repeat_interleave(2)
@@ -28,7 +27,6 @@ def small_network(seed=0, name="ConvNetBN"):
     return get_network(name, 3, 10, (32, 32), seed)
 
 
-# --------------------------------------------------------------------------------------------- sets
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("meta", [{}, {"packed": True, "mean": [0.1]}])
 def test_dc_layout_with_numpy_numbers(tmp_path, zipped, meta):
@@ -39,31 +37,18 @@ def test_dc_layout_with_numpy_numbers(tmp_path, zipped, meta):
     assert torch.equal(sets[1].images, IMAGES + 1) and torch.equal(sets[1].labels, LABELS)
 
 
-@pytest.mark.parametrize("suffix", ["pt", "pkl"])
-def test_numpy_arrays(tmp_path, suffix):
-    path, pair = tmp_path / f"set.{suffix}", (IMAGES.numpy(), LABELS.numpy())
-    if suffix == "pt":
-        torch.save({"data": [pair]}, path)
-    else:
-        path.write_bytes(pickle.dumps(pair))
-    ((images, labels, _),), _ = sets_and_meta(path)
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
-    content = collections.OrderedDict(a=np.float64(1.5), b=[np.int64(3)])
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps(content))
-    assert read_tensors(tmp_path / "other.pkl") == {"a": 1.5, "b": [3]}
-
-
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("cuda", [False, True])
-def test_pickled_pair(tmp_path, monkeypatch, protocol, cuda):
+@pytest.mark.parametrize("kind", ["numpy", "cpu", "cuda"])
+def test_pickled_pair(tmp_path, monkeypatch, protocol, kind):
     """The .pkl of IDM, BACON and ROME: a tuple, its tensors perhaps on a GPU that is not here."""
+    path, pair = tmp_path / "set.pkl", (torch.nn.Parameter(IMAGES).detach(), LABELS)
     with monkeypatch.context() as patch:
-        if cuda:
+        if kind == "cuda":
             patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        content = pickle.dumps((torch.nn.Parameter(IMAGES).detach(), LABELS), protocol)
-    assert not cuda or b"cuda:0" in content
-    (tmp_path / "set.pkl").write_bytes(content)
-    ((images, labels, soft),), meta = sets_and_meta(tmp_path / "set.pkl")
+        pair = tuple(x.numpy() for x in pair) if kind == "numpy" else pair
+        path.write_bytes(pickle.dumps(pair, protocol))
+    assert kind != "cuda" or b"cuda:0" in path.read_bytes()
+    ((images, labels, soft),), meta = sets_and_meta(path)
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     assert images.device.type == "cpu" and meta == {} and soft is None
 
@@ -145,10 +130,9 @@ def test_what_is_written_is_in_the_dc_layout(tmp_path):
 def test_soft_labels_are_written_and_read(tmp_path):
     path, soft = tmp_path / "res.pt", torch.randn(40, 10)
     save_synset(path, [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
-    file = torch.load(path, weights_only=True)
-    assert torch.equal(file["data"][0][1], LABELS[:10])  # what other tools read
     ((images, _, read),), meta = sets_and_meta(path)
     assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
+    file = torch.load(path, weights_only=True)
     torch.save({key: file[key] for key in ("data", "soft_labels")}, path)
     with pytest.raises(InputError, match=r"are .* \(40, 10\); expected floats \(10, classes\)"):
         sets_and_meta(path)
@@ -171,9 +155,9 @@ def test_state_dicts_of_other_programs(tmp_path, wrap, note):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.pop("classifier.bias"), "classifier.bias is missing"),
-    (lambda d: d.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"is \(9,\), expected \(10,\)"),
+    (lambda d: d.pop("classifier.bias"), "Missing .*classifier.bias"),
+    (lambda d: d.update(extra=torch.zeros(1)), "Unexpected .*extra"),
+    (lambda d: d.update({"classifier.bias": torch.zeros(9)}), r"bias.*\[9\].*\[10\]"),
     (lambda d: d["classifier.bias"].fill_(float("inf")), "classifier.bias has values that are not"),
     (lambda d: d.update(epoch=3), "expected a state_dict"),
     (lambda d: d.update(optimizer={"lr": 1}), r"is no tensor: 'optimizer' \(dict\)"),
@@ -187,4 +171,4 @@ def test_wrong_networks(tmp_path, change, message):
         load_into(small_network(name="ConvNetW32"), tmp_path / "net.pth")
     torch.save([1], tmp_path / "net.pth")
     with pytest.raises(InputError, match="a list; expected a state_dict"):
-        read_state_dict(tmp_path / "net.pth")
+        load_into(None, tmp_path / "net.pth")

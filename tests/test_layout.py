@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, SEED
 
 SCRIPTS = {"ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark"}
-MODULES = {"rome", "utils", "synsets", "network_pool", "datasets", "networks", "augment", "attacks",
-           "target_models", "sanity"}
+MODULES = {"rome", "experiment", "utils", "synsets", "network_pool", "datasets", "networks",
+           "augment", "attacks", "target_models", "sanity"}
+TAKE_ARGS = SCRIPTS | {"rome", "experiment"}  # and the Evaluator of utils
 PACKAGES = ("runtime", "formats", "reporting")
 PATHS = sorted((*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))))
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -43,10 +44,20 @@ def test_the_top_level_files_are_known():
 def test_imports_go_in_one_direction(name):
     room = name.split(".")[0]
     allowed = {"runtime": {"runtime"}, "formats": {"runtime", "formats", "datasets"},
-               "reporting": {*PACKAGES, *MODULES} - {"rome"}}.get(room, {*PACKAGES, *MODULES})
+               "reporting": {*PACKAGES, *MODULES} - {"rome", "experiment"}}
+    allowed = allowed.get(room, {*PACKAGES, *MODULES})
     if room in MODULES:
         allowed -= {"reporting"}
     assert {other.split(".")[0] for other in IMPORTS[name]} <= allowed, IMPORTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - TAKE_ARGS))
+def test_flags_go_down_as_named_values(name):
+    functions = [node for node in ast.walk(ast.parse(FILES[name].read_text()))
+                 if isinstance(node, ast.FunctionDef)
+                 and "args" in [argument.arg for argument in node.args.args]]
+    allowed = {"train_config", "__init__"} if name == "utils" else set()
+    assert {function.name for function in functions} <= allowed
 
 
 def test_no_import_cycle():

@@ -24,7 +24,7 @@ from runtime.safe_io import InputError
 
 SMALL = ["--dataset", "Digits", "--model", "ConvNetW32", "--ipc", "1", "--batch_real", "8",
          "--trained_bs", "16", "--model_train_steps", "1", "--num_exp", "1", "--num_eval", "1",
-         "--epoch_eval_train", "4", "--test_limit", "20", "--select", "test", "--lr_img", "0.2",
+         "--epoch_eval_train", "2", "--test_limit", "20", "--select", "test", "--lr_img", "0.2",
          "--embed_last", "1000", "--net_generate_interval", "2"]
 NAME = "ROME_Digits_ConvNetW32_1ipc_pixel_seed0"
 RESULT = "ROME_res_ROME_Digits_ConvNetW32_1ipc.pt"

@@ -101,7 +101,8 @@ def test_the_attack_of_the_evaluation(digits, monkeypatch, name, targeted, steps
     asked, threat = [], get_threat_model(name, digits)
     net, generator = get_network("MLP", 3, 10, (32, 32), 0), torch.Generator().manual_seed(0)
 
-    def pgd(model, x, labels, **options):
+    def pgd(model, x, labels, noise, **options):
+        assert 0 < noise.abs().max() <= options["eps"]  # a random start
         asked.append((options, labels))
         return x.clamp(0, 1)
     replaced = dataclasses.replace(attacks.ATTACKS["PGD"], run=pgd)
@@ -111,15 +112,15 @@ def test_the_attack_of_the_evaluation(digits, monkeypatch, name, targeted, steps
     assert list(measured) == list(radii) and threat.eval_cost == steps * len(radii)
     for (options, goal), (column, radius) in zip(asked, radii.items(), strict=True):
         assert options == {"eps": radius / 255, "step_size": threat.step_size * radius / 8,
-                           "steps": steps, "targeted": targeted, "generator": generator}
+                           "steps": steps, "targeted": targeted}
         assert torch.equal(goal, (labels + 1) % 10 if targeted else labels)
         assert measured[column] == utils.accuracy(net, threat.clamp_only(images), labels)
 
 
 def flags(**changes):
     return argparse.Namespace(**{
-        "eval_mode": "S", "model": "ConvNetW32", "num_eval": 2, "test_limit": 50, "seed": 0,
-        "select": "train", "epoch_eval_train": 20, "lr_net": 0.01, "batch_train": 64,
+        "eval_mode": "S", "model": "MLP", "num_eval": 2, "test_limit": 50, "seed": 0,
+        "select": "train", "epoch_eval_train": 60, "lr_net": 0.02, "batch_train": 32,
         "dsa_strategy": "none", "label_temperature": 1.0, "lr_schedule": "step", **changes})
 
 
