@@ -268,21 +268,6 @@ def test_the_benchmark_says_what_it_measured():
     assert images == bench.attacked == passes == 40 and len(seconds) == 1 + len(bench.precisions)
 
 
-def test_what_the_script_compiles(monkeypatch, tmp_path):
-    planned = []
-    monkeypatch.setattr(compilation, "compile_planned",
-                        lambda net, shape, batches, log, last: planned.append(batches))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [
-        "ROME_cifar10.py", "--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--select",
-        "test", "--Iteration", "0", "--num_exp", "1", "--epoch_eval_train", "1", "--test_limit",
-        "20", "--no_baseline"])
-    ROME_cifar10.main()
-    (batches,) = planned  # all real images of each class, a pool batch of 256
-    assert batches["attacked"][64] > batches["attacked"][20] > 0
-    assert batches["trained"][256] > batches["trained"][10] > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_killed_and_resumed_with_everything_compiled(precision, monkeypatch, tmp_path):

@@ -48,12 +48,11 @@ def same(one, other):
     return all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("threat_model", ["published", "pixel"])
-def test_attacks_share_graphs_between_networks(captures, threat_model):
+def test_attacks_share_graphs_between_networks(captures):
     """One graph for whole micro-batches and one for the last; nothing that they depend on is
     shared, and attacks whose passes depend on the images have none."""
     data = random_dataset()
-    threat = get_threat_model(threat_model, data)
+    threat = get_threat_model("published", data)
     nets = [network(seed) for seed in range(3)]
     eager = [attacked(net, data, threat, seed) for seed, net in enumerate(nets)]
     with cuda_graphs.use_cuda_graphs(True):
