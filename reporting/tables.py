@@ -82,10 +82,12 @@ def markdown_grid(columns, rows):
     return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
 
 
-def mean_std(values, digits=2, ddof=0, sign=""):
-    """'44.68 +- 0.31' of percentages; of a single one '44.68'."""
-    text = f"{np.mean(values):{sign}.{digits}f}"
-    return text if len(values) == 1 else f"{text} +- {np.std(values, ddof=ddof):.{digits}f}"
+def mean_std(values, digits=2, ddof=0, scale=1, sign=""):
+    """'44.68 +- 0.31' of numbers times `scale`; of a single one '44.68'."""
+    text = f"{scale * np.mean(values):{sign}.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} +- {scale * np.std(values, ddof=ddof):.{digits}f}"
 
 
 def wilson(rows):
@@ -100,8 +102,8 @@ def accuracy_text(rows):
     without rows."""
     if not rows:
         return None
-    return "{} [{:.1f}, {:.1f}]".format(
-        mean_std([100 * row["accuracy"] for row in rows]), *wilson(rows))
+    low, high = wilson(rows)
+    return f"{mean_std([row['accuracy'] for row in rows], scale=100)} [{low:.1f}, {high:.1f}]"
 
 
 def attack_grid(groups):
@@ -283,9 +285,9 @@ def table_seeds(runs):
     groups = group_by([run for run in runs if run.events_of("final")],
                       lambda run: (run.title(), run.flags_without("seed"), run.device))
     for (title, _, device), same in groups.items():
-        same = {run.flags.get("seed"): run for run in same}
+        same = list({run.flags.get("seed"): run for run in same}.values())
         if len(same) > 1:
-            rows += [[title, device, *row, len(same)] for row in rows_over_seeds([*same.values()])]
+            rows += [[title, device, *row, len(same)] for row in rows_over_seeds(same)]
     return Table(
         "seeds", "Over seeds (accuracy in percent, mean over the networks of a seed; mean +- "
         "standard deviation over seeds; differences are taken seed by seed; *: more than two of "
@@ -296,23 +298,23 @@ def table_seeds(runs):
 
 def rows_over_seeds(runs):
     """Cells of each set, then of the differences between the distilled set and each other one."""
-    method = runs[0].flags["method"]
-    finals = group_by((event for run in runs for event in run.events_of("final")),
-                      lambda event: (event["set"], event["model"]))
-    means = {key: {column: np.array([100 * np.mean(event[column]) for event in events])
-                   for column in COLUMNS if column in events[0]}
-             for key, events in finals.items()}  # percent, (seeds,)
-    rows, differences = [], []
-    for (name, model), events in finals.items():
-        after = judged_by(events[0]), events[0]["n"]
-        of_set, ours = means[name, model], means.get((method, model))
-        rows.append([name, *(mean_std(of_set[column], ddof=1) if column in of_set else None
-                             for column in COLUMNS), *after])
-        if ours and name != method:
-            cells = [difference_text(ours[column] - of_set[column]) if column in of_set else None
-                     for column in COLUMNS]
-            differences.append([f"{method} minus {name}", *cells, *after])
-    return rows + differences
+    method, means, after = runs[0].flags["method"], {}, {}
+    finals = [event for run in runs for event in run.events_of("final")]
+    for key, events in group_by(finals, lambda event: (event["set"], event["model"])).items():
+        after[key] = judged_by(events[0]), events[0]["n"]
+        means[key] = [np.array([100 * np.mean(event[column]) for event in events])
+                      if column in events[0] else None for column in COLUMNS]  # (seeds,)
+    rows = [[key[0], *map(spread_over_seeds, means[key]), *after[key]] for key in means]
+    for (name, model), others in means.items():
+        if name != method and (method, model) in means:
+            cells = [None if ours is None else difference_text(ours - other)
+                     for ours, other in zip(means[method, model], others)]
+            rows.append([f"{method} minus {name}", *cells, *after[name, model]])
+    return rows
+
+
+def spread_over_seeds(values):
+    return None if values is None else mean_std(values, ddof=1)
 
 
 def difference_text(values):

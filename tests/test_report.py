@@ -129,9 +129,6 @@ def test_table_1_from_the_published_logs(tmp_path, run_report, lines_of):
             assert abs(float(line[f"{name} difference"])) <= 0.01
     assert "36.83 (36.83, " in out
     assert "no results of Full-size, DC, DSA, MTT, DM, IDM, ROME" in out
-    latex = (tmp_path / "out" / "table1_CIFAR10_10000.tex").read_text()
-    assert latex.count(r"\\") == 1 + 2 and r"\toprule" in latex
-    assert "%" not in latex.replace(r"\%", "")
 
 
 def test_only_the_same_is_pooled_and_compared(tmp_path, run_report):
@@ -183,14 +180,14 @@ def test_tables_2_and_4_and_figure_3(tmp_path, run_report, lines_of):
     ours = improved_rr(0.5, [0.4] * 4)
     assert f"{ours:.2f} (94.66)" in out and "CW at ipc 50: +AP" in out
     assert "no results of Baseline" in out
-    lines = lines_of("table4_CIFAR10_10000", "distilled", "attacked", "form")
+    lines = lines_of("table4_CIFAR10_10000", "method", "form")
     for name in ("+AP", "+RPM", "+RPM+AP"):
-        line = lines[f"{name}/published/targeted"]
+        line = lines[f"{name}/targeted"]
         published = PUBLISHED["table4_ablation_CIFAR10_ipc50"][name]["targeted"]["I-RR"]
-        assert float(line["I-RR"]) == pytest.approx(ours)
-        assert line["I-RR published"] == str(published)
+        assert float(line["published I-RR"]) == float(line["pixel I-RR"]) == pytest.approx(ours)
+        assert line["published I-RR published"] == str(published)
         difference = f"{ours - published:.4f}" if name == "+RPM+AP" else ""
-        assert line["I-RR difference"] == difference.rstrip("0")
+        assert line["published I-RR difference"] == difference.rstrip("0")
     for name in ("published_untargeted_ipc_50.png", "pixel_untargeted_ipc_50.pdf"):
         assert (tmp_path / "out" / f"figure3_CIFAR10_10000_{name}").stat().st_size > 1000
 
@@ -345,7 +342,7 @@ def test_differences_between_sets(tmp_path, run_report, lines_of):
         page.write_text(wrong)
         with pytest.raises(InputError, match=message):
             run_report("--compare", file, "--readme", page)
-    for wrong in ("{", "[]x", '[{"name": "a"}]', json.dumps([{**asked[0], "measures": "all"}]),
+    for wrong in ("{", '[{"name": "a"}]', json.dumps([{**asked[0], "measures": "all"}]),
                   json.dumps([{**asked[0], "pairs": [{**pairs[0], "ipc": 1}]}])):
         file.write_text(wrong)
         with pytest.raises(InputError, match="compare.json is damaged or no file of comparisons"):
@@ -359,15 +356,15 @@ def test_names_are_compared_without_a_file(tmp_path, run_report, lines_of):
     write(tmp_path / "in", [*rows_of_sets("A-pixel", [0.5, 0.52], "pixel", attacks, 10),
                             *rows_of_sets("B", [0.4, 0.42], "pixel", attacks, 10),
                             *rows_of_sets("B", [0.9], "pixel", attacks)])
-    run_report("--compare", "A", "B")
-    lines = lines_of("compare_A_B_CIFAR10", "")
+    run_report("--compare", "A-pixel", "B")
+    lines = lines_of("compare_A_pixel_B_CIFAR10", "")
     assert lines["pixel: Clean"]["A-pixel"] == "51.0 +- 1.4"
     assert lines["pixel: AA untargeted 2/255"]["B"] == "20.0 +- 0.0"
-    (line,) = lines_of("compare_A_B_CIFAR10_differences", "").values()
+    (line,) = lines_of("compare_A_pixel_B_CIFAR10_differences", "").values()
     half = student.ppf(0.975, 2) * 2**0.5  # both means have a standard error of 1
     assert line["pixel: Clean"] == f"+10.0 [{10 - half:.1f}, {10 + half:.1f}]"
-    for names, message in ((["A", "C"], "no result of C on CIFAR10; there are A-pixel, B"),
-                           (["A"], "--compare A: there is no such file; give one, or the names")):
+    for names, message in ((["A", "B"], "no network and ipc .*; there are A-pixel, B"),
+                           (["A"], "A is damaged or no file of comparisons")):
         with pytest.raises(InputError, match=message):
             run_report("--compare", *names)
 
@@ -488,16 +485,3 @@ def test_sets_side_by_side(tmp_path, run_report):
         assert (abs(image - colour) < 0.01).all(1).mean() > 0.1
     with pytest.raises(InputError, match="foreign.pt does not say its data set"):
         run_report("--table", "1", "--show", paths[2])
-
-
-def test_tsne(tmp_path, run_report, monkeypatch, digits):
-    monkeypatch.setattr(report, "TSNE_IMAGES", 50)
-    images = torch.cat([digits.sample_class(c, 1, torch.Generator().manual_seed(c))
-                        for c in range(10)])
-    flags = {"model": "MLP", "epoch_eval_train": 5, "lr_net": 0.01, "batch_train": 32,
-             "dsa_strategy": "none"}
-    meta = {"dataset": "Digits", "packed": False, "threat_model": "pixel", "flags": flags}
-    torch.save({"data": [[images, torch.arange(10)]], "meta": meta}, tmp_path / "set.pt")
-    write(tmp_path / "in", bacon_rows())
-    run_report("--table", "1", "--tsne", tmp_path / "set.pt", draw=True)
-    assert (tmp_path / "out" / "tsne.png").stat().st_size > 10000
