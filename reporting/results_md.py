@@ -43,7 +43,7 @@ def introduction(content):
     text = (f"{first['dataset']}, {first['n']} test images, seed {first['seed']}, "
             f"{content['device']}, torch {content['versions']['torch']}. Accuracy in percent; mean "
             "+- standard deviation over networks; in brackets the binomial 95 % interval for that "
-            "many images. Attacks are bounded by eps, or seek the minimum norm where they say so.")
+            "many images. Attacks are bounded by eps; those of minimum norm are not.")
     if content["flags"].get("attack_precision") == "bf16":
         text += (" Attacks computed in bf16, and images that were wrong in bf16 alone attacked "
                  "again; judged in fp32.")
