@@ -39,10 +39,12 @@ def metrics_of(rows, threats, crei_weight):
     """
     entries, rows = [], on_most_images(rows)
     for name, threat in threats.items():
-        groups = white_box_groups(rows, name)
-        for method in dict.fromkeys(method for method, _ in groups):
-            ipcs = sorted((ipc for m, ipc in groups if m == method), key=lambda ipc: ipc or 0)
-            settings = {ipc: groups[method, ipc] for ipc in ipcs if CLEAN in groups[method, ipc]}
+        by_method = {}  # {method: {ipc: {attack key: rows}}}
+        for (method, ipc), cells in white_box_groups(rows, name).items():
+            by_method.setdefault(method, {})[ipc] = cells
+        for method, settings in by_method.items():
+            settings = {ipc: settings[ipc] for ipc in sorted(settings, key=lambda ipc: ipc or 0)
+                        if CLEAN in settings[ipc]}
             for (kind, grid), targeted in itertools.product(GRIDS.items(), FORMS):
                 keys = [(attack, targeted, default_eps(attack, threat)) for attack in grid
                         if not targeted or ATTACKS[attack].targetable]
@@ -57,24 +59,24 @@ def metrics_of(rows, threats, crei_weight):
 def pool_settings(settings, keys, crei_weight):
     """The metrics over {ipc: {attack key: rows}}, of the attacks `keys`; None if there is none, or
     the clean accuracy is 0."""
-    clean = {ipc: attacks[CLEAN] for ipc, attacks in settings.items()}
-    attacked = {(ipc, key): attacks[key] for ipc, attacks in settings.items()
-                for key in keys if key in attacks}
+    clean = {ipc: cells[CLEAN] for ipc, cells in settings.items()}
+    attacked = {(ipc, key): cells[key] for ipc, cells in settings.items()
+                for key in keys if key in cells}
     if not attacked or not any(map(mean_of, clean.values())):
         return None
-    missing = [key for key in itertools.product(settings, keys) if key not in attacked]
-    raised = [(ipc, key) for (ipc, key), rows in attacked.items()
-              if mean_of(rows) > mean_of(clean[ipc])]
     metrics = robustness_metrics(
         [mean_of(rows) for rows in clean.values()],
         [mean_of(rows) for rows in attacked.values()],
         [mean_of(rows, "seconds") for rows in clean.values()],
         [mean_of(rows, "seconds") for rows in attacked.values()], crei_weight)
+    missing = [key for key in itertools.product(settings, keys) if key not in attacked]
+    raised = [key for key, rows in attacked.items() if mean_of(rows) > mean_of(clean[key[0]])]
+    missing, raised = ([f"{key[0]} at ipc {ipc}" for ipc, key in found]
+                       for found in (missing, raised))
     return {"ipc": list(settings), "n": next(iter(attacked.values()))[0]["n"],
             "networks": [len(rows) for rows in clean.values()],
             "attacks": list(dict.fromkeys(key[0] for _, key in attacked)),
-            "missing": [f"{key[0]} at ipc {ipc}" for ipc, key in missing],
-            "raised": [f"{key[0]} at ipc {ipc}" for ipc, key in raised], **metrics}
+            "missing": missing, "raised": raised, **metrics}
 
 
 def transfer_of(rows, threats):
@@ -84,31 +86,28 @@ def transfer_of(rows, threats):
     clean = {(row["threat_model"], row["evaluated_on"]): row["accuracy"]
              for row in rows if row["attack"] == "Clean"}
     settings = {row["evaluated_on"]: (row["method"], row["ipc"]) for row in rows}
-    cells = {}  # -> [(attack, accuracy, clean accuracy) of each pair of networks]
+    cells = {}  # {setting and methods: {attack: [(accuracy, clean accuracy) of each pair]}}
     for row in rows:
         threat, attack = row["threat_model"], row["attack"]
         clean_acc = clean.get((threat, row["evaluated_on"]))
-        if attack not in ATTACKS or not clean_acc or row["crafted_on"] not in settings:
-            continue
         method, ipc = settings[row["evaluated_on"]]
-        crafted_on, crafted_ipc = settings[row["crafted_on"]]
-        if crafted_ipc != ipc or row["eps"] != default_eps(attack, threats[threat]):
+        crafted_on, crafted_ipc = settings.get(row["crafted_on"], (None, None))
+        if attack not in ATTACKS or not clean_acc or crafted_on is None or crafted_ipc != ipc:
             continue
-        if crafted_on != method or attacked_itself(row):
-            key = threat, row["targeted"], ipc, crafted_on, method
-            cells.setdefault(key, []).append((attack, row["accuracy"], clean_acc))
-    return [{"threat_model": threat, "targeted": targeted, "ipc": ipc, "crafted_on": crafted_on,
-             "evaluated_on": method, **pool_attacks(cell)}
-            for (threat, targeted, ipc, crafted_on, method), cell in cells.items()]
-
-
-def pool_attacks(cell):
-    """I-RR over attacks. cell: [(attack, accuracy, clean accuracy)]."""
-    attacks = group_by(cell, lambda entry: entry[0])
-    accuracies = [float(np.mean([acc for _, acc, _ in pairs])) for pairs in attacks.values()]
-    clean_acc = float(np.mean([clean for pairs in attacks.values() for *_, clean in pairs]))
-    metrics = robustness_metrics([clean_acc], accuracies, [0.0], [0.0])
-    return {"attacks": list(attacks), "I-RR": metrics["I-RR"]}
+        if row["eps"] == default_eps(attack, threats[threat]) and (
+                crafted_on != method or attacked_itself(row)):
+            cell = cells.setdefault((threat, row["targeted"], ipc, crafted_on, method), {})
+            cell.setdefault(attack, []).append((row["accuracy"], clean_acc))
+    entries = []
+    for (threat, targeted, ipc, crafted_on, method), cell in cells.items():
+        accuracies = [float(np.mean([accuracy for accuracy, _ in pairs]))
+                      for pairs in cell.values()]
+        clean_acc = float(np.mean([clean for pairs in cell.values() for _, clean in pairs]))
+        metrics = robustness_metrics([clean_acc], accuracies, [0.0], [0.0])
+        entries.append({"threat_model": threat, "targeted": targeted, "ipc": ipc,
+                        "crafted_on": crafted_on, "evaluated_on": method,
+                        "attacks": list(cell), "I-RR": metrics["I-RR"]})
+    return entries
 
 
 class TransferMatrix(NamedTuple):

@@ -3,6 +3,8 @@
 A file is checked when it is read: all keys are there, of the right kind, in their range.
 """
 import json
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +16,22 @@ from runtime.measures import ACCURACIES, COLUMNS, CONTROLS
 from runtime.safe_io import InputError
 
 CLEAN = ("Clean", None, None)  # attack, targeted, eps
-DAMAGES = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged file raises
 # Rows that share these are the same measurement.
 ROW_KEYS = ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
             "eps")
 RUN_FLAGS = {**dict.fromkeys(("method", "dataset", "model", "threat_model"), str), "ipc": int,
              "Iteration": int, "align_weight": (int, float)}
 PATH_FLAGS = ("save_path", "checkpoint_path", "data_path", "save_interval", "fresh")
+
+
+@contextmanager
+def refuse_damaged(path, what):
+    """Turn what reading a damaged file raises into an InputError. what: it should have been."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or no {what} ({type(error).__name__}: {error})"
+                         ) from None
 
 
 def chance(dataset, num_classes=None):
@@ -37,10 +48,8 @@ def group_by(items, key):
 
 
 # ---- rows of evaluate.py
-def is_number(value, least=0.0, most=np.inf, kinds=(int, float)):
-    """Whether a value is a finite number in [least, most]."""
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    return number and least <= value <= most and bool(np.isfinite(value))
+def is_number(value, least=0, most=sys.float_info.max, kinds=(int, float)):
+    return type(value) in kinds and least <= value <= most
 
 
 def is_text(value):
@@ -49,13 +58,13 @@ def is_text(value):
 
 ROW_CHECKS = {
     "dataset": lambda v: is_text(v) and v.isalnum(),
-    "ipc": lambda v: v is None or is_number(v, 1, kinds=int),
+    "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
     **dict.fromkeys(("method", "crafted_on", "evaluated_on"), is_text),
     "threat_model": lambda v: v in THREAT_MODELS,
     "attack": lambda v: v in (*CONTROLS, *ATTACKS),
     "targeted": lambda v: v is None or isinstance(v, bool),
     "eps": lambda v: v is None or is_number(v),
-    "n": lambda v: is_number(v, 1, kinds=int),
+    "n": lambda v: is_number(v, 1, kinds=[int]),
     "accuracy": lambda v: is_number(v, 0, 1),
     **dict.fromkeys(("seconds", "forward", "backward", "max_linf", "max_l2", "seed"), is_number),
 }
@@ -63,8 +72,6 @@ ROW_CHECKS = {
 
 def check_rows(rows):
     """Raise KeyError, TypeError or ValueError for what is wrong with rows of results.json."""
-    if not isinstance(rows, list):
-        raise TypeError("rows is no list")
     for row in rows:
         for key, is_right in ROW_CHECKS.items():
             if not is_right(row[key]):
@@ -73,16 +80,13 @@ def check_rows(rows):
 
 def read_rows(path):
     """The rows of a results.json, each with the file's `num_classes` (None in older files)."""
-    try:
+    with refuse_damaged(path, "result of evaluate.py"):
         content = json.loads(path.read_text())
         check_rows(content["rows"])
-        classes = content.get("num_classes")
-        if classes is not None and not is_number(classes, 2, kinds=int):
-            raise ValueError(f"num_classes is {str(classes)[:60]}")
-    except DAMAGES as error:
-        raise InputError(f"{path} is damaged or no result of evaluate.py ({type(error).__name__}: "
-                         f"{error})") from None
-    return [{**row, "num_classes": classes} for row in content["rows"]]
+        num_classes = content.get("num_classes")
+        if num_classes is not None and not is_number(num_classes, 2, kinds=[int]):
+            raise ValueError(f"num_classes {str(num_classes)[:60]}")
+        return [{**row, "num_classes": num_classes} for row in content["rows"]]
 
 
 def attacked_itself(row):
@@ -108,17 +112,17 @@ def pool_rows(files):
     left out: one that contradicts an earlier one is another evaluation, not to be mixed with it."""
     found, refused = {}, []  # found: key -> (path, row)
     for path, rows in files.items():
-        keyed = {tuple(row[key] for key in ROW_KEYS): row for row in rows}
-        for key, row in keyed.items():
+        keyed = {tuple(row[key] for key in ROW_KEYS): (path, row) for row in rows}
+        for key, (_, row) in keyed.items():
             earlier, other = found.get(key, (path, row))
             if other["accuracy"] != row["accuracy"]:
                 refused.append(f"{path} and {earlier} have different figures for {row['attack']} "
                                f"on {row['crafted_on']}; report them apart")
                 break
         else:
-            found.update({key: (path, row) for key, row in keyed.items() if key not in found})
-    rows = [row for _, row in found.values()]
-    return group_by(rows, lambda row: (row["dataset"], row["n"])), refused
+            found |= {key: entry for key, entry in keyed.items() if key not in found}
+    return group_by((row for _, row in found.values()), lambda row: (row["dataset"], row["n"])
+                    ), refused
 
 
 # ---- runs of the ROME scripts
@@ -129,7 +133,7 @@ class RunRecord:
     folder: Path
     flags: dict
     events: list
-    device: str = ""
+    device: str
     num_classes: int = None
 
     def events_of(self, name):
@@ -153,7 +157,7 @@ class RunRecord:
 
 def read_run(path):
     """The run of a metrics.jsonl, without a last line that is still being written."""
-    try:
+    with refuse_damaged(path, "metrics of a ROME run"):
         events = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         about = json.loads(path.with_name("flags.json").read_text())
         flags = {**about["flags"], "dataset": about.get("dataset", about["flags"]["dataset"])}
@@ -162,37 +166,32 @@ def read_run(path):
                 raise TypeError(f"the flag {key} is {flags[key]}")
         for event in events:
             check_event(event)
-    except DAMAGES as error:
-        raise InputError(f"{path} is damaged or not of a ROME run ({type(error).__name__}: "
-                         f"{error})") from None
-    device = str(about.get("device", ""))
-    return RunRecord(path.parent, flags, events, device, about.get("num_classes"))
+        return RunRecord(path.parent, flags, events, str(about.get("device", "")),
+                         about.get("num_classes"))
 
 
 def check_event(event):
     """Raise KeyError, TypeError or ValueError for what is wrong with a line of metrics.jsonl."""
-    kind = event["event"]
-    if kind == "iteration":
-        numbers = [event[key] for key in ("exp", "iteration", "loss_robustness",
-                                          "loss_performance", "loss_pool", "w_f")]
-    elif kind in ("evaluation", "final"):
+    if event["event"] == "iteration":
+        losses = ("loss_robustness", "loss_performance", "loss_pool")
+        numbers = [event[key] for key in ("exp", "iteration", *losses, "w_f")]
+    elif event["event"] in ("evaluation", "final"):
         measured = [event[key] for key in COLUMNS if key in event or key in ACCURACIES]
-        if not is_text(event["set"]) or not is_text(event["model"]) or not all(measured):
-            raise ValueError(f"an {kind} of {event['set']}, {event['model']}")
-        numbers = [event["n"], *(value for values in measured for value in values)]
+        numbers = [event["n"], *map(np.mean, measured)]
+        if not (is_text(event["set"]) and is_text(event["model"])):
+            raise TypeError(f"set {event['set']}, model {event['model']}")
     else:
-        raise ValueError(f"an unknown event {kind}")
+        raise ValueError(f"an unknown event {event['event']}")
     if not np.isfinite(np.array(numbers, dtype=float)).all():
-        raise ValueError(f"an {kind} with values that are not finite")
+        raise ValueError(f"an {event['event']} with values that are not finite")
 
 
 def find_results(paths):
-    """Files among and below `paths`: two lists, of results.json and of metrics.jsonl."""
+    """The files results.json and metrics.jsonl among and below `paths`."""
     found = {}
     for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        files = [file for file in path.rglob("*") if file.name in ("results.json", "metrics.jsonl")]
+        files = (*path.rglob("results.json"), *path.rglob("metrics.jsonl"))
         found |= dict.fromkeys(sorted(files) if path.is_dir() else [path])
-    return ([file for file in found if file.suffix == ".json"],
-            [file for file in found if file.suffix != ".json"])
+    return list(found)

@@ -4,8 +4,9 @@ import numpy as np
 from attacks import THREAT_MODELS
 from reporting.metrics import transfer_matrices
 from reporting.records import CLEAN, chance, mean_of, white_box_groups
-from reporting.tables import accuracy_text, ipc_text, markdown_grid, raised_note, wilson
-from runtime.measures import CONTROLS, FORMS, HEADLINE_EPS, attack_label
+from reporting.tables import (
+    accuracy_text, attack_grid, ipc_text, markdown_grid, raised_note, wilson)
+from runtime.measures import FORMS, HEADLINE_EPS
 
 METRICS = ("RR", "I-RR", "AE", "CREI", "I-CREI")
 
@@ -13,20 +14,26 @@ METRICS = ("RR", "I-RR", "AE", "CREI", "I-CREI")
 def results_markdown(content):
     """content: of results.json. The headline, a grid for each threat model, metrics, transfer,
     warnings."""
-    if not content["rows"]:
+    rows = content["rows"]
+    if not rows:
         return "# Robustness\n\nNo result yet.\n"
     lines = ["# Robustness", "", *introduction(content), "", *headline(content), ""]
     for name in THREAT_MODELS:
-        groups = white_box_groups(content["rows"], name)
+        groups = {f"{method}, ipc {ipc}": cells
+                  for (method, ipc), cells in white_box_groups(rows, name).items()}
         if groups:
-            lines += [f"## Threat model {name}", "", *attack_grid(groups), ""]
-    lines += metrics_section(content)
+            lines += [f"## Threat model {name}", "", *markdown_grid(*attack_grid(groups)), ""]
+    if content["metrics"]:
+        lines += ["## Metrics", "", "Percent, pooled over the IPC settings named. AE depends on "
+                  f"the machine ({content['device']}).", "",
+                  *metrics_grid(content["metrics"]), ""]
     for matrix in transfer_matrices(content["transfer"]):
-        rows = [[method, *(None if np.isnan(value) else float(value) for value in values)]
-                for method, values in zip(matrix.crafted_on, matrix.values)]
+        cells = np.where(np.isnan(matrix.values), None, matrix.values).tolist()
         lines += [f"## Transfer, {matrix.title}", "",
                   "I-RR in percent; rows: crafted on, columns: evaluated on.", "",
-                  *markdown_grid(["", *matrix.evaluated_on], rows), ""]
+                  *markdown_grid(["", *matrix.evaluated_on],
+                                 ([name, *line] for name, line in zip(matrix.crafted_on, cells))),
+                  ""]
     warnings = warnings_of(content) or ["none"]
     return "\n".join([*lines, "## Warnings", "", *(f"- {text}" for text in warnings), ""])
 
@@ -36,7 +43,7 @@ def introduction(content):
     text = (f"{first['dataset']}, {first['n']} test images, seed {first['seed']}, "
             f"{content['device']}, torch {content['versions']['torch']}. Accuracy in percent; mean "
             "+- standard deviation over networks; in brackets the binomial 95 % interval for that "
-            "many images. Passes: forward + backward per image.")
+            "many images. Attacks are bounded by eps; those of minimum norm are not.")
     if content["flags"].get("attack_precision") == "bf16":
         text += (" Attacks computed in bf16, and images that were wrong in bf16 alone attacked "
                  "again; judged in fp32.")
@@ -54,54 +61,23 @@ def headline(content):
         return ["AutoAttack under the valid threat model, the figure to quote, was not measured: "
                 "`--threat_model pixel --attacks AA` does."]
     columns = {CLEAN: "clean", **attacks}
-    rows = [[method, ipc, *(accuracy_text(cells[key]) if key in cells else None for key in columns)]
-            for (method, ipc), cells in groups.items()]
+    rows = [[*group, *(accuracy_text(cells.get(key)) for key in columns)]
+            for group, cells in groups.items()]
     least = chance(content["rows"][0]["dataset"], content.get("num_classes"))
     rows.append(["*a constant classifier*", "", *[f"{least:g}"] * len(columns)])
     return ["## Clean, and under AutoAttack (threat model pixel)", "",
             *markdown_grid(["set", "ipc", *columns.values()], rows)]
 
 
-def attack_grid(groups):
-    """The attacks down, in three sections, the sets across. groups: of `white_box_groups`."""
-    columns = ["", "passes"]
-    for (method, ipc), cells in groups.items():
-        networks = max(map(len, cells.values()))
-        suffix = f" ({networks} networks)" if networks > 1 else ""
-        columns.append(f"{method}, ipc {ipc}{suffix}")
-    sections = {"controls": [], "bounded by eps": [], "minimum norm, unbounded": []}
-    for key in dict.fromkeys(key for cells in groups.values() for key in cells):
-        attack, _, eps = key
-        found = [cells.get(key) for cells in groups.values()]
-        passes, section = "", "controls"
-        if attack not in CONTROLS:
-            section = "bounded by eps" if eps is not None else "minimum norm, unbounded"
-            forward, backward = (np.mean([mean_of(cell, what) for cell in found if cell])
-                                 for what in ("forward", "backward"))
-            passes = f"{forward:.0f} + {backward:.0f}"
-        sections[section].append([attack_label(*key), passes,
-                                  *(cell and accuracy_text(cell) for cell in found)])
+def metrics_grid(entries):
     rows = []
-    for title, lines in sections.items():
-        if lines:
-            rows += [[f"*{title}*", *[""] * (len(columns) - 1)], *lines]
-    return markdown_grid(columns, rows)
-
-
-def metrics_section(content):
-    if not content["metrics"]:
-        return []
-    rows = []
-    for e in content["metrics"]:
+    for e in entries:
         attacks = ", ".join(e["attacks"])
         if e["missing"]:
             attacks += f"; missing: {', '.join(e['missing'])}"
         rows.append([e["threat_model"], e["kind"], FORMS[e["targeted"]], e["method"],
                      ipc_text(e), *(e[name] for name in METRICS), attacks])
-    return ["## Metrics", "", "Percent, pooled over the IPC settings named. AE depends on the "
-            f"machine ({content['device']}).", "",
-            *markdown_grid(["threat model", "", "form", "method", "ipc", *METRICS, "attacks"],
-                           rows), ""]
+    return markdown_grid(["threat model", "", "form", "method", "ipc", *METRICS, "attacks"], rows)
 
 
 def warnings_of(content):

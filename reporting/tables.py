@@ -1,8 +1,7 @@
-"""Results as tables: Markdown, CSV and LaTeX. The functions table_* return a Table or None."""
+"""Results as tables, Markdown and CSV. The functions table_* return a Table or None."""
 import csv
 import io
 import itertools
-import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,29 +53,17 @@ class Table:
         """A column of Compared cells becomes three."""
         columns = []
         for name, *cells in zip(self.columns, *self.rows):
-            if any(isinstance(cell, Compared) for cell in cells):
+            if isinstance(cells[0], Compared):
                 differences = [cell.difference() for cell in cells]
-                differences = [value if value is None else round(value, 4) for value in differences]
                 columns += [[name, *(cell.ours for cell in cells)],
                             [f"{name} published", *(cell.published for cell in cells)],
-                            [f"{name} difference", *differences]]
+                            [f"{name} difference",
+                             *(x if x is None else round(x, 4) for x in differences)]]
             else:
                 columns.append([name, *cells])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(zip(*columns))
         return text.getvalue()
-
-    def latex(self):
-        def escape(text):
-            return re.sub(r"([&%_#$])", r"\\\1", text).replace("+-", r"$\pm$")
-
-        def line(cells):
-            return " & ".join(escape(cell_text(cell)) for cell in cells) + r" \\"
-        alignment = "l" + "r" * (len(self.columns) - 1)
-        return "\n".join([
-            r"\begin{table}", r"\centering", rf"\caption{{{escape(self.title)}}}",
-            rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(self.columns), r"\midrule",
-            *map(line, self.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
 def cell_text(cell):
@@ -111,9 +98,28 @@ def wilson(rows):
 
 
 def accuracy_text(rows):
-    """'44.68 +- 0.31 [43.7, 45.7]': percent, the deviation over networks, the interval."""
+    """'44.68 +- 0.31 [43.7, 45.7]': percent, the deviation over networks, the interval; None
+    without rows."""
+    if not rows:
+        return None
     low, high = wilson(rows)
     return f"{mean_std([row['accuracy'] for row in rows], scale=100)} [{low:.1f}, {high:.1f}]"
+
+
+def attack_grid(groups):
+    """Attacks down, groups across: columns, rows. groups: {title: {attack: rows}}."""
+    order = (*CONTROLS, *ATTACKS)
+    keys = sorted({key for cells in groups.values() for key in cells},
+                  key=lambda key: (order.index(key[0]), str(key[1]), key[2] or 0))
+    return ["attack", *groups], [
+        [attack_name(key), *(accuracy_text(cells.get(key)) for cells in groups.values())]
+        for key in keys]
+
+
+def attack_name(key):
+    """'CW targeted (minimum norm)' of (attack, targeted, eps)."""
+    bounded = key[0] in CONTROLS or key[2] is not None
+    return attack_label(*key) + ("" if bounded else " (minimum norm)")
 
 
 def ipc_text(entry):
@@ -125,9 +131,51 @@ def raised_note(entry):
 
 
 # ---- tables of the paper
-def paper_table(pool, number, title, columns):
-    return Table(f"table{number}_{pool.dataset}_{pool.n}",
-                 f"Table {number}, {pool.dataset}, {pool.n} test images: {title}", columns)
+def paper_table(pool, number, title, entries, metrics, paper, ipcs):
+    """A row for each method and form, the threat models across, published figures in brackets.
+
+    entries: {(method, targeted, threat model): {metric: percent, "ipc", "missing"}}.
+    paper: {method: {form: {metric: percent}}}. ipcs: the settings that the paper pools.
+    """
+    if not entries:
+        return None
+    columns = map(" ".join, itertools.product(THREAT_MODELS, metrics))
+    table = Table(f"table{number}_{pool.dataset}_{pool.n}", f"Table {number}, {pool.dataset}, "
+                  f"{pool.n} test images: {title} (percent)", ["method", "form", "ipc", *columns])
+    methods = dict.fromkeys(method for method, _, _ in entries)
+    for targeted, method in itertools.product(FORMS, methods):
+        found = {threat: entries[method, targeted, threat] for threat in THREAT_MODELS
+                 if (method, targeted, threat) in entries}
+        if found:
+            figures = paper.get(method, {}).get(FORMS[targeted], {})
+            cells = [compared(found.get(threat), metric, figures if threat == "published" else {},
+                              ipcs) for threat, metric in itertools.product(THREAT_MODELS, metrics)]
+            table.rows.append([method, FORMS[targeted], settings_text(found), *cells])
+    lacking = group_by([e for e in entries.values() if e["missing"]], lambda e: (
+        f"{FORMS[e['targeted']]}, {e['threat_model']}: without {', '.join(e['missing'])}"))
+    table.notes = [f"{what}: {', '.join(e['method'] for e in same)}"
+                   for what, same in lacking.items()]
+    absent = [method for method in paper if not {method, f"{method}-pixel"} & {*methods}]
+    if absent:
+        table.notes.append(f"no results of {', '.join(absent)}")
+    return table
+
+
+def settings_text(found):
+    """The IPC settings of {threat model: entry}: '1, 10', or apart where they are not the same."""
+    texts = {threat: ipc_text(entry) for threat, entry in found.items()}
+    if len(set(texts.values())) == 1:
+        return texts.popitem()[1]
+    return "; ".join(map(": ".join, texts.items()))
+
+
+def compared(entry, metric, figures, ipcs):
+    """A metric of an entry (or None) beside the published one."""
+    if entry is None:
+        return Compared(None, None, False)
+    same = metric in entry and not entry["missing"] and entry["ipc"] == ipcs
+    # How the paper pools its seven crafting networks is not known.
+    return Compared(entry.get(metric), figures.get(metric), same and metric != "transfer")
 
 
 def entries_of(pool, kind):
@@ -136,98 +184,42 @@ def entries_of(pool, kind):
             for entry in pool.metrics if entry["kind"] == kind}
 
 
-def published_figure(paper, key, name):
-    """A figure of the paper, or None. key: of `entries_of`."""
-    method, targeted, threat = key
-    figures = paper.get(method, {}).get(FORMS[targeted], {})
-    return figures.get(name) if threat == "published" else None
-
-
-def compared(entry, metric, published, ipc):
-    """A metric of an entry (or None) beside the published one. ipc: what the paper pools."""
-    comparable = bool(entry) and not entry["missing"] and entry["ipc"] == ipc
-    return Compared(entry and entry[metric], published, comparable)
-
-
-def grouped_notes(pairs, between):
-    """A note for each first part of the pairs, its second parts behind it."""
-    groups = group_by(dict.fromkeys(pairs), lambda pair: pair[0])
-    return [f"{first}{between}{', '.join(second for _, second in same)}"
-            for first, same in groups.items()]
-
-
-def missing_notes(entries):
-    """Which attacks of the grid the methods lack."""
-    return grouped_notes([(f"{FORMS[e['targeted']]}, {e['threat_model']}: without "
-                           f"{', '.join(e['missing'])}", e["method"])
-                          for e in entries if e["missing"]], ": ")
-
-
 def table_1(pool, published):
-    """White-box metrics of each method, published threat model beside pixel."""
+    """White-box metrics of each method."""
     entries = entries_of(pool, "white-box")
-    if not entries:
-        return None
     paper = published["table1_white_box_pooled_over_ipc_1_10_50"].get(pool.dataset, {})
-    table = paper_table(pool, 1, "white-box metrics (percent)", [
-        "method", "form", "ipc", *map(" ".join, itertools.product(THREAT_MODELS, METRICS))])
-    methods, used = list(dict.fromkeys(method for method, _, _ in entries)), []
-    for targeted, method in itertools.product(FORMS, methods):
-        cells, found = [], {}
-        for threat in THREAT_MODELS:
-            key = method, targeted, threat
-            entry = entries.get(key)
-            if entry:
-                found[threat] = entry
-            cells += [compared(entry, metric, entry and published_figure(paper, key, metric),
-                               [1, 10, 50]) for metric in METRICS]
-        if found:
-            used += found.values()
-            ipcs = {threat: ipc_text(entry) for threat, entry in found.items()}
-            same = len(set(ipcs.values())) == 1
-            ipc = ipcs.popitem()[1] if same else "; ".join(map(": ".join, ipcs.items()))
-            table.rows.append([method, FORMS[targeted], ipc, *cells])
-    absent = [method for method in paper if method not in methods]
-    table.notes = [
-        "In brackets: the published figure, pooled over ipc 1, 10 and 50 and all attacks, and the "
-        "difference where ours pools the same. CREI and I-CREI depend on the machine's timings as "
-        "well.",
-        *(f"{e['method']} {FORMS[e['targeted']]} {e['threat_model']}: {raised_note(e)}"
-          for e in used if e["raised"]),
-        *missing_notes(used), *([f"no results of {', '.join(absent)}"] if absent else [])]
+    table = paper_table(pool, 1, "white-box metrics", entries, METRICS, paper, [1, 10, 50])
+    if table:
+        table.notes[:0] = [
+            "In brackets: the published figure, pooled over ipc 1, 10 and 50 and all attacks, and "
+            "the difference where ours pools the same. CREI and I-CREI depend on the machine's "
+            "timings as well.",
+            *(f"{e['method']} {FORMS[e['targeted']]} {e['threat_model']}: {raised_note(e)}"
+              for e in entries.values() if e["raised"])]
     return table
 
 
 def table_2(pool, published):
     """Black-box I-RR of each method: under transfer, and under query attacks."""
-    query = entries_of(pool, "query")
-    transfer = group_by([e for e in pool.transfer if e["crafted_on"] != e["evaluated_on"]],
-                        lambda e: (e["evaluated_on"], e["targeted"], e["threat_model"]))
-    if not query and not transfer:
-        return None
+    entries = {key: {**entry, "query": entry["I-RR"]}
+               for key, entry in entries_of(pool, "query").items()}
+    transfer = [e for e in pool.transfer if e["crafted_on"] != e["evaluated_on"]]
+    for key, same in group_by(transfer, lambda e: (
+            e["evaluated_on"], e["targeted"], e["threat_model"])).items():
+        ipcs = list(dict.fromkeys(e["ipc"] for e in same))
+        entries.setdefault(key, {"ipc": ipcs, "missing": []})["transfer"] = mean_of(same, "I-RR")
     paper = published["table2_black_box_I-RR_CIFAR10_ipc50"] if pool.dataset == "CIFAR10" else {}
-    kinds = itertools.product(THREAT_MODELS, ("transfer", "query"))
-    table = paper_table(pool, 2, "black-box I-RR (percent)",
-                        ["method", "form", *map(" ".join, kinds)])
-    used = []
-    methods = dict.fromkeys(method for method, _, _ in (*transfer, *query))
-    for method, targeted in itertools.product(methods, FORMS):
-        cells = []
-        for threat in THREAT_MODELS:
-            key = method, targeted, threat
-            found = transfer.get(key, [])
-            used += found
-            mean = float(np.mean([e["I-RR"] for e in found])) if found else None
-            cells += [Compared(mean, published_figure(paper, key, "transfer"), False),
-                      compared(query.get(key), "I-RR", published_figure(paper, key, "query"), [50])]
-        table.rows.append([method, FORMS[targeted], *cells])
-    table.notes = [
-        "Transfer: mean of I-RR over the crafting methods that are there, the method itself left "
-        "out. How the paper pools its seven crafting networks is not known, so no difference is "
-        "given.",
-        *grouped_notes([(f"transfer {FORMS[e['targeted']]}, {e['threat_model']}, ipc {e['ipc']}: "
-                         f"{', '.join(e['attacks'])}", e["crafted_on"]) for e in used],
-                       ", crafted on ")]
+    table = paper_table(pool, 2, "black-box I-RR", entries, ("transfer", "query"), paper, [50])
+    if table:
+        attacks = group_by(transfer, lambda e: (
+            f"transfer {FORMS[e['targeted']]}, {e['threat_model']}, ipc {e['ipc']}: "
+            f"{', '.join(e['attacks'])}, crafted on "))
+        table.notes[:0] = [
+            "Transfer: mean of I-RR over the crafting methods that are there, the method itself "
+            "left out. How the paper pools its seven crafting networks is not known, so no "
+            "difference is given.",
+            *(what + ", ".join(dict.fromkeys(e["crafted_on"] for e in same))
+              for what, same in attacks.items())]
     return table
 
 
@@ -236,22 +228,11 @@ def table_4(pool, published):
     paper = published["table4_ablation_CIFAR10_ipc50"]
     entries = {key: entry for key, entry in entries_of(pool, "white-box").items()
                if key[0].removesuffix("-pixel") in paper}
-    if not entries:
-        return None
-    table = paper_table(pool, 4, "ablation (percent)",
-                        ["distilled", "ipc", "attacked", "form", *METRICS[2:]])
     figures = paper if pool.dataset == "CIFAR10" else {}
-    for key, e in entries.items():
-        cells = [compared(e, metric, published_figure(figures, key, metric), [50])
-                 for metric in METRICS[2:]]
-        if cells[0].published is not None and not table.notes:
-            table.notes = ["In brackets: the published figure, of ConvNet at ipc 50 under all "
-                           "attacks, and the difference where ours has the same ipc and attacks."]
-        table.rows.append([e["method"], ipc_text(e), e["threat_model"], FORMS[e["targeted"]],
-                           *cells])
-    there = {method.removesuffix("-pixel") for method, _, _ in entries}
-    table.notes += missing_notes(entries.values())
-    table.notes += [f"no results of {name}" for name in paper if name not in there]
+    table = paper_table(pool, 4, "ablation", entries, METRICS[2:], figures, [50])
+    if table and figures:
+        table.notes.insert(0, "In brackets: the published figure, of ConvNet at ipc 50 under all "
+                           "attacks, and the difference where ours has the same ipc and attacks.")
     return table
 
 
@@ -263,21 +244,15 @@ def table_accuracy(pool, published=None):
     if not groups:
         return None
     sets = list(dict.fromkeys(group[:2] for group in groups))
-    columns = sorted(groups, key=lambda group: sets.index(group[:2]))
-    order = (*CONTROLS, *ATTACKS)
-    keys = sorted({key for cells in groups.values() for key in cells},
-                  key=lambda key: (order.index(key[0]), str(key[1]), key[2] or 0))
-    grid = [["attack", *(f"{method}, ipc {ipc}, {threat}" for method, ipc, threat in columns)]]
-    for key in keys:
-        kind = "" if key[0] in CONTROLS or key[2] is not None else " (minimum norm)"
-        cells = [groups[column].get(key) for column in columns]
-        grid.append([attack_label(*key) + kind, *(cell and accuracy_text(cell) for cell in cells)])
-    if len(columns) > len(keys):  # the shorter side goes across the page
-        grid = list(map(list, zip(*grid)))
+    columns, rows = attack_grid({
+        "{}, ipc {}, {}".format(*group): groups[group]
+        for group in sorted(groups, key=lambda group: sets.index(group[:2]))})
+    if len(groups) > len(rows):  # the shorter side goes across the page
+        columns, *rows = map(list, zip(columns, *rows))
     return Table(f"accuracy_{pool.dataset}_{pool.n}",
                  f"Accuracy per attack, {pool.dataset}, {pool.n} test images (percent; mean +- "
                  "standard deviation over networks; in brackets the binomial 95 % interval)",
-                 grid[0], grid[1:])
+                 columns, rows)
 
 
 def table_runs(runs):
@@ -323,26 +298,23 @@ def table_seeds(runs):
 
 def rows_over_seeds(runs):
     """Cells of each set, then of the differences between the distilled set and each other one."""
-    sets = [(event, seed_means(runs, event)) for event in runs[0].events_of("final")]
-    rows = []
-    for event, means in sets:
-        cells = [mean_std(means[key], ddof=1) if key in means else None for key in COLUMNS]
-        rows.append([event["set"], *cells, judged_by(event), event["n"]])
-    for (ours, means), (other, others) in itertools.product(sets, sets):
-        if (ours["set"] == runs[0].flags["method"] != other["set"]
-                and ours["model"] == other["model"]):
-            cells = [difference_text(means[key] - others[key]) if key in means else None
-                     for key in COLUMNS]
-            rows.append([f"{ours['set']} minus {other['set']}", *cells, judged_by(ours), ours["n"]])
+    method, means, after = runs[0].flags["method"], {}, {}
+    finals = [event for run in runs for event in run.events_of("final")]
+    for key, events in group_by(finals, lambda event: (event["set"], event["model"])).items():
+        after[key] = judged_by(events[0]), events[0]["n"]
+        means[key] = [np.array([100 * np.mean(event[column]) for event in events])
+                      if column in events[0] else None for column in COLUMNS]  # (seeds,)
+    rows = [[key[0], *map(spread_over_seeds, means[key]), *after[key]] for key in means]
+    for (name, model), others in means.items():
+        if name != method and (method, model) in means:
+            cells = [None if ours is None else difference_text(ours - other)
+                     for ours, other in zip(means[method, model], others)]
+            rows.append([f"{method} minus {name}", *cells, *after[name, model]])
     return rows
 
 
-def seed_means(runs, event):
-    """Percent, {column: (seeds,)}: the mean over the networks of a run, for the set and the network
-    of `event`."""
-    same = [e for run in runs for e in run.events_of("final")
-            if (e["set"], e["model"]) == (event["set"], event["model"])]
-    return {key: np.array([100 * np.mean(e[key]) for e in same]) for key in COLUMNS if key in event}
+def spread_over_seeds(values):
+    return None if values is None else mean_std(values, ddof=1)
 
 
 def difference_text(values):
