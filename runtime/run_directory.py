@@ -48,7 +48,6 @@ class RunDirectory:
             raise InputError(f"--save_path and --checkpoint_path are both {save_path}; choose two "
                              "folders: a run folder is moved aside, its checkpoint must not be")
         self.result_file = self.folder / result_name
-        self.save_path, self.checkpoint_path = save_path, checkpoint_path
         self.published_file = Path(save_path) / result_name
         states = self.checkpoint_folder if part is None else self._part_folder(part)
         _make_folder("save_path", save_path, self.folder.parent)
@@ -276,9 +275,9 @@ class RunDirectory:
 
         def run_one(exp):
             with distributed.single_process(), RunDirectory(
-                    self.name, self.result_file.name, self.save_path, self.checkpoint_path,
-                    self.flags, self.data, self.micro_batch, self.save_interval,
-                    part=exp) as part:
+                    self.name, self.result_file.name, self.folder.parent,
+                    self.checkpoint_folder.parent, self.flags, self.data, self.micro_batch,
+                    self.save_interval, part=exp) as part:
                 if not part.progress.get("sets"):
                     work(exp, part)
                     part.save_checkpoint()
@@ -361,7 +360,7 @@ def open_run(data, **arguments):
         run = RunDirectory(data=data, **arguments)
         opened.append(run)
         names = ("name", "flags", "progress", "saved_experiment", "finished", "micro_batch",
-                 "result_file", "save_path", "checkpoint_path", "save_interval")
+                 "result_file", "folder", "checkpoint_folder", "save_interval")
         return {name: getattr(run, name) for name in names}, data.fingerprint()
     shared = distributed.run_on_rank0(begin)
     return opened[0] if opened else NullRunDirectory(shared[0], data, shared[1])
