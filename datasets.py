@@ -3,7 +3,6 @@
 The last needs no code, only `--dataset PATH` (docs/foreign_files.md).
 """
 import argparse
-import hashlib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from formats.arrays import read_arrays, standard_arrays
 from runtime.compilation import disable_tf32
 from runtime.device import copy_to_device
-from runtime.safe_io import InputError, write_atomically
+from runtime.safe_io import InputError, sha256_of_tensors, write_atomically
 
 # Mean and standard deviation of each channel, pixels in [0, 1]. CIFAR: SPEC 1.5 (its std is the
 # field's habit, not that of the pixels). Digits: measured on the training images.
@@ -50,10 +49,7 @@ class Dataset:
 
     def fingerprint(self):
         """SHA-256 of all images and labels."""
-        digest = hashlib.sha256()
-        for tensor in (*self.images.values(), *self.labels.values()):
-            digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()
+        return sha256_of_tensors([*self.images.values(), *self.labels.values()])
 
     def describe(self):
         """Sizes, classes and normalisation in a line."""

@@ -4,7 +4,6 @@ Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.1 (training), 3.5 (what a file 
 """
 import argparse
 import dataclasses
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from formats.inputs import check_and_normalise, read_input, same_normalisation, 
 from formats.synset_file import SyntheticSet, mean_and_std
 from networks import NETWORKS
 from runtime.device import MICRO_BATCH
-from runtime.safe_io import InputError, sha256
+from runtime.safe_io import InputError, sha256, sha256_of_tensors
 from runtime.seeding import make_generator
 
 INITS = ("real", "noise")
@@ -219,12 +218,5 @@ def describe_prior_networks(paths):
 def describe_pool_networks(members, model, threat_name):
     """The same of the networks of a pool, with their running accuracy."""
     return [{"file": None, "model": model, "threat_model": threat_name,
-             "sha256": sha256_of_parameters(member.net),
+             "sha256": sha256_of_tensors(member.net.state_dict().values()),
              "running_acc": member.running_accuracy().item() / 100} for member in members]
-
-
-def sha256_of_parameters(net):
-    digest = hashlib.sha256()
-    for value in net.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()

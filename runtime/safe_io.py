@@ -186,6 +186,14 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def sha256_of_tensors(tensors):
+    """The checksum of the values of tensors, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 def write_atomically(path, write):
     """Call write(partial path), then give that file its name: `path` is never half written.
 
