@@ -134,12 +134,61 @@ def dsa_draw(strategy, size, generator, n=1):
     return name, DSA_OPERATIONS[name][0](n, size, generator)
 
 
+def dsa_to_device(draws, device):
+    """Draws of `dsa_draw` on the device, after one copy of each operation's parameters."""
+    parts = {}
+    for name, parameters in filter(None, draws):
+        parts.setdefault(name, []).append(parameters)
+    moved = {}
+    for name, found in parts.items():
+        together = copy_to_device(torch.cat(found), device)
+        moved[name] = iter(together.split([len(parameters) for parameters in found]))
+    return [draw and (draw[0], next(moved[draw[0]])) for draw in draws]
+
+
 def dsa_apply(x, draw):
     """Augment normalised images x (N, C, H, W) by a draw of `dsa_draw`; differentiable in x."""
     if draw is None:
         return x
     name, parameters = draw
     return DSA_OPERATIONS[name][1](x, copy_to_device(parameters, x.device))
+
+
+# ------------------------------------------------------------------- mixing images of one batch
+MIXES = {"none": (), "mixup": ("mixup",), "cutmix": ("cutmix",), "both": ("mixup", "cutmix")}
+
+
+def mix_draw(mix, size, generator, n):
+    """Draw with which images, and how, the n of a batch are mixed: (weight, order), or None.
+
+    mix: of MIXES; "both" is one of the two for each batch. weight: of an image itself, (n, 1, 1, 1)
+    for mixup, or (1, 1, H, W), 0 inside a square of a quarter to three quarters of the image's
+    side, for CutMix. order: (n,) int64, whose rest it takes. Source: Zhang et al. 2018; Yun et al.
+    2019.
+    """
+    names = MIXES[mix]
+    if not names:
+        return None
+    name = names[torch.randint(len(names), (), generator=generator).item()]
+    order = torch.randperm(n, generator=generator)
+    if name == "mixup":
+        return torch.rand(n, 1, 1, 1, generator=generator), order
+    weight, window = torch.ones(1, 1, *size), []
+    share = 0.25 + 0.5 * torch.rand((), generator=generator).item()
+    for length in size:
+        side = round(share * length)
+        start = torch.randint(length - side + 1, (), generator=generator).item()
+        window.append(slice(start, start + side))
+    weight[:, :, window[0], window[1]] = 0
+    return weight, order
+
+
+def mix_apply(x, draw):
+    """Mix images x (N, C, H, W) by a draw of `mix_draw`."""
+    if draw is None:
+        return x
+    weight, order = (copy_to_device(part, x.device) for part in draw)
+    return x[order] + weight * (x - x[order])
 
 
 # --------------------------------------------------------------------------------------- packing

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from formats.arrays import read_arrays, standard_arrays
-from runtime.compilation import disable_tf32
 from runtime.device import copy_to_device
 from runtime.safe_io import InputError, sha256_of_tensors, write_atomically
 
@@ -76,22 +75,19 @@ class Dataset:
         import kornia
         self.set_normalisation((0.0,) * self.channel, (1.0,) * self.channel)
         whitening = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-        with disable_tf32():
-            self._zca = whitening.fit(self.images["train"].float() / 255)
+        self._zca = whitening.fit(self.images["train"].float() / 255)
 
     def normalize(self, pixels):
         """(N, C, H, W) pixels in [0, 1] -> normalised units."""
         x = (pixels - self._mean) / self._std
         if self.zca:
-            with disable_tf32():
-                x = self._zca(x)
+            x = self._zca(x)
         return x
 
     def denormalize(self, x):
         """Inverse of `normalize`; the result is not clamped to [0, 1]."""
         if self.zca:
-            with disable_tf32():
-                x = self._zca.inverse_transform(x)
+            x = self._zca.inverse_transform(x)
         return x * self._std + self._mean
 
     def get_batch(self, split, index):

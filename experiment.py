@@ -120,10 +120,9 @@ class Distillation:
         the flags that may help, if one is not finite.
         """
         args, setup, losses = self.args, self.setup, {}
-        on_cuda = setup.data.device.type == "cuda"
         with setup.run.delay_signals():
             try:
-                with deferred_checks() as checks, use_cuda_graphs(args.cuda_graphs and on_cuda):
+                with deferred_checks() as checks:
                     yield losses
                     values = dict(zip(losses, checks.read(list(losses.values()))))
                 require_finite(values)
@@ -221,8 +220,9 @@ def run_experiments(args, distill):
         evaluator = utils.Evaluator(args, data, threat, run.micro_batch, run.map_dynamic)
         setup = Setup(data, threat, prior, evaluator, run, ProgressTimer(), run.micro_batch)
         print_summary(args, setup, precision)
-        with tqdm(total=args.Iteration * args.num_exp, unit="it",
-                  disable=distributed.disable_tqdm()) as setup.timer.bar:
+        graphs = use_cuda_graphs(args.cuda_graphs and device.type == "cuda", run.log)
+        with graphs, tqdm(total=args.Iteration * args.num_exp, unit="it",
+                          disable=distributed.disable_tqdm()) as setup.timer.bar:
             _all_experiments(args, setup, distill)
         with run.delay_signals():
             if distributed.is_main_process():
@@ -361,9 +361,11 @@ def print_summary(args, setup, precision):
     """Say what the run will do and, from a short measurement, how long it will take."""
     data, threat, run = setup.data, setup.threat, setup.run
     net = network_for(data, args.model, 0).train(not args.robust_prior)  # as those of the pool
+    work = batches_to_compile(args, setup)
     if args.compile:
-        cost.compile_planned(net, data, batches_to_compile(args, setup), run.log, args.embed_last)
-    rate = cost.forward_backward_rate(net, data, setup.micro_batch)
+        cost.compile_planned(net, data, work, run.log, args.embed_last)
+    [(batch, _)] = (work["attacked"] + work["trained"]).most_common(1)
+    rate = cost.forward_backward_rate(net, data, batch)
     passes, flops = iteration_passes(args, data), 2 * cost.forward_flops(net, data.channel,
                                                                          data.size)
     evaluations, reports = plan_phases(args, setup, passes, rate)

@@ -27,13 +27,14 @@ from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock,
 from runtime.command_line import add_common_flags, add_switch, at_least, run_script
 from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
 from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, training_batches
+from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, device_name, get_device, versions
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
 
-MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets")
+MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets", "chunk", "cuda_graphs", "device")
 
 
 def parse_args(argv=None):
@@ -105,7 +106,8 @@ class Training:
             rng.set_state(saved["rng"][name])
         self.correct = saved["correct"].to(self.data.device)
         self.seen, self.step = saved["seen"], saved["step"]
-        self.micro_batch = saved["chunk"]  # another one draws other random starts on CUDA
+        if not self.args.chunk:  # another one draws other random starts on CUDA
+            self.micro_batch = saved["chunk"]
 
     def next_batch(self):
         """The augmented images and the labels of the next step."""
@@ -245,8 +247,8 @@ def compile_training(args, data, micro_batch):
     trained = {distributed.max_shard_size(size): work / distributed.world_size()
                for size, work in batches.items()}
     attacked, shard = {}, distributed.max_shard_size(args.batch_train)
-    if shard % micro_batch == 0:
-        attacked[micro_batch] = trained[shard] / TRAINING_STEP * args.attack_steps
+    if shard % min(shard, micro_batch) == 0:
+        attacked[min(shard, micro_batch)] = trained[shard] / TRAINING_STEP * args.attack_steps
     compile_planned(network_for(data, args.model, 0), data,
                     {"attacked": attacked, "trained": trained}, distributed.print_rank0)
 
@@ -266,7 +268,8 @@ def print_summary(args, data, micro_batch):
     images, sharing = len(data.labels["train"]), 1
     if args.num_nets == 1:  # all processes share its batches
         sharing = distributed.world_size()
-    rate = forward_backward_rate(network_for(data, args.model, 0), data, micro_batch) * sharing
+    count = min(micro_batch, args.batch_train)
+    rate = forward_backward_rate(network_for(data, args.model, 0), data, count) * sharing
     seconds = args.epochs * images * (args.attack_steps + 1) / rate
     distributed.print_rank0(
         f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}, "
@@ -276,10 +279,10 @@ def print_summary(args, data, micro_batch):
 
 def main():
     args = parse_args()
-    device = get_device(distributed.init(vars(args)))
+    device = get_device(distributed.init(vars(args)), args.deterministic)
     precision = resolve_precision(args.precision, device)
     set_precision(precision)
-    micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device))
+    micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device, args.chunk))
     data = load_dataset(args.dataset, args.data_path, device)
     distributed.print_rank0(data.describe())
     check(args, data)
@@ -305,6 +308,8 @@ def main():
 
     with contextlib.ExitStack() as held:
         held.callback(signals.restore)
+        held.enter_context(use_cuda_graphs(args.cuda_graphs and device.type == "cuda",
+                                           distributed.print_rank0))
         distributed.run_on_rank0(lambda: open_folder(args, folder, paths, held))
         if args.num_nets == 1:  # all processes share its batches
             work(0)

@@ -31,7 +31,10 @@ class TrainConfig:
 
     epochs: `epochs` + 1 are run, as published. lr_net: of SGD, momentum 0.9, weight decay 5e-4.
     dsa_strategy: operations of augment.py joined by "_". temperature: of soft labels.
-    lr_schedule: "step", a tenth after half of the epochs; "cosine", to 0, step by step.
+    lr_schedule: "step", a tenth after half of the epochs; "cosine", to 0, step by step. mix, noise:
+    with labellers, how images of a batch are mixed (augment.MIXES), and the standard deviation of
+    the noise on them, in normalised units. ema: decay of the average of weights that is kept, step
+    by step; 0: the last weights.
     """
 
     epochs: int = 1000
@@ -40,6 +43,9 @@ class TrainConfig:
     dsa_strategy: str = "color_crop_cutout_flip_scale_rotate"
     temperature: float = 1.0
     lr_schedule: str = "step"
+    mix: str = "none"
+    noise: float = 0.0
+    ema: float = 0.0
 
     @classmethod
     def from_meta(cls, meta, **given):

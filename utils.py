@@ -4,59 +4,114 @@ import time
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attacks import attack
-from augment import dsa_apply, dsa_draw
+from augment import dsa_apply, dsa_draw, dsa_to_device, mix_apply, mix_draw
 from networks import eval_pool, network_for
 from runtime import distributed
 from runtime.compilation import disable_bf16, forward, precision
 from runtime.cost import TRAINING_STEP
-from runtime.device import MICRO_BATCH
+from runtime.cuda_graphs import graphed_call
+from runtime.device import MICRO_BATCH, copy_to_device
 from runtime.seeding import derive_seed, make_generator
+from runtime.training import step_on_set
 from synsets import LR_SCHEDULES, TrainConfig, label_loss, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures
+EPOCHS_AHEAD = 50  # of which the random numbers are drawn at once
 
 
 # -------------------------------------------------------------- training on a set, and accuracy
-def train_on_set(net, images, labels, config=TrainConfig(), generator=None, attack=None):
+def train_on_set(net, images, labels, config=TrainConfig(), generator=None, attack=None,
+                 labellers=()):
     """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
 
     images: (N, C, H, W) normalised, already unpacked. labels: (N,), or soft ones as logits
     (N, num_classes). config: a TrainConfig. generator: CPU, for the order and the augmentation;
     None: one of seed 0. attack: (augmented images, labels (n,)) -> attacked ones, for adversarial
-    training. Raises ValueError for an unknown schedule.
+    training. labellers: networks whose mean logits label every batch as the network sees it, after
+    augmentation, mixing and noise; `labels` has no part then. Raises ValueError for an unknown
+    schedule.
     """
-    def new_optimizer(lr):
-        return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-
     if config.lr_schedule not in LR_SCHEDULES:
         raise ValueError(f"unknown learning rate schedule {config.lr_schedule!r}; choose one of "
                          f"{', '.join(LR_SCHEDULES)}")
     generator = generator or torch.Generator().manual_seed(0)
     net.train()
-    optimizer, cosine = new_optimizer(config.lr_net), None
+    optimizer, cosine, average = _optimizer(net, config.lr_net), None, None
     if config.lr_schedule == "cosine":
         steps = (config.epochs + 1) * math.ceil(len(images) / config.batch_train)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for epoch in range(config.epochs + 1):
-        order = torch.randperm(len(images), generator=generator)
-        for index in order.split(config.batch_train):
-            batch, batch_labels = images[index.to(images.device)], labels[index.to(labels.device)]
-            draw = dsa_draw(config.dsa_strategy, batch.shape[2:], generator, n=len(batch))
-            batch = dsa_apply(batch, draw)  # one draw an image: not siamese
+    if config.ema:
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema),
+                                use_buffers=True)
+    epochs = augmented_batches(images, labels, config, generator, labellers)
+    for epoch, batches in enumerate(epochs):
+        for batch, batch_labels in batches:
             if attack:
-                hard = batch_labels if labels.dim() == 1 else batch_labels.argmax(1)
+                hard = batch_labels if batch_labels.dim() == 1 else batch_labels.argmax(1)
                 batch = attack(batch, hard)
-            loss = label_loss(forward(net, batch), batch_labels, config.temperature)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            step_on_set(net, optimizer, batch, batch_labels, label_loss, config.temperature)
             if cosine:
                 cosine.step()
+            if average:
+                average.update_parameters(net)
         if epoch == config.epochs // 2 + 1 and not cosine:
-            optimizer = new_optimizer(config.lr_net * 0.1)  # QUIRK (published): no momentum is kept
+            # QUIRK (published): no momentum is kept
+            optimizer = _optimizer(net, config.lr_net * 0.1)
+    if average:
+        net.load_state_dict(average.module.state_dict())
     net.eval()
+
+
+def _optimizer(net, lr):
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def augmented_batches(images, labels, config, generator, labellers=()):
+    """For each epoch its batches, as a network sees them: [(images, labels), ...].
+
+    Arguments of `train_on_set`. Random numbers are drawn for many epochs ahead, in the order of
+    the batches, and copied to the device of `images` at once: the host does not wait.
+    """
+    noise_rng = torch.Generator(images.device)
+    if config.noise:
+        noise_rng.manual_seed(torch.randint(2**62, (), generator=generator).item())
+
+    def augmented(index, dsa, mix):
+        batch = dsa_apply(images[index], dsa)  # one draw an image: not siamese
+        if not labellers:
+            return batch, labels[index]
+        batch = add_noise(mix_apply(batch, mix), config.noise, noise_rng)
+        return batch, online_labels(labellers, batch)
+
+    for start in range(0, config.epochs + 1, EPOCHS_AHEAD):
+        orders, dsa, mixes = [], [], []
+        for _ in range(start, min(start + EPOCHS_AHEAD, config.epochs + 1)):
+            orders.append(torch.randperm(len(images), generator=generator))
+            for index in orders[-1].split(config.batch_train):
+                n, size = len(index), images.shape[2:]
+                dsa.append(dsa_draw(config.dsa_strategy, size, generator, n=n))
+                mixes.append(mix_draw(config.mix, size, generator, n))
+        draws = iter(zip(dsa_to_device(dsa, images.device), mixes))
+        for order in copy_to_device(torch.stack(orders), images.device):
+            yield (augmented(index, *next(draws)) for index in order.split(config.batch_train))
+
+
+def add_noise(x, std, generator):
+    """x plus normal noise of this standard deviation, drawn on its device."""
+    if not std:
+        return x
+    return x + std * torch.randn(x.shape, generator=generator, device=x.device)
+
+
+@torch.no_grad()
+def online_labels(labellers, x):
+    """The mean logits (N, num_classes) that networks in eval mode give images x (N, C, H, W)."""
+    def scores(net, x):
+        return forward(net, x),
+    return torch.stack([graphed_call(scores, ("labels",), net, x)[0] for net in labellers]).mean(0)
 
 
 @torch.no_grad()

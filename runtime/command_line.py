@@ -28,10 +28,15 @@ def add_common_flags(parser):
     add("--data_path", default="./data", help="folder of cifar10.npz, cifar100.npz")
     add("--checkpoint_path", default="./checkpoints", help="folder for saved states and networks")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--chunk", type=at_least(0), default=0,
+        help="real images attacked at a time; 0: chosen by the free memory")
     add("--save_interval", type=at_least(0), default=0,
         help="iterations between saved states; 0: saving takes 1 %% of the time")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add_switch(parser, "compile", True, "torch.compile for the batches that are worth it")
+    add_switch(parser, "cuda_graphs", True, "CUDA: capture and replay CUDA graphs")
+    add("--deterministic", action="store_true",
+        help="CUDA: refuse operations that are not repeatable")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
         help="tf32: fp32 where the device has no TensorFloat-32; bf16: in training and its "
              "attacks, not where an accuracy is reported; auto: bf16 if the device has it")
@@ -43,13 +48,8 @@ def add_run_flags(parser):
     add = group.add_argument
     add_common_flags(group)
     add("--save_path", default="./result", help="folder for results")
-    add("--chunk", type=at_least(0), default=0,
-        help="real images attacked at a time; 0: chosen by the free memory")
-    add("--deterministic", action="store_true",
-        help="CUDA: refuse operations that are not repeatable")
     add("--parallel", choices=("batch", "experiments"), default="batch",
         help="what the processes of torchrun share: every batch, or whole experiments (--num_exp)")
-    add_switch(group, "cuda_graphs", True, "CUDA: record and replay CUDA graphs")
 
 
 def add_compatibility_flags(parser):
@@ -101,9 +101,11 @@ def run_script(main):
         distributed.shutdown()
     except (InputError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _leave(f"error: {error}", 1)
-    except torch.OutOfMemoryError as error:
-        _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); give a "
-               "smaller --chunk, --batch_real, --trained_bs or --batch_train", 1)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise  # ALLOC_FAILED: of cuDNN or cuBLAS
+        _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); the same "
+               "command with a smaller --chunk, 512 for instance, goes on", 1)
     except Interrupted as stop:
         where = "here" if stop.state_is_whole else "the last saved state"
         command = "the same command" + " without --fresh" * ("--fresh" in sys.argv)

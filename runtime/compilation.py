@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import time
+import warnings
 from contextlib import contextmanager, suppress
 
 import torch
@@ -14,7 +15,7 @@ from runtime.device import device_name, has_bf16
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Compiling takes 5 to 20 s. It pays from so many planned operations: a minute on two CPU cores.
-COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 4e14}
+COMPILE_PAYS = {"cpu": 7.5e12, "cuda": 1e14}
 COMPILE_PAYS_BF16 = 0.3  # times as many: a CPU uses bf16 in compiled batches only
 # A batch is padded to a compiled size if it fills at least this fraction of it.
 PADDING_PAYS = {"fp32": 0.7, "tf32": 0.7, "bf16": 0.3}
@@ -26,6 +27,7 @@ KINDS = {  # of batches: (which gradient, embedding too, training mode or None: 
     "embedded": ("none", True, None),
 }
 
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _precision = "fp32"
 _compiled_keys = set()
 
@@ -34,13 +36,14 @@ _compiled_keys = set()
 def set_precision(name):
     """Set the precision of the process. Raises ValueError for an unknown name.
 
-    tf32: CUDA may round products to TensorFloat-32. bf16: `forward` computes in bfloat16, too.
+    tf32: CUDA may round convolutions to TensorFloat-32; products of matrices it never may, as the
+    grids of rotations and ZCA are such. bf16: `forward` computes in bfloat16, too.
     """
     global _precision
     if name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
     _precision = name
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+    torch.backends.cudnn.allow_tf32 = name != "fp32"
 
 
 def precision():
@@ -65,17 +68,6 @@ def disable_bf16():
         yield
     finally:
         _precision = before
-
-
-@contextmanager
-def disable_tf32():
-    """Inside, matrix products are not rounded to TensorFloat-32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # ----------------------------------------------------------------------- forward passes
@@ -224,7 +216,8 @@ def _configure():
     torch.compiler.config.cache_key_tag = device_name(torch.device("cpu"))
     torch._functorch.config.donated_buffer = False  # some attacks differentiate a pass twice
     torch._dynamo.config.cache_size_limit = 64
-    # It warns of a missing CUDA on machines without a GPU.
+    # They warn of a missing CUDA on machines without a GPU, and of products without TF32.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -258,7 +251,11 @@ def compile_planned(net, shape, planned, log, last=None):
 
     planned: {kind of KINDS: {batch size: floating-point operations}}.
     """
-    pays = COMPILE_PAYS[next(net.parameters()).device.type]
+    device = next(net.parameters()).device.type
+    if device == "cuda" and torch.are_deterministic_algorithms_enabled() and _TORCH < (2, 10):
+        log("--deterministic: not compiled, since before PyTorch 2.10 the compiler chooses by time")
+        return
+    pays = COMPILE_PAYS[device]
     pays *= COMPILE_PAYS_BF16 if _precision == "bf16" else 1
     sizes = {kind: found for kind, work in planned.items()
              if (found := [size for size, flops in work.items() if flops >= pays])}

@@ -40,9 +40,9 @@ def forward_flops(net, channel, size):
     return sum(flops)
 
 
-def forward_backward_rate(net, data, micro_batch):
-    """Forward-backward passes a second, measured on `micro_batch` real images; about a second."""
-    images = data.get_batch("train", slice(micro_batch))[0]
+def forward_backward_rate(net, data, count):
+    """Forward-backward passes a second, measured on `count` real images; about a second."""
+    images = data.get_batch("train", slice(count))[0]
     repeats = 1 if data.device.type == "cpu" else 10
     with compilation.freeze_parameters(net.eval()):
         for count in (1, repeats):  # the first is the warm-up

@@ -1,6 +1,7 @@
 """The machine: device, its name, how many images it takes at a time, versions."""
 import os
 import platform
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +23,24 @@ def get_device(name, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we read none: it costs time
+    found = ["cpu", *(f"cuda:{i}" for i in range(count_gpus()))]
     if name == "auto":
         return torch.device("cuda:0" if len(found) > 1 else "cpu")
     if name not in found + ["cuda"] * (len(found) > 1):
         raise InputError(f"--device {name} is not here; choose auto or one of {', '.join(found)}")
     return torch.device(name)
+
+
+def count_gpus():
+    """GPUs that this PyTorch can use; 0 with a driver that counts some and cannot run."""
+    try:
+        if torch.cuda.is_available():
+            torch.ones(1, device="cuda").item()
+            return torch.cuda.device_count()
+    except RuntimeError as error:
+        warnings.warn(f"no GPU is used ({str(error).splitlines()[0]})", stacklevel=2)
+    return 0
 
 
 def device_name(device):
@@ -66,6 +79,8 @@ def synchronise(device):
 
 def copy_to_device(tensor, device):
     """Copy a CPU tensor to the device, without making the host wait."""
+    if tensor.device == device:
+        return tensor
     if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from runtime.device import count_gpus
 from runtime.safe_io import InputError
 
 TIMEOUT = timedelta(minutes=30)  # torchrun ends the others much sooner when a process dies
@@ -73,7 +74,7 @@ def init(flags):
 
 def _own_device(name):
     """The device of this process where --device is `name`. Raises InputError."""
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, gpus = int(os.environ["LOCAL_RANK"]), count_gpus()
     if name == "cpu" or name == "auto" and not gpus:
         return "cpu"
     if name not in ("auto", "cuda"):

@@ -15,7 +15,8 @@ from runtime.distributed import write_line
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, read_tensors, sha256, write_atomically, write_json
 
-MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh")
+MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_path", "fresh",
+              "chunk", "cuda_graphs", "device")
 STATE_KEYS = ("flags", "versions", "device", "data", "micro_batch", "progress", "experiment",
               "seconds", "metrics_bytes", "finished")
 
@@ -33,9 +34,9 @@ class RunDirectory:
     SIGINT and SIGTERM save a checkpoint and raise `Interrupted`. A run goes on from its checkpoint;
     without one, or with `fresh`, an old folder is kept beside as <name>.1, <name>.2, ...
 
-    flags: {name: value}, recorded and compared. micro_batch: that of the checkpoint counts, since
-    another one draws other random starts on CUDA. part: with --parallel experiments, the experiment
-    that this is the run of. progress: plain values and tensors, saved as they are.
+    flags: {name: value}, recorded and compared. micro_batch: that of the checkpoint counts, unless
+    --chunk gives one, since another one draws other random starts on CUDA. part: with --parallel
+    experiments, the experiment that this is the run of. progress: plain values and tensors, saved as they are.
     """
 
     def __init__(self, name, result_name, save_path, checkpoint_path, flags, data, micro_batch,
@@ -59,7 +60,7 @@ class RunDirectory:
         self._identity = {"flags": flags, "versions": versions(),
                           "device": device_name(data.device), "data": data.fingerprint()}
         saved, message = self._load(fresh and part is None and not distributed.is_restart())
-        self.micro_batch = saved.get("micro_batch", micro_batch)
+        self.micro_batch = micro_batch if flags["chunk"] else saved.get("micro_batch", micro_batch)
         self._written = saved.get("written", {})  # {file name: SHA-256} of a finished run
         self.progress, self.finished = saved.get("progress", {}), saved.get("finished", False)
         self.saved_experiment = saved.get("experiment")

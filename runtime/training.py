@@ -20,16 +20,35 @@ def training_step(net, optimizer, images, labels, whole):
     def gradients_of(net, images, labels):
         logits = forward(net, images)
         loss = F.cross_entropy(logits, labels) * share  # summed over the processes: the mean
-        correct = (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
-        return loss, correct, *torch.autograd.grad(loss, list(net.parameters()))
+        correct = (logits.detach().argmax(1) == labels).to(loss.dtype)
+        return loss, correct, *_gradients(loss, net)
 
     loss, correct, *gradients = graphed_call(gradients_of, ("training step", share), net, images,
                                              labels)
+    correct = correct.sum()
     distributed.all_reduce_sum([loss, correct, *gradients])
+    _step(net, optimizer, gradients)
+    return loss, correct
+
+
+def step_on_set(net, optimizer, images, labels, loss_of, *options):
+    """One step with loss_of(logits, labels, *options), in one process. options: hashable."""
+    def gradients_of(net, images, labels):
+        return _gradients(loss_of(forward(net, images), labels, *options), net)
+    key = ("training on a set", loss_of, *options)
+    _step(net, optimizer, graphed_call(gradients_of, key, net, images, labels))
+
+
+def _gradients(loss, net):
+    # Contiguous, like the parameters: else an optimizer on CUDA steps tensor by tensor.
+    return [gradient.contiguous()
+            for gradient in torch.autograd.grad(loss, list(net.parameters()))]
+
+
+def _step(net, optimizer, gradients):
     for parameter, gradient in zip(net.parameters(), gradients):
         parameter.grad = gradient
     optimizer.step()
-    return loss, correct
 
 
 def require_finite(values):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+import runtime.device
 from runtime import cuda_graphs
 
 CUDA = torch.device("cuda:0")
@@ -181,10 +182,9 @@ def fake_cuda(monkeypatch, memory=80 << 30):
         before = device.syncs.total()
         captured = run_again(function)
         if device.syncs.total() != before:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise cuda_graphs.CaptureError("operation not permitted when stream is capturing")
         return captured
-    cuda = {"device_count": lambda: 1,
-            "get_device_name": lambda device=None: "Fake GPU",
+    cuda = {"get_device_name": lambda device=None: "Fake GPU",
             "mem_get_info": lambda device=None: (memory, memory),
             "synchronize": lambda _=None: device.syncs.update(["synchronize"]),
             "device": lambda device: contextlib.nullcontext(),
@@ -196,7 +196,9 @@ def fake_cuda(monkeypatch, memory=80 << 30):
         for name, function in cuda.items():
             patch.setattr(torch.cuda, name, function)
         patch.setattr(torch.cuda.random, "manual_seed", lambda seed: None)
+        patch.setattr(runtime.device, "count_gpus", lambda: 1)
         patch.setattr(cuda_graphs, "capture", capture)
+        patch.setattr(cuda_graphs, "warm_up", lambda function, device: function())
         cuda_graphs.reset()
         # module.to(device) makes new parameters, as the class of the old ones cannot change
         torch.__future__.set_overwrite_module_params_on_conversion(True)

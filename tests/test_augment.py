@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import augment
-from augment import DSA_OPERATIONS, dsa_apply, dsa_draw, pack, unpack
+from augment import (DSA_OPERATIONS, MIXES, dsa_apply, dsa_draw, dsa_to_device, mix_apply, mix_draw,
+                     pack, unpack)
 
 SIZE = (32, 32)
 
@@ -143,3 +144,33 @@ def test_packing(k):
 def test_packing_refuses(operation, shape, k):
     with pytest.raises(ValueError, match=f"cannot be packed {k}x{k}"):
         operation(torch.zeros(shape), k)
+
+
+def test_draws_ahead_are_the_draws():
+    """Many draws copied to a device at once are those of `dsa_draw`, in their order."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [dsa_draw("color_crop_flip", (4, 4), generator, n=n) for n in (3, 1, 2, 3, 2)]
+    moved = dsa_to_device([*draws, None], torch.device("cpu"))
+    assert [name for name, _ in draws] == [draw[0] for draw in moved[:-1]] and moved[-1] is None
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(draws, moved))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixing(mix):
+    """Every pixel is a mean of that of its own image and of one other's; the mean stays."""
+    x = torch.rand(6, 3, 8, 8)
+    for seed in range(5):
+        draw = mix_draw(mix, (8, 8), torch.Generator().manual_seed(seed), 6)
+        mixed = mix_apply(x, draw)
+        if draw is None:
+            assert mix == "none" and mixed is x
+            continue
+        weight, order = draw
+        assert torch.allclose(mixed, torch.lerp(x[order], x, weight), atol=1e-6)
+        assert sorted(order.tolist()) == list(range(6))
+        if weight.dim() == 4 and len(weight) == 1:  # CutMix: a square, 2 to 6 pixels wide
+            cut = (weight[0, 0] == 0).nonzero()
+            side = len(cut[:, 0].unique())
+            assert 2 <= side <= 6 and len(cut) == side**2 and mix != "mixup"
+        else:
+            assert weight.shape == (6, 1, 1, 1) and mix != "cutmix"

@@ -1,4 +1,7 @@
 """`graphed_call` without a GPU, where `capture` is replaced; real graphs at the end."""
+import sys
+import weakref
+
 import pytest
 import torch
 from conftest import random_dataset
@@ -7,6 +10,7 @@ from fake_cuda import run_again
 from attacks import attack, get_threat_model
 from networks import get_network
 from runtime import compilation, cuda_graphs
+from runtime.command_line import run_script
 from runtime.training import training_step
 
 
@@ -19,6 +23,7 @@ def captures(monkeypatch):
         count.append(device)
         return run_again(function)
     monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda function, device: function())
     cuda_graphs.reset()
     yield count
     cuda_graphs.reset()
@@ -84,26 +89,59 @@ def test_a_network_that_training_changes_has_no_graph(captures):
         net.eval().requires_grad_(False)
         for k in (1, 2):
             x = torch.ones(2, 3, 32, 32) * k
-            (scores,) = cuda_graphs.graphed_call(lambda net, x: (net(x),), "scores", net, x)
+            (scores,) = cuda_graphs.graphed_call(lambda net, x: (net(x),), ("scores",), net, x)
             assert torch.equal(scores, net(x)) and len(captures) == 1
 
 
-def test_where_capturing_fails_the_run_continues(captures, monkeypatch):
+def test_where_the_warm_up_fails_the_run_continues(captures, monkeypatch):
+    """It is said once, and what the attempt held is free before the eager call needs memory."""
+    held, lines = [], []
+
+    def warm_up(function, device):
+        buffer = torch.ones(3)
+        held.append(weakref.ref(buffer))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    def scores(net, x):
+        assert all(buffer() is None for buffer in held)
+        return net(x),
+    monkeypatch.setattr(cuda_graphs, "warm_up", warm_up)
+    net, x = network(), torch.ones(2, 3, 32, 32)
+    for _ in range(2):
+        with cuda_graphs.use_cuda_graphs(True, lines.append):
+            (out,) = cuda_graphs.graphed_call(scores, ("scores",), net, x)
+        assert torch.equal(out, net(x))
+    assert held and lines == ["no CUDA graph of scores (CUDA out of memory. Tried to allocate 2.00 "
+                              "GiB); continuing without it"]
+
+
+def test_a_failed_capture_ends_the_run_in_one_line(captures, monkeypatch, capsys):
+    """CUDA cannot be trusted in that process any longer."""
     def refused(function, device):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-    data, net = random_dataset(), network()
-    threat = get_threat_model("pixel", data)
-    eager = attacked(net, data, threat)
+        raise cuda_graphs.CaptureError("a CUDA graph could not be captured; --no_cuda_graphs")
+
+    def main():
+        with cuda_graphs.use_cuda_graphs(True):
+            trained(network(), random_dataset())
     monkeypatch.setattr(cuda_graphs, "capture", refused)
-    monkeypatch.setattr(cuda_graphs, "_works", True)
-    with pytest.warns(UserWarning, match=r"no CUDA graphs \(CUDA error: .* capturing\)") as caught:
-        for _ in range(2):
-            with cuda_graphs.use_cuda_graphs(True):
-                assert torch.equal(attacked(net, data, threat), eager)
-    assert len(caught) == 1
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "--no_cuda_graphs" in line
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_that_holds_a_value_fast_is_not_used(captures, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "capture", lambda f, device: (f(), lambda: None))
+    data, lines = random_dataset(), []
+    eager = trained(network(), data)
+    with cuda_graphs.use_cuda_graphs(True, lines.append):
+        assert same(trained(network(), data), eager)
+    assert lines == ["no CUDA graph of training step (it computes other values than eager calls); "
+                     "continuing without it"]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_real_graphs(precision, request):
     request.addfinalizer(lambda: compilation.set_precision("fp32"))

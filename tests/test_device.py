@@ -17,6 +17,18 @@ def test_deterministic_is_handed_to_pytorch(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+def test_a_gpu_that_cannot_compute_is_not_chosen(monkeypatch):
+    """A driver too old for this PyTorch counts its GPUs, and fails at the first kernel."""
+    def ones(*size, **options):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert get_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.warns(UserWarning, match=r"no GPU is used \(CUDA error: no kernel image .*\)$"):
+        assert get_device("auto").type == "cpu"
+
+
 def test_a_missing_device_is_named_and_versions_are_strings():
     with pytest.raises(InputError, match="--device cuda:99 .*choose auto or one of cpu"):
         get_device("cuda:99")

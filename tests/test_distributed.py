@@ -243,7 +243,7 @@ def raises_input_error(message):
     ("cuda", 2, 0, None, "process 2 of a machine with 0 GPU.*--device cpu"),
     ("cuda:0", 1, 2, None, "--device cuda:0: each process takes its own GPU")])
 def test_the_device_of_a_process(monkeypatch, name, local, gpus, device, problem):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed, "count_gpus", lambda: gpus)
     monkeypatch.setenv("LOCAL_RANK", str(local))
     with raises_input_error(problem):
         assert distributed._own_device(name) == device
