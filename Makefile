@@ -3,13 +3,14 @@
 #                      LABELS=hard: without the labels of the robust networks (an hour)
 # make test            install into .venv and run the tests
 # make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
+# make test-gpu        what only a GPU can show, in ten minutes, with python3 as it is: no installation, no network
 # make test-machines   the tests on each kind of processor, with two threads, with the lowest and the newest torch (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 LABELS ?= stored
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-table test test-slow test-machines clean
+.PHONY: demo demo-table test test-slow test-gpu test-machines clean
 
 demo: $(VENV)/installed
 	$(BIN)/python pretrain.py --seed 0 $(DEMO_PRIOR)
@@ -31,6 +32,9 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-gpu:
+	$(PYTHON) -u tests/gpu.py $(GPU_FLAGS)
 
 test-machines: $(VENV)/installed-test
 	$(BIN)/python tests/machines.py $(if $(MACHINES),--machines $(MACHINES)) -- $(PYTEST_FLAGS)

@@ -12,6 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+if "ROME_TESTS_ON_GPU" not in os.environ:  # tests/gpu.py sets it; all others are for a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from datasets import DATASETS, Dataset, load_dataset  # noqa: E402
 from formats.synset_file import read_synset  # noqa: E402
@@ -67,13 +69,19 @@ def digits():
 @pytest.fixture(scope="session")
 def cifar_like(tmp_path_factory):
     """A data folder: a cifar10.npz of 200 training and 100 test images of ten easy classes."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_cifar_like(tmp_path_factory.mktemp("data"), 200, 100)
+
+
+def write_cifar_like(folder, train, test):
+    """Write `folder`/cifar10.npz: so many images of ten easy classes."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     arrays = {"classes": np.array([f"class{c}" for c in range(10)])}
     base = rng.integers(40, 216, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (10, 32, 32, 3)
-    for split, n in (("train", 200), ("test", 100)):
+    for split, n in (("train", train), ("test", test)):
         y = np.arange(n) % 10
-        arrays[f"x_{split}"] = (base[y] + rng.integers(-40, 40, (n, 32, 32, 3))).astype(np.uint8)
+        noise = rng.integers(-40, 40, (n, 32, 32, 3))
+        arrays[f"x_{split}"] = (base[y] + noise).astype(np.uint8)
         arrays[f"y_{split}"] = y.astype(np.uint8)
     np.savez(folder / "cifar10.npz", **arrays)
     return folder
