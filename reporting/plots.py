@@ -148,7 +148,7 @@ def figure_sets(paths, per_class=5):
         images = synset.sets[0].images * std + mean  # (C*ipc, 3, H, W), class-major
         shown = images.unflatten(0, (len(meta["classes"]), -1))[:, :per_class]
         grid = make_grid(shown.flatten(0, 1), nrow=shown.shape[1], pad_value=1.0).clamp(0, 1)
-        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         rows = (images.shape[2] + 2) * (np.arange(len(meta["classes"])) + 0.5)
         ax.set_yticks(rows, meta["classes"])
         ax.set_xticks([])

@@ -12,7 +12,7 @@ import numpy as np
 
 from attacks import ATTACKS, THREAT_MODELS
 from datasets import NUM_CLASSES
-from runtime.measures import ACCURACIES, CONTROLS
+from runtime.measures import ACCURACIES, COLUMNS, CONTROLS
 from runtime.safe_io import InputError
 
 CLEAN = ("Clean", None, None)  # attack, targeted, eps
@@ -86,6 +86,10 @@ def is_text(value):
     return isinstance(value, str)
 
 
+def are_fractions(values):
+    return len(values) > 0 and all(is_number(value, 0, 1) for value in values)
+
+
 ROW_CHECKS = {
     "dataset": lambda v: is_text(v) and v.isalnum(),
     "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
@@ -105,7 +109,7 @@ EVENT_CHECKS = {
     "iteration": dict.fromkeys(("exp", "iteration", "loss_robustness", "loss_performance",
                                 "loss_pool", "w_f"), lambda v: is_number(v, -sys.float_info.max)),
     "evaluation": {"set": is_text, "model": is_text, "n": is_number,
-                   **dict.fromkeys(ACCURACIES, lambda v: all(is_number(x, 0, 1) for x in v))}}
+                   **dict.fromkeys(ACCURACIES, are_fractions)}}
 EVENT_CHECKS["final"] = EVENT_CHECKS["evaluation"]
 
 
@@ -202,5 +206,6 @@ def read_run(path):
         check(flags, FLAG_CHECKS)
         for event in events:
             check(event, EVENT_CHECKS[event["event"]])
+            check(event, dict.fromkeys(COLUMNS.keys() & event.keys(), are_fractions))
         return RunRecord(path.parent, flags, events, str(about.get("device", "")),
                          about.get("num_classes"))

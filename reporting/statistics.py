@@ -1,4 +1,5 @@
 """Sets of several seeds: their accuracies, and the differences between them with intervals."""
+import itertools
 import json
 import re
 
@@ -28,8 +29,8 @@ def accuracies_by_set(rows, runs):
     """
     accuracies, counts = {}, {}
     networks = group_by(filter(attacked_itself, rows), lambda row: row["evaluated_on"])
-    found = [*map(accuracies_of_network, networks.values()), *map(accuracies_of_run, runs)]
-    for group, measure, name, values, n in (entry for entries in found for entry in entries):
+    for group, measure, name, values, n in itertools.chain(
+            *map(accuracies_of_network, networks.values()), *map(accuracies_of_run, runs)):
         of_sets = accuracies.setdefault(group, {}).setdefault(measure, {})
         of_sets.setdefault(name, []).extend(values)
         counts.setdefault(measure, set()).add(n)
@@ -75,8 +76,8 @@ def set_means(of_sets):
 
 def count_text(cells):
     """How many sets stand behind cells: '1 to 3', or '3' where they are all the same."""
-    numbers = {*map(len, cells)}
-    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+    numbers = sorted({*map(len, cells)})
+    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
 
 
 def cells_of_sets(measured, titles):
@@ -159,22 +160,14 @@ def table_differences(asked, accuracies):
 
 
 def difference_text(one, other, claim=None):
-    """'+9.0 [5.1, 12.9]: supported' of two {set: [percent]}; a verdict for a claim, no interval for
-    single sets."""
-    difference, low, high = welch(set_means(one), set_means(other))
-    if np.isnan(low):
-        return f"{difference:+.1f}"
-    verdict = "supported" if low > 0 else "refuted" if high < 0 else "not supported"
-    return f"{difference:+.1f} [{low:.1f}, {high:.1f}]" + (f": {verdict}" if claim else "")
-
-
-def welch(one, other):
-    """The difference of two means and its 95 % interval by Welch's method: NaN where one has a
-    single value, the difference itself where nothing varies."""
-    difference = float(np.mean(one) - np.mean(other))
+    """'+9.0 [5.1, 12.9]: supported' of two {set: [percent]}, with Welch's interval; a verdict for a
+    claim, no interval for single sets."""
+    one, other = set_means(one), set_means(other)
+    low = high = one.mean() - other.mean()
+    text = f"{low:+.1f}"
     if min(len(one), len(other)) < 2:
-        return difference, np.nan, np.nan
-    if np.ptp(one) == np.ptp(other) == 0:
-        return difference, difference, difference
-    interval = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
-    return difference, float(interval.low), float(interval.high)
+        return text
+    if np.ptp(one) > 0 or np.ptp(other) > 0:
+        low, high = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    verdict = "supported" if low > 0 else "refuted" if high < 0 else "not supported"
+    return f"{text} [{low:.1f}, {high:.1f}]" + (f": {verdict}" if claim else "")

@@ -1,4 +1,4 @@
-"""Results as tables, Markdown and CSV. The functions table_* return a Table, or None without rows."""
+"""Results as tables, Markdown and CSV. The functions table_* return a Table; None without rows."""
 import csv
 import io
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ def wilson(rows):
 
 
 def accuracy_text(rows):
-    """'44.68 +- 0.31 [43.7, 45.7]': percent, the deviation over networks, the interval."""
+    """'44.68 +- 0.31 [43.7, 45.7]': percent, deviation over networks, binomial interval."""
     low, high = wilson(rows)
     return f"{mean_std([row['accuracy'] for row in rows], scale=100)} [{low:.1f}, {high:.1f}]"
 
