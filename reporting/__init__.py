@@ -4,8 +4,8 @@
 |---|---|
 | records | rows of results.json, events of metrics.jsonl: read and checked |
 | metrics | robustness metrics and transfer of attacks between networks |
-| statistics | means over seeds, differences and their intervals |
-| tables | Markdown and CSV |
+| tables | Markdown and CSV; accuracies, metrics, runs |
+| statistics | sets of several seeds, differences and their intervals |
 | results_md | results.md of evaluate.py |
 | plots | matplotlib figures |
 """

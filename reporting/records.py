@@ -19,8 +19,6 @@ CLEAN = ("Clean", None, None)  # attack, targeted, eps
 # Rows that share these are the same measurement.
 ROW_KEYS = ("dataset", "n", "crafted_on", "evaluated_on", "threat_model", "attack", "targeted",
             "eps")
-RUN_FLAGS = {**dict.fromkeys(("method", "dataset", "model", "threat_model"), str), "ipc": int,
-             "Iteration": int, "align_weight": (int, float)}
 PATH_FLAGS = ("save_path", "checkpoint_path", "data_path", "save_interval", "fresh")
 
 
@@ -47,6 +45,38 @@ def group_by(items, key):
     return groups
 
 
+def read_results(paths):
+    """The results among and below `paths`: {(data set, test images): rows of evaluate.py},
+    [RunRecord], and a line for each file that is refused. Raises InputError if none is left.
+
+    A file that contradicts an earlier one is another evaluation, not to be mixed with it.
+    """
+    measured, runs, refused = {}, [], []  # measured: {values of ROW_KEYS: (path, row)}
+    for path in find_results(paths):
+        try:
+            if path.suffix == ".json":
+                add_rows(measured, path)
+            else:
+                runs.append(read_run(path))
+        except InputError as error:
+            refused.append(str(error))
+    if not measured and not runs:
+        raise InputError("; ".join(refused) or f"no result yet below {', '.join(paths)}")
+    rows = [row for _, row in measured.values()]
+    return group_by(rows, lambda row: (row["dataset"], row["n"])), runs, refused
+
+
+def find_results(paths):
+    """The files results.json and metrics.jsonl among and below `paths`."""
+    found = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        files = (*path.rglob("results.json"), *path.rglob("metrics.jsonl"))
+        found |= dict.fromkeys(sorted(files) if path.is_dir() else [path])
+    return list(found)
+
+
 # ---- rows of evaluate.py
 def is_number(value, least=0, most=sys.float_info.max, kinds=(int, float)):
     return type(value) in kinds and least <= value <= most
@@ -54,6 +84,10 @@ def is_number(value, least=0, most=sys.float_info.max, kinds=(int, float)):
 
 def is_text(value):
     return isinstance(value, str)
+
+
+def are_fractions(values):
+    return len(values) > 0 and all(is_number(value, 0, 1) for value in values)
 
 
 ROW_CHECKS = {
@@ -66,63 +100,66 @@ ROW_CHECKS = {
     "eps": lambda v: v is None or is_number(v),
     "n": lambda v: is_number(v, 1, kinds=[int]),
     "accuracy": lambda v: is_number(v, 0, 1),
-    **dict.fromkeys(("seconds", "forward", "backward", "max_linf", "max_l2", "seed"), is_number),
+    **dict.fromkeys(("seconds", "seed"), is_number),
 }
+FLAG_CHECKS = {**dict.fromkeys(("method", "dataset", "model"), is_text), "ipc": is_number,
+               "align_weight": is_number,
+               "threat_model": lambda v: v in THREAT_MODELS}
+EVENT_CHECKS = {
+    "iteration": dict.fromkeys(("exp", "iteration", "loss_robustness", "loss_performance",
+                                "loss_pool", "w_f"), lambda v: is_number(v, -sys.float_info.max)),
+    "evaluation": {"set": is_text, "model": is_text, "n": is_number,
+                   **dict.fromkeys(ACCURACIES, are_fractions)}}
+EVENT_CHECKS["final"] = EVENT_CHECKS["evaluation"]
+
+
+def check(record, checks):
+    """Raise KeyError, TypeError or ValueError for what is wrong with a dict."""
+    for key, is_right in checks.items():
+        if not is_right(record[key]):
+            raise ValueError(f"{key} {str(record[key])[:60]}")
 
 
 def check_rows(rows):
     """Raise KeyError, TypeError or ValueError for what is wrong with rows of results.json."""
     for row in rows:
-        for key, is_right in ROW_CHECKS.items():
-            if not is_right(row[key]):
-                raise ValueError(f"a row with {key} {str(row[key])[:60]}")
+        check(row, ROW_CHECKS)
 
 
-def read_rows(path):
-    """The rows of a results.json, each with the file's `num_classes` (None in older files)."""
+def add_rows(measured, path):
+    """Add the rows of a results.json, each with the file's `num_classes` (None in older files)."""
     with refuse_damaged(path, "result of evaluate.py"):
         content = json.loads(path.read_text())
         check_rows(content["rows"])
         num_classes = content.get("num_classes")
         if num_classes is not None and not is_number(num_classes, 2, kinds=[int]):
             raise ValueError(f"num_classes {str(num_classes)[:60]}")
-        return [{**row, "num_classes": num_classes} for row in content["rows"]]
+    new = {}
+    for row in content["rows"]:
+        key = tuple(row[name] for name in ROW_KEYS)
+        earlier, same = measured.get(key, (path, row))
+        if same["accuracy"] != row["accuracy"]:
+            raise InputError(f"{path} and {earlier} have different figures for {row['attack']} on "
+                             f"{row['crafted_on']}; report them apart")
+        new[key] = earlier, {"num_classes": num_classes, **same}
+    measured |= new
 
 
 def attacked_itself(row):
     return row["crafted_on"] == row["evaluated_on"]
 
 
-def white_box_groups(rows, threat=None):
-    """{(method, ipc): {(attack, targeted, eps): [row of each network]}} of white-box attacks.
-
-    threat: the name of a threat model; None: all."""
-    rows = [row for row in rows if attacked_itself(row) and threat in (None, row["threat_model"])]
-    groups = group_by(rows, lambda row: (row["method"], row["ipc"]))
+def white_box_groups(rows):
+    """{(method, ipc, threat model): {(attack, targeted, eps): [row of each network]}} of white-box
+    attacks."""
+    groups = group_by(filter(attacked_itself, rows),
+                      lambda row: (row["method"], row["ipc"], row["threat_model"]))
     return {group: group_by(of_group, lambda row: (row["attack"], row["targeted"], row["eps"]))
             for group, of_group in groups.items()}
 
 
 def mean_of(rows, key="accuracy"):
     return float(np.mean([row[key] for row in rows]))
-
-
-def pool_rows(files):
-    """{(data set, number of test images): rows} of {path: rows}, and a line for each file that is
-    left out: one that contradicts an earlier one is another evaluation, not to be mixed with it."""
-    found, refused = {}, []  # found: key -> (path, row)
-    for path, rows in files.items():
-        keyed = {tuple(row[key] for key in ROW_KEYS): (path, row) for row in rows}
-        for key, (_, row) in keyed.items():
-            earlier, other = found.get(key, (path, row))
-            if other["accuracy"] != row["accuracy"]:
-                refused.append(f"{path} and {earlier} have different figures for {row['attack']} "
-                               f"on {row['crafted_on']}; report them apart")
-                break
-        else:
-            found |= {key: entry for key, entry in keyed.items() if key not in found}
-    return group_by((row for _, row in found.values()), lambda row: (row["dataset"], row["n"])
-                    ), refused
 
 
 # ---- runs of the ROME scripts
@@ -138,6 +175,11 @@ class RunRecord:
 
     def events_of(self, name):
         return [event for event in self.events if event["event"] == name]
+
+    def last_events(self):
+        """The last evaluation of each set and network."""
+        events = self.events_of("final") or self.events_of("evaluation")
+        return {(event["set"], event["model"]): event for event in events}.values()
 
     def setting(self):
         return "{dataset} {model} ipc {ipc} {threat_model}".format(**self.flags)
@@ -161,37 +203,9 @@ def read_run(path):
         events = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         about = json.loads(path.with_name("flags.json").read_text())
         flags = {**about["flags"], "dataset": about.get("dataset", about["flags"]["dataset"])}
-        for key, kind in RUN_FLAGS.items():
-            if not isinstance(flags[key], kind):
-                raise TypeError(f"the flag {key} is {flags[key]}")
+        check(flags, FLAG_CHECKS)
         for event in events:
-            check_event(event)
+            check(event, EVENT_CHECKS[event["event"]])
+            check(event, dict.fromkeys(COLUMNS.keys() & event.keys(), are_fractions))
         return RunRecord(path.parent, flags, events, str(about.get("device", "")),
                          about.get("num_classes"))
-
-
-def check_event(event):
-    """Raise KeyError, TypeError or ValueError for what is wrong with a line of metrics.jsonl."""
-    if event["event"] == "iteration":
-        losses = ("loss_robustness", "loss_performance", "loss_pool")
-        numbers = [event[key] for key in ("exp", "iteration", *losses, "w_f")]
-    elif event["event"] in ("evaluation", "final"):
-        measured = [event[key] for key in COLUMNS if key in event or key in ACCURACIES]
-        numbers = [event["n"], *map(np.mean, measured)]
-        if not (is_text(event["set"]) and is_text(event["model"])):
-            raise TypeError(f"set {event['set']}, model {event['model']}")
-    else:
-        raise ValueError(f"an unknown event {event['event']}")
-    if not np.isfinite(np.array(numbers, dtype=float)).all():
-        raise ValueError(f"an {event['event']} with values that are not finite")
-
-
-def find_results(paths):
-    """The files results.json and metrics.jsonl among and below `paths`."""
-    found = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-        files = (*path.rglob("results.json"), *path.rglob("metrics.jsonl"))
-        found |= dict.fromkeys(sorted(files) if path.is_dir() else [path])
-    return list(found)

@@ -178,7 +178,7 @@ def test_all_scripts_and_a_stop_of_all(one, tmp_path, data):
         del row["seconds"]
     assert ours["rows"] == theirs["rows"] and len(ours["rows"]) == 4 * 4
     assert ours["sanity"] == theirs["sanity"] and len(ours["sanity"]) == 4
-    assert out.count("## Threat model pixel") == 1
+    assert out.count("**Accuracy per attack") == 1
 
     assert_same_run(elsewhere, one, bits=True)
     files = {path.name for path in (elsewhere / "result" / NAME).iterdir()}
