@@ -40,7 +40,7 @@ def check_sanity(name, net, surrogate, threat, test, seed):
     rng = make_generator(seed, "sanity", name, threat.name, device=images.device)
     eps = min(threat.eval_eps.values())
 
-    def accuracy(name, crafted_on=net, eps=eps, restarts=1, **options):
+    def accuracy(name="PGD", crafted_on=net, eps=eps, restarts=1, **options):
         correct = torch.ones_like(labels, dtype=torch.bool)
         for _ in range(restarts):
             x_adv = attack(crafted_on, images, labels, threat, name, targeted=False, eps=eps,
@@ -50,59 +50,58 @@ def check_sanity(name, net, surrogate, threat, test, seed):
 
     with torch.no_grad():
         loss = float(F.cross_entropy(net(images), labels))
-    large = accuracy("PGD", eps=64 / 255, steps=20)
-    pgd = accuracy("PGD", steps=20)
-    strong = accuracy("PGD", steps=STEPS, restarts=RESTARTS)
+    large = accuracy(eps=64 / 255, steps=20)
+    pgd = accuracy(steps=20)
+    strong = accuracy(steps=STEPS, restarts=RESTARTS)
     query = accuracy("Square", queries=QUERIES)
-    transfer = accuracy("PGD", crafted_on=surrogate, steps=20)
+    transfer = accuracy(crafted_on=surrogate, steps=20)
     against = f"{100 * pgd:.0f} % under PGD-20 at {255 * eps:g}/255"
-    masked = "a stronger black-box attack means masked gradients"
-    return {
-        "loss is finite": _check(math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
-        "large eps": _check(large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at "
-                            "64/255, not 0: its gradients mislead"),
-        "black box": _check(
-            query >= pgd - SLACK, query - pgd,
-            f"accuracy {100 * query:.0f} % under Square ({QUERIES} queries), {against}: {masked}"),
-        "transfer": _check(
-            transfer >= pgd - SLACK, transfer - pgd, f"accuracy {100 * transfer:.0f} % under "
-            f"PGD-20 from another network, {against}: {masked}"),
-        "steps and restarts": _check(
-            pgd - strong <= 0.05, pgd - strong, f"accuracy {100 * strong:.0f} % under {RESTARTS} "
-            f"starts of {STEPS} steps, {against}"),
+    masked = f"{against}: a stronger black-box attack means masked gradients"
+    checks = {
+        "loss is finite": (math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
+        "large eps": (large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at 64/255, "
+                      "not 0: its gradients mislead"),
+        "black box": (query >= pgd - SLACK, query - pgd, f"accuracy {100 * query:.0f} % under "
+                      f"Square ({QUERIES} queries), {masked}"),
+        "transfer": (transfer >= pgd - SLACK, transfer - pgd, f"accuracy {100 * transfer:.0f} % "
+                     f"under PGD-20 from another network, {masked}"),
+        "steps and restarts": (pgd - strong <= 0.05, pgd - strong, f"accuracy {100 * strong:.0f} % "
+                               f"under {RESTARTS} starts of {STEPS} steps, {against}"),
     }
+    return {name: _check(*found) for name, found in checks.items()}
 
 
 def _check(passed, value, text):
     return {"passed": bool(passed), "value": value, "text": text}
 
 
-def check_autoattack(rows, network, threat_name):
+def check_autoattack(rows, network, threat):
     """AutoAttack includes a PGD of 100 steps, so it must not be weaker than PGD.
 
-    rows: of results.json. Returns a check as above, or None if there is nothing to compare.
+    rows: of results.json. threat: the name of a threat model. Returns a check as above, or None if
+    there is nothing to compare.
     """
     found = {(row["attack"], row["eps"], row["n"]): row["accuracy"] for row in rows
              if row["crafted_on"] == row["evaluated_on"] == network
-             and row["threat_model"] == threat_name and not row["targeted"]}
-    pairs = [(accuracy - found[pgd, eps, n], accuracy, eps)
-             for (name, eps, n), accuracy in found.items() if name == "AA"
-             for pgd in ("PGD", "PGD20") if (pgd, eps, n) in found]
+             and row["threat_model"] == threat and not row["targeted"]}
+    pairs = [(found["AA", eps, n] - accuracy, accuracy, eps)
+             for (name, eps, n), accuracy in found.items()
+             if name in ("PGD", "PGD20") and ("AA", eps, n) in found]
     if not pairs:
         return None
-    excess, strong, eps = max(pairs)
+    excess, pgd, eps = max(pairs)
     return _check(
-        excess <= SLACK / 2, excess, f"accuracy {100 * strong:.1f} % under AutoAttack, "
-        f"{100 * (strong - excess):.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be "
-        "weaker")
+        excess <= SLACK / 2, excess, f"accuracy {100 * (pgd + excess):.1f} % under AutoAttack, "
+        f"{100 * pgd:.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
 
 
-def run_sanity(attacked, threats, test, data, results, seed):
-    """Check every attacked network, each by the next free process, and save each check.
+def run_sanity(targets, threats, test, data, results, seed):
+    """Check every network under every threat model, each by the next free process; save each check.
 
-    attacked: [(name of a threat model, TargetModel), ...]. results: of runtime.tasks.
+    targets: TargetModels. threats: {name: ThreatModel}. results: of runtime.tasks.
     """
     surrogates, checks = {}, results.content["sanity"]
+    attacked = [(threat, target) for threat in threats for target in targets]
     missing = [(threat, target) for threat, target in attacked
                if threat not in checks.setdefault(target.name, {})]
 

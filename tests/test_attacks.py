@@ -181,7 +181,7 @@ def test_eps_scales_the_step(digits):
     (lambda: get_threat_model("pixels"), "'pixels'.*published, pixel"),
     (lambda: attack(None, None, None, None, "PDG"), "'PDG'.*FGSM, PGD"),
     (lambda: attack(None, None, None, get_threat_model("pixel"), "CW", targeted=False, eps=0.1),
-     "CW .* no eps"),
+     "CW has no eps"),
     (lambda: attack(None, None, None, get_threat_model("pixel"), "AA"), "AA has no targeted form"),
     (lambda: attacks.check_threat_model("published", random_dataset(3)), "10 classes, random has 3")
 ])
