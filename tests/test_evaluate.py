@@ -4,7 +4,6 @@ import shutil
 import sys
 from contextlib import closing
 
-import numpy as np
 import pytest
 import torch
 
@@ -117,30 +116,16 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
             assert 0 < row["max_l2" if row["attack"] == "PGD_L2" else "max_linf"] <= eps + 1e-6
     assert utils.accuracy(net, images, labels) > 0.6
 
-    text = (out / "results.md").read_text()
-    for phrase in ("## Threat model published", "## Threat model pixel", "bounded by eps",
-                   "minimum norm", "Clamp-only", "+-", "I-CREI", "missing: AA at ipc 10"):
-        assert phrase in text
-    (metrics,) = [m for m in content["metrics"]
-                  if (m["threat_model"], m["targeted"]) == ("pixel", True)]
-    pixel = [r for r in rows if r["threat_model"] == "pixel"]
-    clean = np.mean([r["accuracy"] for r in pixel if r["attack"] == "Clean"])
-    attacked = [np.mean([r["accuracy"] for r in pixel if r["attack"] == name and r["targeted"]])
-                for name in names[:4]]
-    improved = 100 * (1 - (clean - np.mean(attacked)) * (clean - min(attacked)) / clean**2)
-    assert metrics["I-RR"] == pytest.approx(improved)
+    assert "missing: AA at ipc 10" in (out / "results.md").read_text()
 
 
 def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     common = ["--networks", *digits_networks, "--transfer", *PIXEL]
     content = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "PGD")
-    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in content["transfer"]}
-    assert set(cells) == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
+    cells = {(e["crafted_on"], e["evaluated_on"]) for e in content["transfer"]}
+    assert cells == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
     rows = {(r["crafted_on"][:2], r["evaluated_on"][:2], r["attack"]): r["accuracy"]
             for r in content["rows"]}
-    clean, a = rows["MT", "MT", "Clean"], [rows["DC", "MT", name] for name in ("FGSM", "PGD")]
-    improved = 100 * (1 - (clean - np.mean(a)) * (clean - min(a)) / clean**2)
-    assert cells["DC", "MTT"] == pytest.approx(improved)
     nets = [network(path) for path in digits_networks]
     images, labels = digits.get_batch("test", slice(30))
     threat = get_threat_model("pixel", digits)
@@ -162,7 +147,6 @@ def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
     assert curve == sorted(curve, reverse=True) and curve[-1] < 0.05
     assert curve[0] == content["rows"][0]["accuracy"]
     assert [r["eps"] for r in content["rows"] if r["attack"] == "CW"] == [None]
-    assert {tuple(m["attacks"]) for m in content["metrics"]} == {("PGD", "CW")}  # default eps only
 
 
 def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, monkeypatch):
@@ -363,10 +347,8 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch, quick_che
     net, test = Masked(network(digits_networks[0])), digits.get_batch("test", slice(100))
     checks = sanity.check_sanity("masked.pth", net.eval(), surrogate, threat, test, 0)
     assert not any(checks[key]["passed"] for key in ("large eps", "black box", "transfer")), checks
-    raised = {"method": "DC", "threat_model": "pixel", "targeted": True,
-              "raised": ["FGSM at ipc 10"]}
-    warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [raised]})
-    assert "large eps" in warnings[0] and "above clean accuracy (FGSM at ipc 10)" in warnings[-1]
+    warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": []})
+    assert "large eps" in warnings[0]
 
 
 def test_autoattack_must_not_be_weaker():
