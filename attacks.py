@@ -31,9 +31,9 @@ TINY = 1e-10  # keeps a division by a norm finite
 class ThreatModel:
     """Where images are attacked, and the standard PGD: eps, step_size, steps.
 
-    encode: normalised images (N, C, H, W) -> attack space, not clamped. decode: its inverse.
-    eval_attack, eval_eps: options of the PGD that measures robust accuracies, and its radii by the
-    names of the accuracies (runtime.measures.COLUMNS).
+    encode: normalised images (N, C, H, W) -> attack space. decode: its inverse. eval_attack,
+    eval_eps: options of the PGD that measures robust accuracies, and its radii by their names in
+    runtime.measures.COLUMNS.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ThreatModel:
 
     @property
     def eval_cost(self):
-        """Forward-backward passes of the robust accuracies, per image."""
+        """Forward-backward passes of the robust accuracies, an image."""
         return self.eval_attack["steps"] * len(self.eval_eps)
 
     def target_labels(self, labels):
@@ -64,7 +64,7 @@ THREAT_MODELS = ("published", "pixel")
 
 
 def get_threat_model(name, data=None):
-    """The threat model `name` for a Dataset, or for None, without encode and decode."""
+    """The threat model `name` for a Dataset; without one it has no encode and decode."""
     if name not in THREAT_MODELS:
         raise ValueError(f"unknown threat model {name!r}; choose one of published, pixel")
     if name == "published":  # QUIRK (published): normalised images as if they were pixels
@@ -84,9 +84,8 @@ def get_threat_model(name, data=None):
 def check_threat_model(name, data):
     """Raise InputError if the data set lacks classes that a threat model aims at."""
     if name == "published" and data.num_classes < PUBLISHED_CLASSES:
-        raise InputError(
-            f"--threat_model published aims at {PUBLISHED_CLASSES} classes, {data.name} has "
-            f"{data.num_classes}; choose --threat_model pixel")
+        raise InputError(f"--threat_model published aims at 10 classes, {data.name} has "
+                         f"{data.num_classes}; choose --threat_model pixel")
 
 
 # ---------------------------------------------------------------------------------------- attacks
@@ -164,8 +163,15 @@ def cw(model, x, labels, *, c=1.0, steps=100, lr=0.01, targeted=False, logit_flo
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     lowest, stale = x.new_full((len(x),), torch.inf), torch.zeros_like(labels)
     for step in range(steps):
-        z, l2, reached, cost, gradient = _cw_cost(
-            model, w, x[rows], labels[rows], c, targeted, logit_floor)
+        w.requires_grad_()
+        z = (torch.tanh(w) + 1) / 2
+        l2 = (z - x[rows]).square().sum((1, 2, 3))
+        logits = model(z)
+        margin = _margin(logits, labels[rows], logit_floor)
+        cost = l2 + c * (-margin if targeted else margin).clamp(min=0)
+        (gradient,) = torch.autograd.grad(cost.sum(), w)
+        z, l2, cost = z.detach(), l2.detach(), cost.detach()
+        reached = (logits.argmax(1) == labels[rows]) == targeted
         better = reached & (l2 < l2_best[rows])
         l2_best[rows[better]], x_best[rows[better]] = l2[better], z[better]
         w = w.detach() - lr * _adam_direction(gradient, mean, square, step)
@@ -177,19 +183,6 @@ def cw(model, x, labels, *, c=1.0, steps=100, lr=0.01, targeted=False, logit_flo
             if len(rows) == 0:
                 break
     return x_best
-
-
-def _cw_cost(model, w, x, labels, c, targeted, logit_floor):
-    """At w: images, squared L2 changes, whether they reach the goal, costs, gradient in w."""
-    w = w.requires_grad_()
-    z = (torch.tanh(w) + 1) / 2
-    l2 = (z - x).square().sum((1, 2, 3))
-    logits = model(z)
-    margin = _margin(logits, labels, logit_floor)
-    cost = l2 + c * (-margin if targeted else margin).clamp(min=0)
-    (gradient,) = torch.autograd.grad(cost.sum(), w)
-    reached = (logits.argmax(1) == labels) == targeted
-    return z.detach(), l2.detach(), reached, cost.detach(), gradient
 
 
 # DeepFool skips classes that are too far away even with a gradient STEEPER times as long as that of

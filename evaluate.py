@@ -214,12 +214,12 @@ def evaluate(args, targets, threats, data, micro_batch, results):
     if args.sanity:
         run_sanity(attacked, threats, test, data, results, args.seed)
 
-    content = results.content
+    rows = results.content["rows"]
     pooled = {name: get_threat_model(name) for name in THREAT_MODELS}  # also of an earlier run
-    content["metrics"] = metrics_of(content["rows"], pooled, crei_weight=0.5)
-    content["transfer"] = transfer_of(content["rows"], pooled)
+    results.content |= {"metrics": metrics_of(rows, pooled, crei_weight=0.5),
+                        "transfer": transfer_of(rows, pooled)}
     results.save()
-    text = results_markdown(content)
+    text = results_markdown(results.content)
     if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
     distributed.print_rank0(text)
@@ -267,8 +267,7 @@ def typical_cost(args, attack):
 
 def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
     """Run the tasks that have no results yet, slice by slice of the test images."""
-    waiting = {task: evaluated for task, evaluated in plan.items()
-               if not results.has(task, evaluated)}
+    waiting = {task: nets for task, nets in plan.items() if not results.has(task, nets)}
     slices = {task: cut(args, task.attack, test) for task in waiting}
     sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:

@@ -3,6 +3,7 @@
 Soft labels can mask gradients. So each network is also attacked without gradients (Square), with
 those of another network (transfer), and with more steps and restarts.
 """
+import functools
 import math
 
 import torch
@@ -33,7 +34,7 @@ def train_surrogate(data, model, seed):
 
 
 def check_sanity(name, net, surrogate, threat, test, seed):
-    """Check one network on a few images. name: key of its random generator. test: (images, labels).
+    """Check one network. name: key of its random generator. test: (images, labels).
     Returns {check: {"passed", "value", "text"}}.
     """
     images, labels = (part[:IMAGES] for part in test)
@@ -55,31 +56,32 @@ def check_sanity(name, net, surrogate, threat, test, seed):
     strong = accuracy(steps=STEPS, restarts=RESTARTS)
     query = accuracy("Square", queries=QUERIES)
     transfer = accuracy(crafted_on=surrogate, steps=20)
-    against = f"{100 * pgd:.0f} % under PGD-20 at {255 * eps:g}/255"
+    against = f"{pgd:.0%} under PGD-20 at {255 * eps:g}/255"
     masked = f"{against}: a stronger black-box attack means masked gradients"
     checks = {
         "loss is finite": (math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
-        "large eps": (large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at 64/255, "
-                      "not 0: its gradients mislead"),
-        "black box": (query >= pgd - SLACK, query - pgd, f"accuracy {100 * query:.0f} % under "
-                      f"Square ({QUERIES} queries), {masked}"),
-        "transfer": (transfer >= pgd - SLACK, transfer - pgd, f"accuracy {100 * transfer:.0f} % "
-                     f"under PGD-20 from another network, {masked}"),
-        "steps and restarts": (pgd - strong <= 0.05, pgd - strong, f"accuracy {100 * strong:.0f} % "
-                               f"under {RESTARTS} starts of {STEPS} steps, {against}"),
+        "large eps": (large <= SLACK, large,
+                      f"accuracy {large:.0%} under PGD at 64/255, not 0: its gradients mislead"),
+        "black box": (query >= pgd - SLACK, query - pgd,
+                      f"accuracy {query:.0%} under Square ({QUERIES} queries), {masked}"),
+        "transfer": (transfer >= pgd - SLACK, transfer - pgd,
+                     f"accuracy {transfer:.0%} under PGD-20 from another network, {masked}"),
+        "steps and restarts": (
+            pgd - strong <= 0.05, pgd - strong,
+            f"accuracy {strong:.0%} under {RESTARTS} starts of {STEPS} steps, {against}"),
     }
     return {name: _check(*found) for name, found in checks.items()}
 
 
 def _check(passed, value, text):
-    return {"passed": bool(passed), "value": value, "text": text}
+    return {"passed": passed, "value": value, "text": text}
 
 
 def check_autoattack(rows, network, threat):
     """AutoAttack includes a PGD of 100 steps, so it must not be weaker than PGD.
 
-    rows: of results.json. threat: the name of a threat model. Returns a check as above, or None if
-    there is nothing to compare.
+    rows: of results.json. network, threat: names. Returns a check as above, or None without rows of
+    both.
     """
     found = {(row["attack"], row["eps"], row["n"]): row["accuracy"] for row in rows
              if row["crafted_on"] == row["evaluated_on"] == network
@@ -90,9 +92,8 @@ def check_autoattack(rows, network, threat):
     if not pairs:
         return None
     excess, pgd, eps = max(pairs)
-    return _check(
-        excess <= SLACK / 2, excess, f"accuracy {100 * (pgd + excess):.1f} % under AutoAttack, "
-        f"{100 * pgd:.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
+    return _check(excess <= SLACK / 2, excess, f"accuracy {pgd + excess:.1%} under AutoAttack, "
+                  f"{pgd:.1%} under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
 
 
 def run_sanity(targets, threats, test, data, results, seed):
@@ -100,17 +101,16 @@ def run_sanity(targets, threats, test, data, results, seed):
 
     targets: TargetModels. threats: {name: ThreatModel}. results: of runtime.tasks.
     """
-    surrogates, checks = {}, results.content["sanity"]
+    checks = results.content["sanity"]
     attacked = [(threat, target) for threat in threats for target in targets]
     missing = [(threat, target) for threat, target in attacked
                if threat not in checks.setdefault(target.name, {})]
+    surrogate = functools.cache(lambda model: train_surrogate(data, model, seed))
 
     def check(k):
         threat, target = missing[k]
-        if target.model not in surrogates:
-            surrogates[target.model] = train_surrogate(data, target.model, seed)
-        surrogate = surrogates[target.model]
-        return check_sanity(target.name, target.net, surrogate, threats[threat], test, seed)
+        return check_sanity(target.name, target.net, surrogate(target.model), threats[threat],
+                            test, seed)
 
     def collect(k, result):
         threat, target = missing[k]

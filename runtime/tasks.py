@@ -77,7 +77,7 @@ class Results:
     """results.json, which the main process writes.
 
     resume: go on with the one in `folder`. may_change: flags that may differ then. check_rows:
-    raises ValueError, KeyError or TypeError for damaged rows.
+    raises an error for damaged rows.
     """
 
     def __init__(self, folder, flags, device, resume, may_change, check_rows):

@@ -408,16 +408,12 @@ def test_autoattack_and_square_equal_pyautoattack(digits_network, monkeypatch):
 def test_autoattack_with_few_classes(num_classes):
     """A linear network is robust on an image exactly where each margin is more than eps times the
     L1 norm of the difference of the two classes."""
-    g = seeded(num_classes)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, num_classes))
-    net[1].weight.data = w = torch.randn(num_classes, 48, generator=g)
-    x = 0.3 + 0.4 * torch.rand(60, 3, 4, 4, generator=g)  # so far inside that no clamp helps
-    with torch.no_grad():
-        logits = net(x)
+    net = affine_network(num_classes)[0].float().requires_grad_(False)
+    w, x = net[1].weight, (0.3 + 0.4 * images(60, size=4)).float()  # no clamp helps
+    logits = net(x)
     labels = logits.argmax(1)
     margins = logits.gather(1, labels[:, None]) - logits
-    reach = (w[labels][:, None] - w[None]).abs().sum(2)  # (N, classes)
-    least = margins / reach
+    least = margins / (w[labels][:, None] - w[None]).abs().sum(2)  # (N, classes)
     least[torch.arange(60), labels] = torch.inf
     least = least.amin(1)  # the eps that each image takes
     eps = float(least.median()) + 1e-4

@@ -360,7 +360,7 @@ def test_autoattack_must_not_be_weaker():
     assert sanity.check_autoattack(rows, "net", "pixel")["passed"]
     wrong = sanity.check_autoattack([*rows, row("AA", 0.25, 4)], "net", "pixel")
     assert not wrong["passed"]
-    assert "25.0 % under AutoAttack, 20.0 % under PGD at 4/255" in wrong["text"]
+    assert "25.0% under AutoAttack, 20.0% under PGD at 4/255" in wrong["text"]
     assert sanity.check_autoattack(rows[:1], "net", "pixel") is None
     assert sanity.check_autoattack(rows, "other", "pixel") is None
 
