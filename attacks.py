@@ -189,9 +189,10 @@ def cw(model, x, labels, *, c=1.0, steps=100, lr=0.01, targeted=False, logit_flo
 # the first class (largest seen: 1.6 on ConvNet, 5.2 on AlexNet); after num_classes passes, MARGIN
 # times as long as the longest one of this call.
 STEEPER, MARGIN = 5.0, 1.2
+OVERSHOOT = 0.02
 
 
-def deepfool(model, x, labels, *, steps=50, overshoot=0.02, batch=MICRO_BATCH):
+def deepfool(model, x, labels, *, steps=50, batch=MICRO_BATCH):
     """DeepFool: steps over the nearest linearised boundary until the class changes, or a step
     changes nothing. Moosavi-Dezfooli et al. 2016.
 
@@ -203,7 +204,7 @@ def deepfool(model, x, labels, *, steps=50, overshoot=0.02, batch=MICRO_BATCH):
     while len(rows):
         correct, unfinished = state.look_at_next_class(model, rows)
         stepping = rows[correct & ~unfinished]
-        moved = state.step(stepping, overshoot)
+        moved = state.step(stepping)
         again = stepping[moved & (state.steps[stepping] < steps)]
         rows = torch.cat([rows[correct & unfinished], again])
         new, waiting = waiting.tensor_split([batch - len(rows)])
@@ -250,10 +251,10 @@ class _DeepFool:
         unfinished = next_gap < self.nearest[rows] * (self.first_norm[rows] * bound)
         return logits.argmax(1) == self.labels[rows], unfinished
 
-    def step(self, rows, overshoot):
+    def step(self, rows):
         """Move images over their nearest boundary. Returns a mask of those that changed."""
         before = self.x_adv[rows]
-        self.x_adv[rows] = (before + (1 + overshoot) * self.change[rows]).clamp(0, 1)
+        self.x_adv[rows] = (before + (1 + OVERSHOOT) * self.change[rows]).clamp(0, 1)
         self.nearest[rows], self.left[rows] = torch.inf, True
         self.left[rows, self.labels[rows]] = False
         self.steps[rows] += 1

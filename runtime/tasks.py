@@ -138,11 +138,11 @@ class Results:
     def finished_slices(self, task, targets, sizes):
         """The finished slices of a task that have these networks and sizes: a list to extend."""
         names = {target.name for target in targets}
-        slices = self.content["unfinished"].get(str(task), [])
+        slices = self.content["unfinished"].get(repr(task), [])
         if not all(names <= part["correct"].keys() and part["n"] == n
                    for part, n in zip(slices, sizes)):
             slices = []
-        self.content["unfinished"][str(task)] = slices
+        self.content["unfinished"][repr(task)] = slices
         return slices
 
     def add(self, task, targets, slices):
@@ -162,5 +162,5 @@ class Results:
                 "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]})
         others = [row for row in self.content["rows"] if not task.matches(row)]
         self.content["rows"] = others + rows
-        del self.content["unfinished"][str(task)]
+        del self.content["unfinished"][repr(task)]
         return rows[0]
