@@ -1,11 +1,12 @@
 """Adversarial attacks and the two threat models under which they run. Source: SPEC 2, 3.2.
 
-An attack works in attack space, the box [0, 1]. `pixel`: it holds pixels. `published`, kept bug
-for bug: it holds normalised images; the clamp destroys about three quarters of their values, and
-8/255 is about 1.6/255 in pixels.
+An attack works in attack space, the box [0, 1]. Under `pixel` it holds pixels; under `published`
+(a bug, kept) normalised images: the clamp destroys about three quarters of their values, and 8/255
+is about 1.6/255 in pixels.
 
     x_adv = attack(net, x, labels, get_threat_model("pixel", data), "PGD", targeted=False)
 """
+import inspect
 from dataclasses import dataclass
 from typing import Callable
 
@@ -28,11 +29,11 @@ TINY = 1e-10  # keeps a division by a norm finite
 # ---------------------------------------------------------------------------------- threat models
 @dataclass(frozen=True)
 class ThreatModel:
-    """Where images are attacked, and the standard PGD: L-inf, eps, step_size, steps.
+    """Where images are attacked, and the standard PGD: eps, step_size, steps.
 
-    encode: normalised images (N, C, H, W) -> attack space, not clamped. decode: its inverse.
-    eval_attack: options of the PGD that measures robust accuracies. eval_eps: its radii by the name
-    of the accuracy (runtime.measures.COLUMNS).
+    encode: normalised images (N, C, H, W) -> attack space. decode: its inverse. eval_attack,
+    eval_eps: options of the PGD that measures robust accuracies, and its radii by their names in
+    runtime.measures.COLUMNS.
     """
 
     name: str
@@ -47,7 +48,7 @@ class ThreatModel:
 
     @property
     def eval_cost(self):
-        """Forward-backward passes of the robust accuracies, per image."""
+        """Forward-backward passes of the robust accuracies, an image."""
         return self.eval_attack["steps"] * len(self.eval_eps)
 
     def target_labels(self, labels):
@@ -63,15 +64,16 @@ THREAT_MODELS = ("published", "pixel")
 
 
 def get_threat_model(name, data=None):
-    """The threat model `name` for a Dataset, or for None, without encode and decode."""
-    _check_name("threat model", name, THREAT_MODELS)
+    """The threat model `name` for a Dataset; without one it has no encode and decode."""
+    if name not in THREAT_MODELS:
+        raise ValueError(f"unknown threat model {name!r}; choose one of published, pixel")
     if name == "published":  # QUIRK (published): normalised images as if they were pixels
         return ThreatModel(
             name, encode=lambda x: x, decode=lambda z: z, eps=EPS, step_size=2 / 225, steps=10,
             target_classes=PUBLISHED_CLASSES, eval_attack={"targeted": True, "steps": 10},
             eval_eps={"robust_acc": EPS})
-    # Augmented images leave the box, so encode clamps. The evaluation is untargeted: targeted PGD
-    # leaves 2 to 6 % accuracy on networks where untargeted PGD leaves none.
+    # Augmented images leave the box, so encode clamps. Targeted PGD would leave 2 to 6 % accuracy
+    # on networks where untargeted PGD leaves none.
     return ThreatModel(
         name, encode=lambda x: data.denormalize(x).clamp(0, 1), decode=lambda z: data.normalize(z),
         eps=EPS, step_size=2 / 255, steps=10, target_classes=data and data.num_classes,
@@ -82,14 +84,8 @@ def get_threat_model(name, data=None):
 def check_threat_model(name, data):
     """Raise InputError if the data set lacks classes that a threat model aims at."""
     if name == "published" and data.num_classes < PUBLISHED_CLASSES:
-        raise InputError(
-            f"--threat_model published aims at {PUBLISHED_CLASSES} classes, {data.name} has "
-            f"{data.num_classes}; choose --threat_model pixel")
-
-
-def _check_name(what, name, known):
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
+        raise InputError(f"--threat_model published aims at 10 classes, {data.name} has "
+                         f"{data.num_classes}; choose --threat_model pixel")
 
 
 # ---------------------------------------------------------------------------------------- attacks
@@ -108,7 +104,7 @@ def fgsm(model, x, labels, *, eps=EPS, targeted=False):
 
 
 def pgd(model, x, labels, noise=None, *, eps=EPS, step_size, steps=10, targeted=False):
-    """PGD: projected L-inf steps from x + noise of `start_noise`, if any. Madry et al. 2018."""
+    """PGD: L-inf steps from x, or from x + noise of `start_noise`. Madry et al. 2018."""
     x_adv = x if noise is None else (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * _input_gradient(model, x_adv, labels, targeted).sign()
@@ -147,16 +143,15 @@ def _margin(logits, labels, floor=-torch.inf):
 
 
 def _adam_direction(gradient, mean, square, step):
-    """Adam's direction at `step`, from 0; mean and square are updated. (The moments of
-    torch.optim.Adam cannot lose rows.)"""
+    """Adam's direction at `step`, from 0; updates the moments. (torch.optim.Adam keeps all rows.)
+    """
     mean.lerp_(gradient, 0.1)
     square.lerp_(gradient.square(), 0.001)
     return (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
 
 
-def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False,
-       logit_floor=-torch.inf):
-    """C&W: Adam in tanh space on |x_adv - x|^2 + c * max(margin, -kappa). Carlini and Wagner 2017.
+def cw(model, x, labels, *, c=1.0, steps=100, lr=0.01, targeted=False, logit_floor=-torch.inf):
+    """C&W: Adam in tanh space on |x_adv - x|^2 + c * max(margin, 0). Carlini and Wagner 2017.
 
     Deviations: no search over c, as published; an image at its goal leaves the batch once its cost,
     read at every tenth of the steps, was no new minimum twice in a row (changes up to 5 % larger).
@@ -168,8 +163,15 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
     mean, square = torch.zeros_like(w), torch.zeros_like(w)
     lowest, stale = x.new_full((len(x),), torch.inf), torch.zeros_like(labels)
     for step in range(steps):
-        z, l2, reached, cost, gradient = _cw_cost(
-            model, w, x[rows], labels[rows], c, kappa, targeted, logit_floor)
+        w.requires_grad_()
+        z = (torch.tanh(w) + 1) / 2
+        l2 = (z - x[rows]).square().sum((1, 2, 3))
+        logits = model(z)
+        margin = _margin(logits, labels[rows], logit_floor)
+        cost = l2 + c * (-margin if targeted else margin).clamp(min=0)
+        (gradient,) = torch.autograd.grad(cost.sum(), w)
+        z, l2, cost = z.detach(), l2.detach(), cost.detach()
+        reached = (logits.argmax(1) == labels[rows]) == targeted
         better = reached & (l2 < l2_best[rows])
         l2_best[rows[better]], x_best[rows[better]] = l2[better], z[better]
         w = w.detach() - lr * _adam_direction(gradient, mean, square, step)
@@ -183,38 +185,26 @@ def cw(model, x, labels, *, c=1.0, kappa=0.0, steps=100, lr=0.01, targeted=False
     return x_best
 
 
-def _cw_cost(model, w, x, labels, c, kappa, targeted, logit_floor):
-    """At w: images, squared L2 changes, whether they reach the goal, costs, gradient in w."""
-    w = w.requires_grad_()
-    z = (torch.tanh(w) + 1) / 2
-    l2 = (z - x).square().sum((1, 2, 3))
-    logits = model(z)
-    margin = _margin(logits, labels, logit_floor)
-    cost = l2 + c * (-margin if targeted else margin).clamp(min=-kappa)
-    (gradient,) = torch.autograd.grad(cost.sum(), w)
-    reached = (logits.argmax(1) == labels) == targeted
-    return z.detach(), l2.detach(), reached, cost.detach(), gradient
+# DeepFool skips classes that are too far away even with a gradient STEEPER times as long as that of
+# the first class (largest seen: 1.6 on ConvNet, 5.2 on AlexNet); after num_classes passes, MARGIN
+# times as long as the longest one of this call.
+STEEPER, MARGIN = 5.0, 1.2
+OVERSHOOT = 0.02
 
 
-# DeepFool skips classes that are too far away even with a gradient so many times as long as that of
-# the first class (largest seen: 1.6 on ConvNet, 5.2 on AlexNet).
-STEEPER = 5.0
-MARGIN = 1.2  # after num_classes passes: so many times as long as the longest one of this call
-
-
-def deepfool(model, x, labels, *, steps=50, overshoot=0.02, batch=MICRO_BATCH):
+def deepfool(model, x, labels, *, steps=50, batch=MICRO_BATCH):
     """DeepFool: steps over the nearest linearised boundary until the class changes, or a step
     changes nothing. Moosavi-Dezfooli et al. 2016.
 
-    A pass looks at one class of each of `batch` images; an image that is done makes room for the
-    next, so batches stay full.
+    A pass looks at one class of each of `batch` images; the next image takes the place of one that
+    is done.
     """
     state = _DeepFool(x, labels)
     rows, waiting = torch.arange(len(x), device=x.device).tensor_split([batch])
     while len(rows):
         correct, unfinished = state.look_at_next_class(model, rows)
         stepping = rows[correct & ~unfinished]
-        moved = state.step(stepping, overshoot)
+        moved = state.step(stepping)
         again = stepping[moved & (state.steps[stepping] < steps)]
         rows = torch.cat([rows[correct & unfinished], again])
         new, waiting = waiting.tensor_split([batch - len(rows)])
@@ -227,7 +217,7 @@ class _DeepFool:
 
     def __init__(self, x, labels):
         self.labels, self.x_adv, self.steps = labels, x.clone(), torch.zeros_like(labels)
-        self.change = torch.zeros_like(x)  # to the nearest boundary found so far
+        self.change = torch.zeros_like(x)  # to the nearest boundary so far
         self.nearest = x.new_full((len(x),), torch.inf)  # its distance
         self.first_norm = x.new_zeros(len(x))  # length of the first class's gradient
         self.steepest = x.new_ones(())  # the longest gradient relative to first_norm
@@ -235,8 +225,8 @@ class _DeepFool:
         self.passes = 0
 
     def look_at_next_class(self, model, rows):
-        """Look at the class left with the largest logit. Returns masks of the rows that are
-        classified correctly, and of those with further classes to look at."""
+        """Look at the class left with the largest logit. Returns masks of the rows that are right,
+        and of those with further classes to look at."""
         x = self.x_adv[rows].requires_grad_()
         logits = model(x)
         if self.left is None:
@@ -261,20 +251,20 @@ class _DeepFool:
         unfinished = next_gap < self.nearest[rows] * (self.first_norm[rows] * bound)
         return logits.argmax(1) == self.labels[rows], unfinished
 
-    def step(self, rows, overshoot):
+    def step(self, rows):
         """Move images over their nearest boundary. Returns a mask of those that changed."""
         before = self.x_adv[rows]
-        self.x_adv[rows] = (before + (1 + overshoot) * self.change[rows]).clamp(0, 1)
+        self.x_adv[rows] = (before + (1 + OVERSHOOT) * self.change[rows]).clamp(0, 1)
         self.nearest[rows], self.left[rows] = torch.inf, True
         self.left[rows, self.labels[rows]] = False
         self.steps[rows] += 1
         return (self.x_adv[rows] != before).flatten(1).any(1)
 
 
-def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128, targeted=False,
-         generator=None):
+def spsa(model, x, labels, *, eps=EPS, steps=1, samples=128, targeted=False, generator=None):
     """SPSA: Adam on the margin, its gradient estimated from logits at `samples` pairs of points
     x +- delta * v, v of random signs. Uesato et al. 2018."""
+    delta, lr = 0.01, 0.01
     x_adv, mean, square = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
     with torch.no_grad():
         for step in range(steps):
@@ -294,7 +284,7 @@ def spsa(model, x, labels, *, eps=EPS, delta=0.01, lr=0.01, steps=1, samples=128
 def autoattack(model, x, labels, *, eps=EPS, iterations=100, queries=5000, generator=None,
                batch=MICRO_BATCH):
     """Standard AutoAttack, L-inf: APGD-CE, targeted APGD-DLR and FAB with `iterations` each, Square
-    with `queries`, on what the ones before left. Croce and Hein 2020; their code, as pyautoattack.
+    with `queries`. Croce and Hein 2020; their code, as pyautoattack.
 
     Deviation for few classes: at most C - 1 targets; below four, cross-entropy for the DLR loss.
     """
@@ -327,12 +317,11 @@ def square_attack(model, x, labels, *, eps=EPS, queries=5000, targeted=False, ge
 # ------------------------------------------------------------------------------ attack a network
 @dataclass(frozen=True)
 class Attack:
-    """How to run an attack, a function above.
+    """How to run an attack, a function above. It gets the `noise`, `generator` or `batch` (it takes
+    all images) that its arguments name.
 
-    eps: threat model -> default; None: it looks for the least change. options: threat model -> the
-    others that it needs. query: it sees logits only. random: it takes a generator. random_start: it
-    takes noise and never varies its operations. keeps_failed_input: what it fails on comes back,
-    under `published` also from outside [0, 1]. batches: it takes all images and a batch size.
+    eps: threat model -> default; None: it looks for the least change. options: likewise. query: it
+    sees logits only. keeps_failed_input: what it fails on comes back, maybe from outside [0, 1].
     """
 
     run: Callable
@@ -341,27 +330,23 @@ class Attack:
     options: Callable = lambda threat: {}
     targetable: bool = True
     query: bool = False
-    random: bool = False
-    random_start: bool = False
     keeps_failed_input: bool = False
-    batches: bool = False
+
+    def takes(self, argument):
+        return argument in inspect.signature(self.run).parameters
 
 
 ATTACKS = {  # Source of the settings: SPEC 3.2
     "FGSM": Attack(fgsm),
-    "PGD": Attack(pgd, options=lambda t: {"step_size": t.step_size, "steps": t.steps},
-                  random_start=True),
-    "PGD20": Attack(pgd, options=lambda t: {"step_size": t.step_size, "steps": 20},
-                    random_start=True),
+    "PGD": Attack(pgd, options=lambda t: {"step_size": t.step_size, "steps": t.steps}),
+    "PGD20": Attack(pgd, options=lambda t: {"step_size": t.step_size, "steps": 20}),
     "PGD_L2": Attack(pgd_l2, "L2", lambda t: EPS_L2, lambda t: {"step_size": STEP_SIZE_L2}),
-    "CW": Attack(cw, "L2", None,
-                 lambda t: {"logit_floor": 0.0} if t.name == "published" else {},
+    "CW": Attack(cw, "L2", None, lambda t: {"logit_floor": 0.0} if t.name == "published" else {},
                  keeps_failed_input=True),
-    "Deepfool": Attack(deepfool, "L2", None, targetable=False, keeps_failed_input=True,
-                       batches=True),
-    "AA": Attack(autoattack, targetable=False, random=True, keeps_failed_input=True, batches=True),
-    "Square": Attack(square_attack, query=True, random=True, keeps_failed_input=True),
-    "SPSA": Attack(spsa, query=True, random=True),
+    "Deepfool": Attack(deepfool, "L2", None, targetable=False, keeps_failed_input=True),
+    "AA": Attack(autoattack, targetable=False, keeps_failed_input=True),
+    "Square": Attack(square_attack, query=True, keeps_failed_input=True),
+    "SPSA": Attack(spsa, query=True),
 }
 
 
@@ -371,35 +356,37 @@ def attack(net, x, labels, threat, name="PGD", **options):
 
 
 def attack_with_norms(net, x, labels, threat, name="PGD", *, targeted=True, eps=None,
-                      generator=None, micro_batch=MICRO_BATCH, shard=None, counter=None, **options):
+                      generator=None, micro_batch=MICRO_BATCH, shard=None, passes=None, **options):
     """Attack a network, in eval mode, on normalised images (N, C, H, W), and check the result.
 
-    labels: (N,), true classes. name: of ATTACKS. eps: attack-space units; default: the threat
-    model's. generator: on x's device. micro_batch: images at a time. shard: a slice; attack these
-    images only, with the noise that they have in the whole batch. counter: a PassCounter. options:
-    of the attack. The default step size goes with eps; random_start=False starts PGD at x.
+    labels: (N,), true classes. eps: attack-space units; the default step size goes with it.
+    generator: on x's device. micro_batch: images at a time. shard: a slice; attack these images
+    only, with their noise in the whole batch. passes: a Counter of "forward" and "backward" passes,
+    in images. options: of the attack; random_start=False starts PGD at x.
 
     Returns x_adv, normalised, and the L-inf and L2 change of each image in attack space, (N,).
     Raises ValueError for an unknown attack, form or eps, and what `check_perturbation` raises.
     """
-    _check_name("attack", name, ATTACKS)
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
     spec = ATTACKS[name]
-    random_start = options.pop("random_start", spec.random_start)
+    random_start = options.pop("random_start", spec.takes("noise"))
     options = _attack_options(spec, name, threat, targeted, eps, generator, options)
     tensors = [x, threat.target_labels(labels) if targeted else labels]
     if random_start:
         tensors.append(start_noise(x, options["eps"], generator, micro_batch))
     if shard is not None:
         tensors = [tensor[shard] for tensor in tensors]
-    if spec.batches:
+    if spec.takes("batch"):
         options["batch"], micro_batch = micro_batch, max(len(x), 1)
-    # CUDA graphs can replay operations that do not vary.
-    key = (name, id(threat), *sorted(options.items())) if spec.random_start else None
+    # CUDA graphs can replay PGD, whose operations never vary.
+    key = (name, id(threat), *sorted(options.items())) if spec.takes("noise") else None
 
     def run(net, z, goal, *noise):
         def model(z):
-            return forward(net, threat.decode(z))
-        return spec.run(counter.wrap(model) if counter else model, z, goal, *noise, **options),
+            logits = forward(net, threat.decode(z))
+            return logits if passes is None else _count_passes(passes, logits)
+        return spec.run(model, z, goal, *noise, **options),
 
     was_training, results = net.training, []
     net.eval()
@@ -414,20 +401,26 @@ def attack_with_norms(net, x, labels, threat, name="PGD", *, targeted=True, eps=
     return tuple(torch.cat(part) for part in zip(*results))
 
 
+def _count_passes(passes, logits):
+    passes["forward"] += len(logits)
+    if logits.requires_grad:
+        logits.register_hook(lambda gradient: passes.update(backward=len(gradient)))
+    return logits
+
+
 def _attack_options(spec, name, threat, targeted, eps, generator, given):
     """The options of the attack: `given`, and what these leave to the attack and threat model."""
     if targeted and not spec.targetable:
         raise ValueError(f"{name} has no targeted form")
     if eps is not None and not spec.eps:
-        raise ValueError(f"{name} looks for the smallest change; it has no eps")
+        raise ValueError(f"{name} has no eps")
     options = spec.options(threat)
     if spec.eps:
-        default = spec.eps(threat)
-        options["eps"] = default if eps is None else eps
+        options["eps"] = spec.eps(threat) if eps is None else eps
         if "step_size" in options:
-            options["step_size"] = options["step_size"] * options["eps"] / default
+            options["step_size"] = options["step_size"] * options["eps"] / spec.eps(threat)
     if spec.targetable:
         options["targeted"] = targeted
-    if spec.random:
+    if spec.takes("generator"):
         options["generator"] = generator
     return options | given

@@ -3,47 +3,47 @@
     python evaluate.py --synset result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --out result/rome10
     python evaluate.py --networks checkpoints/BACON_ConvNet_CIFAR10_50_None_0.6995.pth --limit 1000
 
-Writes results.json, results.md and plots into --out; --resume goes on with a killed run.
+Writes results.json and results.md into --out; --resume goes on with a killed run.
 Source: BEARD (arXiv 2411.09265); SPEC 3. MIT licence.
 """
 import argparse
 import itertools
 import time
+from collections import Counter
 from contextlib import closing
 
 import torch
 
-from attacks import ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms
-from attacks import check_threat_model, get_threat_model
+from attacks import (
+    ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms, check_threat_model,
+    get_threat_model)
 from augment import dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from formats.synset_file import PACKS, SPACES
 from networks import NETWORKS, network_for
 from reporting.metrics import QUERY, WHITE_BOX, metrics_of, transfer_of
-from reporting.plots import draw_results
 from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
-from runtime.command_line import add_switch, at_least, fraction, method_name, run_script
+from runtime.command_line import add_switch, at_least, method_name, run_script
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.device import choose_micro_batch, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_text
 from runtime.seeding import make_generator
-from runtime.tasks import PassCounter, Results, Task, run_tasks, warm_up
+from runtime.tasks import Results, Task, run_tasks, warm_up
 from sanity import run_sanity
-from synsets import LR_SCHEDULES, TrainConfig
+from synsets import LR_SCHEDULES
 from target_models import TrainingPlan, target_from_network, targets_from_synset
 from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
-MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "targeted",
-              "untargeted", "eps", "query", "transfer", "craft_on", "sanity", "crei_weight",
-              "compile")
+MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "untargeted", "eps",
+              "query", "transfer", "craft_on", "sanity", "compile")
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -52,16 +52,15 @@ def parse_args(argv=None):
         description=__doc__.split("\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_input_flags(parser.add_argument_group("what is attacked"))
-    add_training_flags(parser.add_argument_group("training on a set"))
+    add_training_flags(parser.add_argument_group("training on a set (default: its recipe)"))
     add_attack_flags(parser.add_argument_group("attacks"))
     run = parser.add_argument_group("the run")
     add = run.add_argument
     add("--out", default="./result/evaluation", metavar="DIR", help="folder for the results")
     add("--resume", action="store_true", help="go on with the results in --out")
-    add("--seed", type=at_least(0), default=0, help="of all random generators")
+    add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
-    add("--crei_weight", type=fraction, default=0.5, help="of RR against AE in CREI, 0 to 1")
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
@@ -69,17 +68,13 @@ def parse_args(argv=None):
     if len(args.method) not in (0, len(files)):
         parser.error(f"--method has {len(args.method)} name(s) for {len(files)} file(s)")
     args.attacks += QUERY if args.query else ()
-    for name in ("attacks", "threat_model", "eps", "labels"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if not any(forms(args, attack) for attack in args.attacks):
-        parser.error(f"{', '.join(args.attacks)}: no targeted form; leave out --targeted")
     return args
 
 
 def add_input_flags(group):
     add, unsaid = group.add_argument, "where the files do not say it"
     add("--synset", nargs="+", default=[], metavar="FILE",
-        help="synthetic sets, files or folders, to train networks on (docs/foreign_files.md)")
+        help="synthetic sets to train networks on (docs/foreign_files.md)")
     add("--networks", nargs="+", default=[], metavar="FILE", help="networks (state_dicts)")
     add_dataset_flag(group, None, f"; {unsaid}, else CIFAR10")
     add("--model", choices=NETWORKS, metavar="MODEL", help=f"{unsaid}, else ConvNet")
@@ -89,26 +84,25 @@ def add_input_flags(group):
     add("--limit", type=at_least(0), default=0, help="first N test images; 0: all")
     add_switch(group, "zca", False, f"ZCA-whitened images, {unsaid}")
     add("--network_mean", nargs="+", type=float, metavar="M",
-        help="of the networks' images, one or one a channel (pixels in [0, 1]: 0, std 1)")
+        help="of the networks' images (pixels in [0, 1]: 0, std 1)")
     add("--network_std", nargs="+", type=at_least(1e-6, float), metavar="S")
 
 
 def add_training_flags(group):
-    add, default, recipe = group.add_argument, TrainConfig(), "default: the set's recipe, else"
+    add = group.add_argument
     add("--num_eval", type=at_least(1), default=5, help="networks trained on each set")
     add("--packed", nargs="?", type=int, choices=PACKS, const=2, default=1, metavar="K",
-        help="K x K sub-images in each image, where the files do not say it; no number: 2")
+        help="K x K sub-images an image, where the files do not say it; no number: 2")
     add("--images", choices=SPACES, help="default: bytes are pixels, floats are normalised")
     add("--labels", nargs="+", choices=("own", "hard"), default=["own", "hard"],
-        help="of sets with soft labels: train on those, or on the classes alone")
-    add("--epoch_eval_train", type=at_least(1), help=f"epochs; {recipe} {default.epochs}")
-    add("--batch_train", type=at_least(1), help=f"{recipe} {default.batch_train}")
-    add("--lr_net", type=at_least(0, float), help=f"{recipe} {default.lr_net}")
-    add("--dsa_strategy", type=dsa_strategy_flag, help=f"{recipe} {default.dsa_strategy}")
-    add("--lr_schedule", choices=LR_SCHEDULES, help=f"{recipe} {default.lr_schedule}")
-    add("--label_temperature", type=at_least(0.01, float), help=f"{recipe} {default.temperature}")
+        help="soft labels of a set, the classes alone")
+    add("--epoch_eval_train", type=at_least(1))
+    add("--batch_train", type=at_least(1))
+    add("--lr_net", type=at_least(0, float))
+    add("--dsa_strategy", type=dsa_strategy_flag)
+    add("--lr_schedule", choices=LR_SCHEDULES)
+    add("--label_temperature", type=at_least(0.01, float))
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32")
-    add("--adv_train", action="store_true", help="train adversarially, for each threat model")
 
 
 def add_attack_flags(group):
@@ -118,19 +112,17 @@ def add_attack_flags(group):
     add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)}")
     add("--query", action="store_true", help=f"also {', '.join(QUERY)}")
-    add("--targeted", action="store_true", help="targeted attacks only; default: both forms")
-    add("--untargeted", action="store_true", help="untargeted attacks only")
+    add("--untargeted", action="store_true", help="no targeted attacks")
     add("--eps", nargs="+", type=at_least(0, float), default=[],
         help="radii in 1/255; default: 8 (L-inf), 128 (L2), AA under pixel 2, 4 and 8")
     add("--transfer", action="store_true", help="evaluate examples of each network on all")
     add("--craft_on", nargs="+", default=[], metavar="METHOD", help="attack these methods only")
-    add("--aa_iterations", type=at_least(1), default=100,
-        help="of AutoAttack's parts (published benchmark: 10)")
+    add("--aa_iterations", type=at_least(1), default=100, help="published benchmark: 10")
     add("--aa_limit", type=at_least(0), default=0, help="AA on the first N test images; 0: all")
     add("--queries", type=at_least(1), default=5000, help="of Square, also in AutoAttack")
     add("--attack_precision", choices=("fp32", "bf16"), default="fp32",
         help="accuracies are measured in fp32 (docs/evaluate.md)")
-    add_switch(group, "sanity", True, "check every network for signs of a broken evaluation")
+    add_switch(group, "sanity", True, "look for signs of a broken evaluation")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -152,6 +144,11 @@ def main():
                          f"{', '.join(sorted(methods))}")
     threats = choose_threats(args.threat_model, data)
     targets = check_inputs(args, inputs, data)
+    given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
+             "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
+             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
+    plan = TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
+                        args.seed)
 
     flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
              "precision": precision}
@@ -160,21 +157,10 @@ def main():
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(source.path): {"taken_as": source.description, "warnings": source.warnings}
             for source in inputs}}
-        plan = training_plan(args, threats, precision)
         for source in inputs:
             if source.synset:
-                folder = results.folder / "networks"
-                targets += targets_from_synset(source, data, folder, plan)
+                targets += targets_from_synset(source, data, results.folder / "networks", plan)
         evaluate(args, targets, threats, data, micro_batch, results)
-
-
-def training_plan(args, threats, precision):
-    given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
-             "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
-             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
-    return TrainingPlan(given, args.num_eval, args.labels, args.images,
-                        list(threats) if args.adv_train else [None], precision, args.compile,
-                        args.seed)
 
 
 def choose_threats(names, data):
@@ -203,76 +189,55 @@ def check_inputs(args, inputs, data):
 
 def network_normalisation(args, channels):
     """(mean, std) of --network_mean and --network_std, for each channel; None without them."""
-    given = [args.network_mean, args.network_std]
-    if given == [None, None]:
+    given = args.network_mean or [], args.network_std or []
+    if not any(given):
         return None
-    given = [value * channels if value and len(value) == 1 else value for value in given]
-    if any(value is None or len(value) != channels for value in given):
-        raise InputError("--network_mean and --network_std go together, with one number or one for "
-                         f"each of {channels} channel(s)")
-    return given
+    if any(len(values) not in (1, channels) for values in given):
+        raise InputError("--network_mean and --network_std: each with one number or one for each "
+                         f"of {channels} channel(s)")
+    return [values * (channels // len(values)) for values in given]
 
 
 def evaluate(args, targets, threats, data, micro_batch, results):
-    """Attack all networks, check them, and write tables and plots."""
+    """Attack all networks, check them, and write the tables."""
     for target in targets:
         results.register(target)
+    attacked = [target for target in targets
+                if not args.craft_on or target.method in args.craft_on]
+    plan = plan_tasks(args, targets, attacked, threats)
     if compilation.precision() != args.attack_precision:
         compilation.reset()
     compilation.set_precision(args.attack_precision)  # accuracies are in fp32: see run_slice
     test = data.get_batch("test", slice(args.limit or None))
-    run_attacks(args, targets, threats, test, data, micro_batch, results)
+    run_attacks(args, plan, targets, threats, test, data, micro_batch, results)
     compilation.set_precision("fp32")
     if args.sanity:
-        attacked = [(name, target) for name in threats
-                    for target in attacked_targets(args, targets, name)]
         run_sanity(attacked, threats, test, data, results, args.seed)
 
-    content = results.content
+    rows = results.content["rows"]
     pooled = {name: get_threat_model(name) for name in THREAT_MODELS}  # also of an earlier run
-    content["metrics"] = metrics_of(content["rows"], pooled, args.crei_weight)
-    content["transfer"] = transfer_of(content["rows"], pooled)
+    results.content |= {"metrics": metrics_of(rows, pooled, crei_weight=0.5),
+                        "transfer": transfer_of(rows, pooled)}
     results.save()
-    text = results_markdown(content)
+    text = results_markdown(results.content)
     if distributed.is_main_process():
         write_text(results.folder / "results.md", text)
-        draw_results(content, results.folder)
     distributed.print_rank0(text)
 
 
 # ---------------------------------------------------------------------------------------- attacks
-def under(threat, targets):
-    """The networks that are evaluated under a threat model."""
-    return [target for target in targets if target.threat in (None, threat)]
-
-
-def attacked_targets(args, targets, threat):
-    """The networks that are attacked under a threat model."""
-    return [target for target in under(threat, targets)
-            if not args.craft_on or target.method in args.craft_on]
-
-
-def plan_tasks(args, targets, threats):
+def plan_tasks(args, targets, attacked, threats):
     """{Task: networks to evaluate on, the attacked one first}; quick attacks come first."""
     plan = {}
-    for control, threat in itertools.product(CONTROLS, threats):
-        for target in under(threat, targets):
-            plan[Task(target.name, threat, control)] = [target]
-    for attack in (name for name in ATTACKS if name in args.attacks):
-        for threat, targeted in itertools.product(threats, forms(args, attack)):
-            attacked = attacked_targets(args, targets, threat)
-            for eps, target in itertools.product(radii(args, attack, threats[threat]), attacked):
-                others = [other for other in under(threat, targets) if other is not target]
-                task = Task(target.name, threat, attack, targeted, eps)
-                plan[task] = [target, *others] if args.transfer else [target]
+    for control, threat, target in itertools.product(CONTROLS, threats, targets):
+        plan[Task(target.name, threat, control)] = [target]
+    for name in sorted(set(args.attacks), key=list(ATTACKS).index):
+        forms = [True, False] if ATTACKS[name].targetable and not args.untargeted else [False]
+        for threat, targeted in itertools.product(threats, forms):
+            for eps, target in itertools.product(radii(args, name, threats[threat]), attacked):
+                others = [other for other in targets if args.transfer and other is not target]
+                plan[Task(target.name, threat, name, targeted, eps)] = [target, *others]
     return plan
-
-
-def forms(args, attack):
-    """Whether an attack is run targeted: [True], [False] or both."""
-    both = args.targeted == args.untargeted
-    targeted = ATTACKS[attack].targetable and (both or args.targeted)
-    return [True] * targeted + [False] * (both or args.untargeted)
 
 
 def radii(args, attack, threat):
@@ -300,12 +265,9 @@ def typical_cost(args, attack):
             "SPSA": 256 * FORWARD}.get(attack, FORWARD)
 
 
-def run_attacks(args, targets, threats, test, data, micro_batch, results):
+def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
     """Run the tasks that have no results yet, slice by slice of the test images."""
-    plan = plan_tasks(args, targets, threats)
-    waiting = [task for task, evaluated in plan.items() if not results.has(task, evaluated)]
-    # The interrupted task goes first: the next one overwrites its slices.
-    waiting.sort(key=lambda task: vars(task) != results.unfinished["job"])
+    waiting = {task: nets for task, nets in plan.items() if not results.has(task, nets)}
     slices = {task: cut(args, task.attack, test) for task in waiting}
     sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:
@@ -313,27 +275,25 @@ def run_attacks(args, targets, threats, test, data, micro_batch, results):
     passes = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
     rate = forward_backward_rate(targets[0].net, data, micro_batch) * distributed.world_size()
     distributed.print_rank0(
-        f"{len(targets)} network(s) on {results.device}, {len(test[1])} test images of "
-        f"{data.name}: {len(plan)} attacks and controls, {len(plan) - len(waiting)} of them done, "
-        f"about {format_duration(passes / rate)} to go; results in {results.folder}")
-    warm = set()
+        f"{len(targets)} network(s), {len(test[1])} test images of {data.name}: {len(waiting)} of "
+        f"{len(plan)} attacks and controls to go, about {format_duration(passes / rate)}; results "
+        f"in {results.folder}")
+    for target in targets if waiting else ():
+        warm_up(target.net, test[0][:min(micro_batch, SLICE)])
 
     def work(task, number):
-        if task not in warm:
-            warm_up(plan[task][0].net, slices[task][0][0][:micro_batch])
-            warm.add(task)
         return run_slice(task, number, *slices[task][number], plan[task],
                          threats[task.threat_model], micro_batch, args.seed,
                          attack_options(args, task.attack))
 
-    run_tasks({task: (plan[task], sizes[task]) for task in waiting}, work, results)
+    run_tasks(waiting, sizes, work, results)
 
 
 def cut(args, attack, test):
     """The test images of an attack, in slices: [(images, labels), ...]."""
-    size = 4 * SLICE if attack in ATTACKS and ATTACKS[attack].batches else SLICE
-    limit = args.aa_limit or None if attack == "AA" else None
-    return list(zip(*(tensor[:limit].split(size) for tensor in test)))
+    size = 4 * SLICE if attack in ("AA", "Deepfool") else SLICE
+    limit = args.aa_limit if attack == "AA" else 0
+    return list(zip(*(tensor[:limit or None].split(size) for tensor in test)))
 
 
 def compile_attacks(args, tasks, targets, n, data, micro_batch):
@@ -355,14 +315,13 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
     targets: the networks to evaluate on, the attacked one first. options: of the attack.
     Returns numbers, for `Results.add`; seconds are those of the attacked network.
     """
-    attacked, *others = targets
-    counter = PassCounter()
+    attacked, passes = targets[0], Counter(forward=0, backward=0)
     rng = make_generator(seed, *map(str, vars(task).values()), number, device=x.device)
 
     def run_attack(x, labels):
         return attack_with_norms(
             attacked.net, x, labels, threat, task.attack, targeted=task.targeted, eps=task.eps,
-            generator=rng, micro_batch=micro_batch, counter=counter, **options)
+            generator=rng, micro_batch=micro_batch, passes=passes, **options)
 
     def count_correct(target):  # by the network itself, not `forward`: in fp32
         return int((target.net(x_adv).argmax(1) == labels).sum())  # int waits for the device
@@ -383,9 +342,9 @@ def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, optio
     with torch.no_grad():
         correct = {attacked.name: count_correct(attacked)}
         seconds = time.perf_counter() - start
-        correct |= {target.name: count_correct(target) for target in others}
-    return {"correct": correct, "n": len(labels), "seconds": seconds, "forward": counter.forward,
-            "backward": counter.backward, "max_linf": float(linf.max()), "max_l2": float(l2.max())}
+        correct |= {target.name: count_correct(target) for target in targets[1:]}
+    return {"correct": correct, "n": len(labels), "seconds": seconds, **passes,
+            "max_linf": float(linf.max()), "max_l2": float(l2.max())}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Soft labels can mask gradients. So each network is also attacked without gradients (Square), with
 those of another network (transfer), and with more steps and restarts.
 """
+import functools
 import math
 
 import torch
@@ -33,14 +34,14 @@ def train_surrogate(data, model, seed):
 
 
 def check_sanity(name, net, surrogate, threat, test, seed):
-    """Check one network on a few images. name: key of its random generator. test: (images, labels).
+    """Check one network. name: key of its random generator. test: (images, labels).
     Returns {check: {"passed", "value", "text"}}.
     """
     images, labels = (part[:IMAGES] for part in test)
     rng = make_generator(seed, "sanity", name, threat.name, device=images.device)
     eps = min(threat.eval_eps.values())
 
-    def accuracy(name, crafted_on=net, eps=eps, restarts=1, **options):
+    def accuracy(name="PGD", crafted_on=net, eps=eps, restarts=1, **options):
         correct = torch.ones_like(labels, dtype=torch.bool)
         for _ in range(restarts):
             x_adv = attack(crafted_on, images, labels, threat, name, targeted=False, eps=eps,
@@ -50,68 +51,66 @@ def check_sanity(name, net, surrogate, threat, test, seed):
 
     with torch.no_grad():
         loss = float(F.cross_entropy(net(images), labels))
-    large = accuracy("PGD", eps=64 / 255, steps=20)
-    pgd = accuracy("PGD", steps=20)
-    strong = accuracy("PGD", steps=STEPS, restarts=RESTARTS)
+    large = accuracy(eps=64 / 255, steps=20)
+    pgd = accuracy(steps=20)
+    strong = accuracy(steps=STEPS, restarts=RESTARTS)
     query = accuracy("Square", queries=QUERIES)
-    transfer = accuracy("PGD", crafted_on=surrogate, steps=20)
-    against = f"{100 * pgd:.0f} % under PGD-20 at {255 * eps:g}/255"
-    masked = "a stronger black-box attack means masked gradients"
-    return {
-        "loss is finite": _check(math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
-        "large eps": _check(large <= SLACK, large, f"accuracy {100 * large:.0f} % under PGD at "
-                            "64/255, not 0: its gradients mislead"),
-        "black box": _check(
-            query >= pgd - SLACK, query - pgd,
-            f"accuracy {100 * query:.0f} % under Square ({QUERIES} queries), {against}: {masked}"),
-        "transfer": _check(
-            transfer >= pgd - SLACK, transfer - pgd, f"accuracy {100 * transfer:.0f} % under "
-            f"PGD-20 from another network, {against}: {masked}"),
-        "steps and restarts": _check(
-            pgd - strong <= 0.05, pgd - strong, f"accuracy {100 * strong:.0f} % under {RESTARTS} "
-            f"starts of {STEPS} steps, {against}"),
+    transfer = accuracy(crafted_on=surrogate, steps=20)
+    against = f"{pgd:.0%} under PGD-20 at {255 * eps:g}/255"
+    masked = f"{against}: a stronger black-box attack means masked gradients"
+    checks = {
+        "loss is finite": (math.isfinite(loss), loss, f"clean loss {loss:.4g}"),
+        "large eps": (large <= SLACK, large,
+                      f"accuracy {large:.0%} under PGD at 64/255, not 0: its gradients mislead"),
+        "black box": (query >= pgd - SLACK, query - pgd,
+                      f"accuracy {query:.0%} under Square ({QUERIES} queries), {masked}"),
+        "transfer": (transfer >= pgd - SLACK, transfer - pgd,
+                     f"accuracy {transfer:.0%} under PGD-20 from another network, {masked}"),
+        "steps and restarts": (
+            pgd - strong <= 0.05, pgd - strong,
+            f"accuracy {strong:.0%} under {RESTARTS} starts of {STEPS} steps, {against}"),
     }
+    return {name: _check(*found) for name, found in checks.items()}
 
 
 def _check(passed, value, text):
-    return {"passed": bool(passed), "value": value, "text": text}
+    return {"passed": passed, "value": value, "text": text}
 
 
-def check_autoattack(rows, network, threat_name):
+def check_autoattack(rows, network, threat):
     """AutoAttack includes a PGD of 100 steps, so it must not be weaker than PGD.
 
-    rows: of results.json. Returns a check as above, or None if there is nothing to compare.
+    rows: of results.json. network, threat: names. Returns a check as above, or None without rows of
+    both.
     """
     found = {(row["attack"], row["eps"], row["n"]): row["accuracy"] for row in rows
              if row["crafted_on"] == row["evaluated_on"] == network
-             and row["threat_model"] == threat_name and not row["targeted"]}
-    pairs = [(accuracy - found[pgd, eps, n], accuracy, eps)
-             for (name, eps, n), accuracy in found.items() if name == "AA"
-             for pgd in ("PGD", "PGD20") if (pgd, eps, n) in found]
+             and row["threat_model"] == threat and not row["targeted"]}
+    pairs = [(found["AA", eps, n] - accuracy, accuracy, eps)
+             for (name, eps, n), accuracy in found.items()
+             if name in ("PGD", "PGD20") and ("AA", eps, n) in found]
     if not pairs:
         return None
-    excess, strong, eps = max(pairs)
-    return _check(
-        excess <= SLACK / 2, excess, f"accuracy {100 * strong:.1f} % under AutoAttack, "
-        f"{100 * (strong - excess):.1f} % under PGD at {255 * eps:g}/255: AutoAttack must not be "
-        "weaker")
+    excess, pgd, eps = max(pairs)
+    return _check(excess <= SLACK / 2, excess, f"accuracy {pgd + excess:.1%} under AutoAttack, "
+                  f"{pgd:.1%} under PGD at {255 * eps:g}/255: AutoAttack must not be weaker")
 
 
-def run_sanity(attacked, threats, test, data, results, seed):
-    """Check every attacked network, each by the next free process, and save each check.
+def run_sanity(targets, threats, test, data, results, seed):
+    """Check every network under every threat model, each by the next free process; save each check.
 
-    attacked: [(name of a threat model, TargetModel), ...]. results: of runtime.tasks.
+    targets: TargetModels. threats: {name: ThreatModel}. results: of runtime.tasks.
     """
-    surrogates, checks = {}, results.content["sanity"]
+    checks = results.content["sanity"]
+    attacked = [(threat, target) for threat in threats for target in targets]
     missing = [(threat, target) for threat, target in attacked
                if threat not in checks.setdefault(target.name, {})]
+    surrogate = functools.cache(lambda model: train_surrogate(data, model, seed))
 
     def check(k):
         threat, target = missing[k]
-        if target.model not in surrogates:
-            surrogates[target.model] = train_surrogate(data, target.model, seed)
-        surrogate = surrogates[target.model]
-        return check_sanity(target.name, target.net, surrogate, threats[threat], test, seed)
+        return check_sanity(target.name, target.net, surrogate(target.model), threats[threat],
+                            test, seed)
 
     def collect(k, result):
         threat, target = missing[k]

@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import utils
-from attacks import attack, get_threat_model
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet
 from networks import network_for
@@ -18,7 +16,7 @@ from runtime.compilation import set_precision
 from runtime.cost import compile_planned, training_batches
 from runtime.device import synchronise
 from runtime.safe_io import InputError, sha256, write_json, write_tensors
-from runtime.seeding import derive_seed, make_generator
+from runtime.seeding import derive_seed
 from runtime.training import require_finite
 from synsets import TrainConfig, training_set
 
@@ -29,31 +27,24 @@ NORMALISATION_GAIN = 0.08  # of accuracy; its standard error on so many images i
 
 @dataclass
 class TargetModel:
-    """A network to attack. name: its file name. threat: the threat model of its adversarial
-    training, if any. meta: its origin, for results.json."""
+    """A network to attack. name: its file name. meta: its origin, for results.json."""
 
     name: str
     method: str
     ipc: int
     model: str
     net: torch.nn.Module = None
-    threat: str = None
     meta: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How networks are trained on sets, by flags of evaluate.py.
-
-    given: fields of a TrainConfig, None where the recipe of a set decides. threats: names of threat
-    models to train under; [None]: natural training.
-    """
+    """Flags of evaluate.py. given: fields of a TrainConfig, None where a set's recipe decides."""
 
     given: dict
     num_eval: int
     labels: list
     images: str
-    threats: list
     precision: str
     compile: bool
     seed: int
@@ -63,7 +54,7 @@ def target_from_network(source, data):
     """The network of an Input (formats.inputs)."""
     net = load_into(network_for(data, source.model, 0), source.path, source.notes).eval()
     meta = {"file": str(source.path), "sha256": sha256(source.path)}
-    target = TargetModel(source.path.name, source.method, source.ipc, source.model, net, meta=meta)
+    target = TargetModel(source.path.name, source.method, source.ipc, source.model, net, meta)
     source.warnings += check_normalisation(target, data)
     return target
 
@@ -96,12 +87,10 @@ def targets_from_synset(source, data, folder, plan):
                for part in _plan_set(source, index, data, folder, config, plan)]
     untrained = [part for part in planned if not _meta_path(part[0]).exists()]
     distributed.barrier()  # all processes have looked before one trains
-    with tqdm(total=len(untrained), desc=f"training on {source.path.name}", unit="net",
-              disable=distributed.disable_tqdm()) as bar:
-        distributed.map_dynamic(
-            len(untrained),
-            lambda k: _train(*untrained[k], config, source.synset.pack, data, plan, len(planned)),
-            lambda k, result: bar.update())
+    distributed.map_dynamic(
+        len(untrained),
+        lambda k: _train(*untrained[k], config, source.synset.pack, data, plan, len(planned)),
+        lambda k, _: distributed.print_rank0(f"trained {untrained[k][0].name}"))
     for target, _, _ in planned:
         target.net = load_into(network_for(data, source.model, 0), target.meta["file"]).eval()
         meta = json.loads(_meta_path(target).read_text())
@@ -122,27 +111,24 @@ def _plan_set(source, index, data, folder, config, plan):
     file = source.synset
     synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in file.sets[index]))
     ipc = len(synset.labels) // data.num_classes
-    variants = {}  # {method: (labels, set)}
-    if synset.soft_labels is None:
-        variants[source.method] = "hard", synset
-    elif "own" in plan.labels:
-        variants[source.method] = "soft", synset
-    elif file.labels_from_soft:
+    soft, no_classes = synset.soft_labels is not None, file.labels_from_soft
+    if soft and no_classes and "own" not in plan.labels:
         raise InputError(f"{source.path} has soft labels only, no classes; leave out --labels hard")
-    if "hard" in plan.labels and synset.soft_labels is not None and not file.labels_from_soft:
-        variants[f"{source.method}-hard"] = "hard", synset._replace(soft_labels=None)
-    for method, threat, i in itertools.product(variants, plan.threats, range(plan.num_eval)):
-        labels, variant = variants[method]
-        trained = f"PGD-{threat}" if threat else "None"
-        name = f"{method}_{source.model}_{data.name}_{ipc}_{trained}_{index}-{i}.pth"
+    kinds = ["soft"] if soft and "own" in plan.labels else []
+    if not soft or "hard" in plan.labels and not no_classes:
+        kinds.append("hard")
+    for kind, i in itertools.product(kinds, range(plan.num_eval)):
+        method = f"{source.method}-hard" if soft and kind == "hard" else source.method
+        name = f"{method}_{source.model}_{data.name}_{ipc}_None_{index}-{i}.pth"
         # Both kinds of labels start from the same network: the key has the method of the file.
-        key = "evaluate", source.method, ipc, index, trained, i
+        key = "evaluate", source.method, ipc, index, "None", i
         meta = {"file": str(folder / name), "set": str(source.path), "set_index": index,
-                "labels": labels, "seed": plan.seed, **asdict(config), "pack": file.pack,
+                "labels": kind, "seed": plan.seed, **asdict(config), "pack": file.pack,
                 "precision": plan.precision, "set_sha256": file.sha256()}
         if plan.images:
             meta["images"] = plan.images
-        yield TargetModel(name, method, ipc, source.model, None, threat, meta), variant, key
+        variant = synset if kind == "soft" else synset._replace(soft_labels=None)
+        yield TargetModel(name, method, ipc, source.model, None, meta), variant, key
 
 
 def _train(target, synset, key, config, pack, data, plan, count):
@@ -150,20 +136,13 @@ def _train(target, synset, key, config, pack, data, plan, count):
     set_precision(plan.precision)
     images, labels = training_set(synset, pack)
     seeds = {f"seed_{what}": derive_seed(plan.seed, *key, what) for what in ("init", "train")}
-    net, attack_batch = network_for(data, target.model, seeds["seed_init"]), None
-    if target.threat:
-        threat = get_threat_model(target.threat, data)
-        rng = make_generator(plan.seed, *key, "attack", device=data.device)
-
-        def attack_batch(x, y):
-            return attack(net, x, y, threat, targeted=False, generator=rng)
-    elif plan.compile:
-        epochs = (config.epochs + 1) * count
-        batches = training_batches(len(labels), config.batch_train, epochs)
+    net = network_for(data, target.model, seeds["seed_init"])
+    if plan.compile:
+        batches = training_batches(len(labels), config.batch_train, (config.epochs + 1) * count)
         compile_planned(net, data, {"trained": batches}, distributed.print_rank0)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seeds["seed_train"])
-    utils.train_on_set(net, images, labels, config, generator, attack_batch)
+    utils.train_on_set(net, images, labels, config, generator)
     synchronise(data.device)
     seconds, path = round(time.perf_counter() - start, 2), Path(target.meta["file"])
     total = float(sum(parameter.detach().abs().sum() for parameter in net.parameters()))

@@ -27,8 +27,8 @@ def project_linf(points, w, b):
     """The least L-inf change (N, D) that brings points (N, D) onto the hyperplanes w . x = b, or as
     close as the box [0, 1] allows. w: (N, D); b: (N,). Croce and Hein 2020 (FAB), section 2.2.
 
-    Newton's method for the `step` with sum |w| min(step, room) = distance; the sum is concave and
-    piecewise linear, so it never overshoots.
+    Newton's method for the `step` with sum |w| min(step, room) = distance. The sum is concave, so
+    it never overshoots.
     """
     residual = (w * points).sum(1, keepdim=True) - b.unsqueeze(1)
     upwards = (w < 0) == (residual >= 0)  # the coordinates that grow

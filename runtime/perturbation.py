@@ -13,16 +13,16 @@ class DeferredChecks:
     """Extremes of attacks, not read yet: reading makes the host wait for the device."""
 
     def __init__(self):
-        self.found, self.bounds = [], []
+        self.pending = []  # (extremes (3,), norm, eps)
 
     def read(self, values=()):
         """Check the extremes. Returns `values`, () tensors, as floats: one transfer for all."""
-        tensors = [*self.found, *(value.detach().view(1) for value in values)]
+        pending, self.pending = self.pending, []
+        tensors = [found for found, *_ in pending] + [value.detach().view(1) for value in values]
         numbers = torch.cat(tensors).tolist() if tensors else []
-        bounds, self.found, self.bounds = self.bounds, [], []
-        for k, (norm, eps) in enumerate(bounds):
+        for k, (_, norm, eps) in enumerate(pending):
             _require_bounds(*numbers[3 * k:3 * k + 3], norm, eps)
-        return numbers[3 * len(bounds):]
+        return numbers[3 * len(pending):]
 
 
 @contextmanager
@@ -55,8 +55,7 @@ def check_perturbation(x, x_adv, norm, eps, keeps_failed_input=False):
         if _deferred is None:
             _require_bounds(*found.tolist(), norm, eps)
         else:
-            _deferred.found.append(found)
-            _deferred.bounds.append((norm, eps))
+            _deferred.pending.append((found, norm, eps))
     return linf, l2
 
 

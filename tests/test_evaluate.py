@@ -1,9 +1,9 @@
 import dataclasses
 import json
+import shutil
 import sys
 from contextlib import closing
 
-import numpy as np
 import pytest
 import torch
 
@@ -116,12 +116,6 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
             assert 0 < row["max_l2" if row["attack"] == "PGD_L2" else "max_linf"] <= eps + 1e-6
     assert utils.accuracy(net, images, labels) > 0.6
 
-    text = (out / "results.md").read_text()
-    for phrase in ("| published |", "| pixel |", "bounded by eps",
-                   "minimum norm", "Clamp-only", "+-", "I-CREI", "missing: AA at ipc 10"):
-        assert phrase in text
-    assert {"results.json", "results.md", "networks"} <= {
-        path.name for path in out.iterdir()}
     (metrics,) = [m for m in content["metrics"]
                   if (m["threat_model"], m["targeted"]) == ("pixel", True)]
     pixel = [r for r in rows if r["threat_model"] == "pixel"]
@@ -130,19 +124,16 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
                 for name in names[:4]]
     improved = 100 * (1 - (clean - np.mean(attacked)) * (clean - min(attacked)) / clean**2)
     assert metrics["I-RR"] == pytest.approx(improved)
+    assert "missing: AA at ipc 10" in (out / "results.md").read_text()
 
 
 def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     common = ["--networks", *digits_networks, "--transfer", *PIXEL]
     content = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "PGD")
-    cells = {(e["crafted_on"], e["evaluated_on"]): e["I-RR"] for e in content["transfer"]}
-    assert set(cells) == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
+    cells = {(e["crafted_on"], e["evaluated_on"]) for e in content["transfer"]}
+    assert cells == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
     rows = {(r["crafted_on"][:2], r["evaluated_on"][:2], r["attack"]): r["accuracy"]
             for r in content["rows"]}
-    clean, a = rows["MT", "MT", "Clean"], [rows["DC", "MT", name] for name in ("FGSM", "PGD")]
-    improved = 100 * (1 - (clean - np.mean(a)) * (clean - min(a)) / clean**2)
-    assert cells["DC", "MTT"] == pytest.approx(improved)
-    assert (tmp_path / "out" / "transfer_pixel_untargeted_ipc_10.png").exists()
     nets = [network(path) for path in digits_networks]
     images, labels = digits.get_batch("test", slice(30))
     threat = get_threat_model("pixel", digits)
@@ -164,7 +155,6 @@ def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
     assert curve == sorted(curve, reverse=True) and curve[-1] < 0.05
     assert curve[0] == content["rows"][0]["accuracy"]
     assert [r["eps"] for r in content["rows"] if r["attack"] == "CW"] == [None]
-    assert {tuple(m["attacks"]) for m in content["metrics"]} == {("PGD", "CW")}  # default eps only
 
 
 def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, monkeypatch):
@@ -199,28 +189,23 @@ def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, m
     assert found["max_linf"] == plain["max_linf"] and found["forward"] > plain["forward"]
 
 
-def test_packing_and_adversarial_training(digits, digits_set, tmp_path, monkeypatch):
-    """Sets are unpacked as meta or a flag says; --adv_train trains for each threat model."""
-    seen = []
+def test_packed_sets_are_unpacked(digits_set, tmp_path, monkeypatch):
+    """As the meta or a flag says."""
+    seen, train_on_set = [], utils.train_on_set
 
-    def train_on_set(net, images, labels, config, generator, attack):
-        seen.append((images.shape, attack(images[:2], labels[:2])))
+    def train(net, images, *rest):
+        seen.append(images)
+        train_on_set(net, images, *rest)
 
-    monkeypatch.setattr(utils, "train_on_set", train_on_set)
+    monkeypatch.setattr(utils, "train_on_set", train)
     data = torch.load(digits_set, weights_only=True)["data"]
     for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []),
                               ("theirs", {}, ["--packed"])):
         path = tmp_path / f"res_{name}_Digits_MLP_10ipc.pt"
         torch.save({"data": data, "meta": meta}, path)
-        out = run(monkeypatch, tmp_path / name, "--synset", path, *SMALL, *flags, "--attacks",
-                  "FGSM", "--adv_train", "--untargeted")
-    assert [shape for shape, _ in seen] == [(400, 3, 32, 32)] * 8
-    clean = digits.denormalize(unpack(data[0][0])[:2]).clamp(0, 1)
-    for (_, x_adv), threat in zip(seen, ("published", "published", "pixel", "pixel")):
-        change = (digits.denormalize(x_adv) - clean).abs().max()
-        assert (change <= 8 / 255 + 1e-5) == (threat == "pixel")
-    assert {(r["crafted_on"].split("_")[4], r["threat_model"]) for r in out["rows"]} == {
-        ("PGD-published", "published"), ("PGD-pixel", "pixel")}
+        run(monkeypatch, tmp_path / name, "--synset", path, *SMALL, *flags, "--num_eval", 1,
+            "--epoch_eval_train", 1, "--attacks", "FGSM")
+    assert len(seen) == 2 and all(torch.equal(images, unpack(data[0][0])) for images in seen)
 
 
 # -------------------------------------------------------------------------------- interrupted runs
@@ -259,14 +244,13 @@ def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
     assert strip(content["rows"]) == strip(undisturbed["rows"])
     done = [c for c in computed if c != "lost"]
     assert len(done) == len(set(done)) == 3 * len(content["rows"]) and len(trained) == 2
-    assert not (tmp_path / "b" / "unfinished.json").exists()
+    assert content["unfinished"] == {}
 
 
-def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, monkeypatch):
-    """Its slices are kept although the resumed run has an attack that would come before it; not
-    where they are of another size."""
+def test_slices_are_kept_only_where_they_fit(digits_networks, tmp_path, monkeypatch):
+    """Those of an interrupted attack, beside an attack that comes before it; not those of another
+    size, and not those without the other networks of --transfer."""
     monkeypatch.setattr(evaluate, "SLICE", 10)
-    common = ["--networks", *digits_networks, *PIXEL]
     run_slice, done, stop_at = evaluate.run_slice, [], ("PGD", 2)
 
     def disturbed(task, number, *rest):
@@ -276,21 +260,19 @@ def test_the_attack_that_was_interrupted_comes_first(digits_networks, tmp_path, 
         return run_slice(task, number, *rest)
 
     monkeypatch.setattr(evaluate, "run_slice", disturbed)
+    flags = ["--networks", *digits_networks, *PIXEL, "--attacks", "FGSM", "PGD", "--resume"]
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path / "out", *common, "--attacks", "PGD")
-    done.clear()
-    stop_at = "PGD", 1  # of the second network
-    more = [*common, "--attacks", "FGSM", "PGD", "--resume"]
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path / "out", *more)
-    slices = [("FGSM", 0), ("FGSM", 1), ("FGSM", 2)]
-    assert done == [("PGD", 2), *slices, *slices, ("PGD", 0)]
-    monkeypatch.setattr(evaluate, "SLICE", 7)
-    stop_at = None
-    rows = run(monkeypatch, tmp_path / "out", *more, "--transfer")["rows"]
-    assert {row["n"] for row in rows} == {30}
-    assert [row["attack"] for row in rows].count("FGSM") == 4  # now with transfer
-    assert len({tuple(map(str, row.values())) for row in rows}) == len(rows) == 4 + 4 + 4
+        run(monkeypatch, tmp_path / "out", *flags[:-3], "PGD")
+    for name, size, more, kept in (("same", 10, [], 2), ("size", 7, [], 0),
+                                   ("transfer", 10, ["--transfer"], 0)):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        monkeypatch.setattr(evaluate, "SLICE", size)
+        stop_at = None
+        done.clear()
+        rows = run(monkeypatch, tmp_path / name, *flags, *more)["rows"]
+        assert done.count(("PGD", 0)) == (1 if kept else 2)
+        assert len(done) == 4 * -(-30 // size) - kept
+        assert {row["n"] for row in rows} == {30} and len(rows) == 4 + 4 * (1 + bool(more))
 
 
 def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
@@ -310,10 +292,10 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
     state[next(iter(state))] += 1
     torch.save(state, changed)
     again = ["--networks", changed, *common, "--resume"]
-    refused("is not the file of", monkeypatch, out, *again)
+    refused("is not that of", monkeypatch, out, *again)
     whole = json.loads((out / "results.json").read_text())
-    for key, value in (("rows", None), ("rows", [{}]), ("flags", []), ("networks", []),
-                       ("versions", None), (None, '{"rows": ['), (None, "[]")):
+    for key, value in (("rows", [{}]), ("flags", []), ("unfinished", None), ("versions", None),
+                       (None, '{"rows": ['), (None, "[]")):
         damaged = json.dumps({**whole, key: value}) if key else value
         (out / "results.json").write_text(damaged)
         refused("results.json is damaged", monkeypatch, out, *again)
@@ -322,7 +304,7 @@ def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
 def test_networks_of_another_set_or_training_are_not_taken_over(digits_set, tmp_path, monkeypatch):
     path, out = tmp_path / digits_set.name, tmp_path / "out"
     path.write_bytes(digits_set.read_bytes())
-    flags = ["--synset", path, *SMALL, "--epoch_eval_train", 1, "--attacks", "FGSM", "--targeted"]
+    flags = ["--synset", path, *SMALL, "--epoch_eval_train", 1, "--attacks", "FGSM"]
     run(monkeypatch, out, *flags)
     content = torch.load(path, weights_only=True)
     content["data"][0][0] += 0.1
@@ -373,10 +355,8 @@ def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch, quick_che
     net, test = Masked(network(digits_networks[0])), digits.get_batch("test", slice(100))
     checks = sanity.check_sanity("masked.pth", net.eval(), surrogate, threat, test, 0)
     assert not any(checks[key]["passed"] for key in ("large eps", "black box", "transfer")), checks
-    raised = {"method": "DC", "threat_model": "pixel", "targeted": True,
-              "raised": ["FGSM at ipc 10"]}
-    warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": [raised]})
-    assert "large eps" in warnings[0] and "above clean accuracy (FGSM at ipc 10)" in warnings[-1]
+    warnings = warnings_of({"sanity": {"masked.pth": {"pixel": checks}}, "metrics": []})
+    assert "large eps" in warnings[0]
 
 
 def test_autoattack_must_not_be_weaker():
@@ -388,7 +368,7 @@ def test_autoattack_must_not_be_weaker():
     assert sanity.check_autoattack(rows, "net", "pixel")["passed"]
     wrong = sanity.check_autoattack([*rows, row("AA", 0.25, 4)], "net", "pixel")
     assert not wrong["passed"]
-    assert "25.0 % under AutoAttack, 20.0 % under PGD at 4/255" in wrong["text"]
+    assert "25.0% under AutoAttack, 20.0% under PGD at 4/255" in wrong["text"]
     assert sanity.check_autoattack(rows[:1], "net", "pixel") is None
     assert sanity.check_autoattack(rows, "other", "pixel") is None
 
@@ -434,7 +414,6 @@ def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks)
 # --------------------------------------------------------------------------------- wrong on purpose
 @pytest.mark.parametrize("arguments, message", [
     ("", "nothing to attack"), ("--networks x --attacks PDG", "invalid choice: 'PDG'"),
-    ("--networks x --attacks Deepfool AA --targeted", "no targeted form"),
     ("--networks x --method a b", "2 name"), ("--networks x --eps -1", "at least 0"),
 ])
 def test_bad_flags(arguments, message, capsys):
