@@ -5,6 +5,7 @@ Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.1 (training), 3.5 (what a file 
 import argparse
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from augment import pack, parse_dsa_strategy, unpack
-from datasets import DATASETS
-from formats.inputs import check_and_normalise, read_input, same_normalisation, take_flags
-from formats.synset_file import SyntheticSet, mean_and_std
+from formats.inputs import (check_and_normalise, normalisation_of, normalise_alone, read_input,
+                            take_flags)
+from formats.synset_file import SyntheticSet
 from networks import NETWORKS
 from runtime.device import MICRO_BATCH
 from runtime.safe_io import InputError, sha256, sha256_of_tensors
@@ -22,6 +23,7 @@ from runtime.seeding import make_generator
 
 INITS = ("real", "noise")
 LR_SCHEDULES = ("step", "cosine")
+LEAST = {"epochs": 1, "lr_net": 0.0, "batch_train": 1, "temperature": 0.01}  # int: a whole number
 
 
 # ------------------------------------------------------------------------- how to train on a set
@@ -45,24 +47,24 @@ class TrainConfig:
     def from_meta(cls, meta, **given):
         """What is `given` and not None; else what the recipe in the meta of a file says.
 
-        Raises InputError if that names an unknown augmentation or schedule.
+        Raises InputError if that is out of range, or an unknown augmentation or schedule.
         """
-        recipe = meta.get("recipe", {})
-        values = {}
-        for field in dataclasses.fields(cls):
-            for value in (given.get(field.name), recipe.get(field.name)):
-                if value is not None:
-                    values[field.name] = value
-                    break
-        config = cls(**values)
+        values = dataclasses.asdict(cls())
+        for source in (meta.get("recipe", {}), given):
+            values |= {key: source[key] for key in values if source.get(key) is not None}
+        for key, least in LEAST.items():
+            kinds = int if isinstance(least, int) else (int, float)
+            if not isinstance(values[key], kinds) or not least <= values[key] < math.inf:
+                raise InputError(f"the recipe of the set: {key} is {values[key]!r}; expected a "
+                                 f"number of at least {least}")
         try:
-            parse_dsa_strategy(config.dsa_strategy)
+            parse_dsa_strategy(str(values["dsa_strategy"]))
         except ValueError as error:
             raise InputError(f"the recipe of the set: {error}") from None
-        if config.lr_schedule not in LR_SCHEDULES:
-            raise InputError(f"the recipe of the set has the learning rate schedule "
-                             f"{config.lr_schedule!r}; known are {', '.join(LR_SCHEDULES)}")
-        return config
+        if values["lr_schedule"] not in LR_SCHEDULES:
+            raise InputError(f"the recipe of the set: lr_schedule is {values['lr_schedule']!r}; "
+                             f"known are {', '.join(LR_SCHEDULES)}")
+        return cls(**values)
 
 
 def training_set(synset, pack):
@@ -99,19 +101,10 @@ def load_synset(path, index=0, *, packed=1, images=None):
     file = source.synset
     if index >= len(file.sets):
         raise InputError(f"{path} has {len(file.sets)} set(s), from 0; there is no {index}")
-
-    def normalize(pixels):
-        constants = file.meta if {"mean", "std"} <= set(file.meta) else DATASETS.get(source.dataset)
-        if constants is None or file.declared_zca():
-            raise InputError(f"{path} does not say how its pixels are normalised")
-        mean, std = mean_and_std(constants)
-        return (pixels - mean) / std
-
-    file.normalise(normalize, images, bool(file.declared_zca()))
-    for warning in source.warnings + file.warnings:
+    normalise_alone(source, images=images)
+    for warning in source.warnings:
         warnings.warn(warning, stacklevel=2)
-    config = TrainConfig.from_meta(file.meta)
-    return *training_set(file.sets[index], file.pack), config
+    return *training_set(file.sets[index], file.pack), TrainConfig.from_meta(file.meta)
 
 
 # -------------------------------------------------------------------------- starts and baselines
@@ -152,7 +145,9 @@ def load_initial_sets(path, data, ipc, pack_by):
     source.unknown.pop("model", None)  # the set is trained on --model
     same_name = source.unknown.get("dataset", "").lower() == data.name.lower()
     take_flags(source, dataset=data.name if same_name else None)
-    same_normalisation(source, data)
+    theirs = normalisation_of(source, data.normalisation, data.zca)
+    if not theirs.matches(data.normalisation):
+        raise InputError(f"--init {path} is {theirs}, this run's images are {data.normalisation}")
     shape = (ipc * data.num_classes, data.channel, *data.size)
     order = torch.arange(data.num_classes).repeat_interleave(ipc)
     expected = shape, pack_by, data.name
