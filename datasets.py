@@ -73,9 +73,9 @@ class Dataset:
         """Sizes, classes and normalisation in a line."""
         train, test = len(self.labels["train"]), len(self.labels["test"])
         shape = "x".join(map(str, (self.channel, *self.size)))
-        about = f"{self.name}: {train} training and {test} test images, {shape}"
-        return ", ".join([about, f"{self.num_classes} classes", str(self.normalisation),
-                          *self.notes])
+        about = (f"{self.name}: {train} training and {test} test images, {shape}, "
+                 f"{self.num_classes} classes, {self.normalisation}")
+        return ", ".join([about, *self.notes])
 
     def set_normalisation(self, mean, std):
         """Normalise with these values of each channel, without ZCA."""

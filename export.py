@@ -18,7 +18,7 @@ from PIL import Image
 
 from augment import unpack
 from datasets import DATASETS, Normalisation, add_dataset_flag, dataset_name, load_dataset
-from formats.inputs import normalise_alone, read_input, take_flags
+from formats.inputs import choose_dataset, normalise_alone, read_input, take_flags
 from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
 from networks import NETWORKS
 from runtime.command_line import add_switch, at_least, method_name, run_script
@@ -40,15 +40,14 @@ def parse_args(argv=None):
     add = group.add_argument
     add_dataset_flag(group, None)
     add("--method", type=method_name, help="default: the file's name")
-    add("--packed", type=int, choices=PACKS, default=1, metavar="K",
-        help="an image holds KxK sub-images (default: 1)")
+    add("--packed", type=int, choices=PACKS, default=1, help="sub-images along a side of an image")
     add("--images", choices=SPACES, help="default: bytes are pixels, floats normalised")
     add_switch(group, "zca", False, "images are ZCA-whitened")
     return parser.parse_args(argv)
 
 
-# The layouts: each function writes a SyntheticSet and its meta into a folder, and returns the name
-# there that `synsets.load_synset` reads.
+# Each function writes a SyntheticSet and its meta into a folder, and returns the name there that
+# `synsets.load_synset` reads.
 def write_dc(folder, synset, meta):
     ipc = synset.images_per_class()
     name = f"res_{meta['method']}_{meta['dataset']}_{meta['model']}_{ipc}ipc.pt"
@@ -57,7 +56,7 @@ def write_dc(folder, synset, meta):
 
 
 def write_tensor_files(folder, synset, meta, suffix):
-    """Images, labels (soft if there are any) and learning rate: images.pt, labels.pt, lr.pt."""
+    """images.pt, labels.pt (soft if there are any) and lr.pt."""
     images, labels = training_set(synset, 1)
     rate = torch.tensor(float(TrainConfig.from_meta(meta).lr_net))
     for name, tensor in (("images", images), ("labels", labels), ("lr", rate)):
@@ -67,9 +66,9 @@ def write_tensor_files(folder, synset, meta, suffix):
 
 
 def write_folder(folder, synset, meta):
-    """PNG files, and labels.csv with a row for each: file, label, class name, soft label."""
+    """PNG files, and labels.csv with a row for each."""
     if meta["zca"]:
-        raise InputError("the set is ZCA-whitened: it has no pixels; choose another layout")
+        raise InputError("a ZCA-whitened set has no pixels; choose another layout")
     mean, std = mean_and_std(meta)
     pixels = ((synset.images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).squeeze(3).numpy()  # grey (M, H, W), else (M, H, W, 3)
@@ -90,7 +89,6 @@ def write_folder(folder, synset, meta):
 
 
 def write_safetensors(folder, synset, meta):
-    """Tensors images, labels, soft_labels; meta as JSON in the header."""
     from safetensors.torch import save_file
     tensors = {key: x.contiguous() for key, x in synset._asdict().items() if x is not None}
     save_file(tensors, folder / "set.safetensors", {"meta": json.dumps(meta, sort_keys=True)})
@@ -161,7 +159,7 @@ def card(synset, meta, name, description):
 
 
 def read_set(args):
-    """The SynsetFile, its images normalised, its meta, completed by the flags, its description."""
+    """The normalised SynsetFile, its meta, completed by the flags, and its description."""
     given = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
     given.unknown.pop("model", None)  # any network may train on the set
     file, meta = given.synset, given.synset.meta
@@ -170,13 +168,10 @@ def read_set(args):
     has_constants = {"mean", "std"} <= meta.keys()
     if not has_constants:
         take_flags(given, args.dataset)
-    dataset = given.dataset or given.unknown.get("dataset")
-    if args.dataset:
-        dataset = dataset_name(args.dataset)
-    if dataset is None:
+    declared = given.dataset or given.unknown.get("dataset")
+    if not (args.dataset or declared):
         raise InputError(f"the data set of {args.set} is unknown; give it with --dataset")
-    if given.dataset not in (None, dataset):
-        raise InputError(f"{given} is not of {dataset}")
+    dataset = choose_dataset(dataset_name(args.dataset) if args.dataset else declared, [given])
     default = None
     if dataset in DATASETS:
         default = Normalisation(**DATASETS[dataset])
@@ -202,8 +197,6 @@ def export(args, folder):
     stored, pack = len(labels), file.pack
     if args.hard and file.labels_from_soft:
         raise InputError(f"--hard: {args.set} has soft labels only, no classes of its own")
-    if args.hard:
-        soft_labels = None
     if not args.keep_packed:
         images, labels, pack = unpack(images, pack), labels.repeat(pack**2), 1
     meta |= {"packed": pack > 1, "pack": pack, "stored": stored, "stored_pack": file.pack,
@@ -212,10 +205,10 @@ def export(args, folder):
         teachers = meta["recipe"].get("teachers", [])[args.index : args.index + 1]
         meta["recipe"] = {**meta["recipe"], "pack": pack, "teachers": teachers}
     meta["flags"] = {**meta.get("flags", {}), "method": meta["method"], "model": meta["model"]}
-    synset = SyntheticSet(images, labels, soft_labels)
+    synset = SyntheticSet(images, labels, None if args.hard else soft_labels)
     name = LAYOUTS[args.to](folder, synset, meta)
     write_text(folder / "README.md", card(synset, meta, name, description))
-    return len(labels), "hard" if soft_labels is None else "soft"
+    return len(labels), "hard" if synset.soft_labels is None else "soft"
 
 
 def main():

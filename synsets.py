@@ -91,9 +91,8 @@ def label_loss(logits, labels, temperature=1.0):
 def load_synset(path, index=0, *, packed=1, images=None):
     """A synthetic set in any layout, ready for `utils.train_on_set`.
 
-    path: a file or folder (formats/layouts.py). index: which set of the file. packed: K, if it
-    holds K x K sub-images and does not say so. images: "normalised" or "pixels", if its values
-    leave that open.
+    path: a file or folder. index: which set of the file. packed: K, if it holds K x K sub-images
+    and does not say so. images: "normalised" or "pixels", if its values leave that open.
     Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or logits
     (M, num_classes); and a TrainConfig. Raises InputError for what cannot be understood.
     """
@@ -118,7 +117,7 @@ def init_flag(text):
 def labels_flag(text):
     """An argparse type: "hard" or "stored"; "prior" is what older commands call "stored"."""
     if text not in ("hard", "stored", "prior"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored (once: prior)")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored")
     return "hard" if text == "hard" else "stored"
 
 
@@ -143,7 +142,7 @@ def load_initial_sets(path, data, ipc, pack_by):
     """The sets of --init FILE, as an Input. Raises InputError if they are not like this run's."""
     source = read_input(path, NETWORKS, is_set=True, packed=pack_by)
     source.unknown.pop("model", None)  # the set is trained on --model
-    same_name = source.unknown.get("dataset", "").lower() == data.name.lower()
+    same_name = str(source.unknown.get("dataset")).lower() == data.name.lower()
     take_flags(source, dataset=data.name if same_name else None)
     theirs = normalisation_of(source, data.normalisation, data.zca)
     if not theirs.matches(data.normalisation):

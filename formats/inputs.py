@@ -53,10 +53,7 @@ class Input:
 
 # ------------------------------------------------------------------------------------- names, flags
 def read_input(path, models, is_set, packed=1):
-    """Read one set, or what the name of a network says, as an Input.
-
-    models: the names of the architectures. packed: of a set that does not declare it.
-    """
+    """A set, or what the name of a network says, as an Input. For the arguments: `read_inputs`."""
     path = Path(path)
     match = (SET_NAME if is_set else NETWORK_NAME).match(path.name)
     parts = match.groupdict() if match else {}
@@ -77,7 +74,7 @@ def read_input(path, models, is_set, packed=1):
 
 
 def _believe_meta(entry, names, has_method):
-    """Let the meta of a set declare its method and change `names`; warn where its name differs."""
+    """Let the meta of a set overrule `names`, those of its file name, with a warning."""
     meta = entry.synset.meta
     flags, threat = meta.get("flags", {}), meta.get("threat_model", "published")
     if not has_method:
@@ -109,8 +106,7 @@ def read_inputs(synsets, networks, models, methods=(), dataset=None, model=None,
     for one, other in itertools.combinations(inputs, 2):
         are_networks = not (one.synset or other.synset)
         if are_networks and one.path.name == other.path.name:
-            both = f"{one.path} and {other.path} have the same name"
-            raise InputError(f"{both}; results are kept by file name: rename one")
+            raise InputError(f"{one.path} and {other.path} have the same name; rename one")
         are_alike = are_networks and (one.model, one.trained) == (other.model, other.trained)
         if (one.method, one.ipc) == (other.method, other.ipc) and not are_alike:
             raise InputError(f"{one} and {other} would be pooled: tell them apart with --method")
@@ -202,7 +198,7 @@ def normalise_alone(entry, default=None, images=None, zca=False):
 def check_and_normalise(entry, data, images=None):
     """Check an input against a data set, normalise its images, and write its description.
 
-    images: of SPACES, what the images of sets are; see SynsetFile.normalise. Raises InputError.
+    images: see SynsetFile.normalise. Raises InputError.
     """
     dataset, model = (" (assumed)" if key in entry.assumed else "" for key in ("dataset", "model"))
     if entry.synset is None:

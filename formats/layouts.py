@@ -1,8 +1,7 @@
 """The layouts in which the field stores synthetic sets (docs/foreign_files.md has the table).
 
 Each reader returns (sets, meta, files, notes): [(images, labels, soft labels or None), ...] as
-they are stored; a dict, what the file declares; the paths that were read; sentences on what was
-found beside the images.
+stored; a dict, what the file declares; the paths that were read; sentences on what was found.
 """
 
 import csv

@@ -41,8 +41,8 @@ class SyntheticSet(NamedTuple):
 class SynsetFile:
     """The synthetic sets of a file.
 
-    sets: [SyntheticSet, ...]; until `normalise` their images are floats or bytes as stored. meta:
-    what the file declares. files: all that was read. pack: sub-images along each side of an image.
+    sets: [SyntheticSet, ...]; until `normalise` their images are as stored. meta: what the file
+    declares. files: all that was read. pack: sub-images along each side of an image.
     labels_from_soft: the classes are the largest soft labels. notes: what it was taken as.
     """
 
@@ -171,10 +171,7 @@ def _tensor(array):
 
 
 def _checked(name, stored, pack):
-    """(SyntheticSet, kind of its labels, whether its classes come from soft labels).
-
-    stored: images, labels, soft labels or None, as `read_layout` has them.
-    """
+    """(SyntheticSet, kind of its labels, whether its classes come from soft ones)."""
     try:
         images, labels = map(_tensor, stored[:2])
         (soft,) = (x if x is None else _tensor(x) for x in stored[2:])

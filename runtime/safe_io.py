@@ -134,12 +134,10 @@ def _input_errors(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        text = f"{path} is refused, nothing in it was executed: {reason(error)}"
-        raise InputError(text) from None
+        raise InputError(f"{path} is refused, nothing was executed: {reason(error)}") from None
     except Exception as error:
-        kind = type(error).__name__
-        text = f"{path} is damaged or another kind of file ({kind}: {reason(error)})"
-        raise InputError(text) from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{path} is damaged or another kind of file ({why})") from None
 
 
 def read_tensors(path, max_bytes=None):
@@ -208,10 +206,7 @@ def sha256_of_tensors(tensors):
 
 
 def write_atomically(path, write):
-    """Call write(partial path), then give that file its name: `path` is never half written.
-
-    The partial name ends as `path` does: some writers look at the ending.
-    """
+    """Call write(partial path), which ends as `path` does, then give that file its name."""
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
