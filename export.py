@@ -161,14 +161,14 @@ def card(synset, meta, name, description):
 def read_set(args):
     """The normalised SynsetFile, its meta, completed by the flags, and its description."""
     given = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
-    given.unknown.pop("model", None)  # any network may train on the set
+    given.names["model"] = None  # any network may train on the set
     file, meta = given.synset, given.synset.meta
     if args.index >= len(file.sets):
         raise InputError(f"--index {args.index}: {args.set} has {len(file.sets)} set(s), from 0")
     has_constants = {"mean", "std"} <= meta.keys()
     if not has_constants:
         take_flags(given, args.dataset)
-    declared = given.dataset or given.unknown.get("dataset")
+    declared = given.dataset or given.names["dataset"]
     if not (args.dataset or declared):
         raise InputError(f"the data set of {args.set} is unknown; give it with --dataset")
     dataset = choose_dataset(dataset_name(args.dataset) if args.dataset else declared, [given])

@@ -141,8 +141,8 @@ def initial_set(data, ipc, pack_by, init, generator, exp=0):
 def load_initial_sets(path, data, ipc, pack_by):
     """The sets of --init FILE, as an Input. Raises InputError if they are not like this run's."""
     source = read_input(path, NETWORKS, is_set=True, packed=pack_by)
-    source.unknown.pop("model", None)  # the set is trained on --model
-    same_name = str(source.unknown.get("dataset")).lower() == data.name.lower()
+    source.names["model"] = None  # the set is trained on --model
+    same_name = str(source.names["dataset"]).lower() == data.name.lower()
     take_flags(source, dataset=data.name if same_name else None)
     theirs = normalisation_of(source, data.normalisation, data.zca)
     if not theirs.matches(data.normalisation):

@@ -28,20 +28,18 @@ SET_NAME = re.compile(
 class Input:
     """A file that a user gives, and what it is taken as.
 
-    dataset, model, ipc: None where nothing declares them. trained: how a network was, by its name.
-    synset: the content of a set. unknown: {"dataset" or "model": a name that is none of ours}.
-    assumed: which of the two nothing declares. notes: how a network was read.
+    names: {"dataset", "model": what the file or a flag says, or None}; dataset, model: that, if it
+    is one of ours. trained: how a network was, by its name. notes: how a network was read.
     """
 
     path: Path
     method: str
+    names: dict
     dataset: str = None
     model: str = None
     ipc: int = None
     trained: str = None
     synset: SynsetFile = None
-    unknown: dict = field(default_factory=dict)
-    assumed: set = field(default_factory=set)
     notes: list = field(default_factory=list)
     description: str = ""
     warnings: list = field(default_factory=list)
@@ -60,22 +58,20 @@ def read_input(path, models, is_set, packed=1):
     words = re.split(r"[_.\s]|-(?!\d)", path.name)
     in_name = next(filter(None, map(known_dataset, words)), None)
     names = {"dataset": parts.get("dataset", in_name), "model": parts.get("model")}
-    entry = Input(path, parts.get("method", path.stem), trained=parts.get("trained"))
+    entry = Input(path, parts.get("method", path.stem), names, trained=parts.get("trained"))
     entry.ipc = int(parts["ipc"]) if "ipc" in parts else None
     if is_set:
         entry.synset = read_synset(path, packed)
         entry.ipc = entry.synset.sets[0].images_per_class()
-        _believe_meta(entry, names, has_method="method" in parts)
+        _believe_meta(entry, has_method="method" in parts)
     entry.dataset = known_dataset(names["dataset"])
     entry.model = {_plain(model): model for model in models}.get(_plain(names["model"]))
-    entry.assumed = {key for key, name in names.items() if name is None}
-    entry.unknown = {key: x for key, x in names.items() if x and getattr(entry, key) is None}
     return entry
 
 
-def _believe_meta(entry, names, has_method):
-    """Let the meta of a set overrule `names`, those of its file name, with a warning."""
-    meta = entry.synset.meta
+def _believe_meta(entry, has_method):
+    """Let the meta of a set overrule the name of its file, with a warning."""
+    meta, names = entry.synset.meta, entry.names
     flags, threat = meta.get("flags", {}), meta.get("threat_model", "published")
     if not has_method:
         entry.method = str(flags.get("method", entry.method))
@@ -119,14 +115,14 @@ def take_flags(entry, dataset=None, model=None):
     Raises InputError for an unknown name without its flag.
     """
     for key, value in (("dataset", dataset), ("model", model)):
-        name, chosen = entry.unknown.get(key), Path(str(value)).stem
-        if name and not value:
+        name, chosen = entry.names[key], Path(str(value)).stem
+        is_unknown = name and getattr(entry, key) is None
+        if is_unknown and not value:
             raise InputError(f"{entry.path} is of the {key} {name!r}, which is unknown here; say "
                              f"with --{key} what to take it for")
-        if name and _plain(name) != _plain(chosen):
+        if is_unknown and _plain(name) != _plain(chosen):
             entry.warnings.append(f"{entry.path} says {name}, taken as {chosen} as --{key} says")
-        if value:
-            entry.assumed.discard(key)
+        entry.names[key] = name or value
     entry.model = model or entry.model
 
 
@@ -200,7 +196,7 @@ def check_and_normalise(entry, data, images=None):
 
     images: see SynsetFile.normalise. Raises InputError.
     """
-    dataset, model = (" (assumed)" if key in entry.assumed else "" for key in ("dataset", "model"))
+    dataset, model = ("" if entry.names[key] else " (assumed)" for key in ("dataset", "model"))
     if entry.synset is None:
         space = f"for images {data.normalisation}"
         parts = [data.name + dataset, entry.model + model, space, *entry.notes]

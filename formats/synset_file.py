@@ -16,7 +16,6 @@ from runtime.safe_io import InputError, reason, sha256, write_tensors
 
 SPACES = ("normalised", "pixels")  # of images, --images
 SUM_TOLERANCE = 0.01  # of a row of probabilities, which may be stored as bfloat16
-SEAM_IMAGES = 1000  # that are looked at
 ADVICE = {kind: "; --images pixels converts them" for kind in PIXEL_SCALES}
 ADVICE["ZCA-whitened images"] = "; --zca declares it"
 
@@ -79,7 +78,7 @@ class SynsetFile:
         elif space is None and kind != taken and not (zca and self.declared_zca()):
             warning = f"taken as {taken}, but its values {values} look like {kind}"
             self.warnings.append(f"{self.path}: {warning}{ADVICE.get(kind, '')}")
-        found, ratio = seams(self.sets[0].images[:SEAM_IMAGES])
+        found, ratio = seams(self.sets[0].images)
         if found not in (1, self.pack) and not zca:  # whitening hides seams, and makes others
             difference = f"neighbouring pixels differ {ratio:.1f} times as much across the seams"
             self.warnings.append(

@@ -10,7 +10,6 @@ import experiment
 import ROME_cifar10
 import synsets
 from augment import unpack
-from datasets import DATASETS
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, pack_of, save_synset
 from networks import get_network
@@ -157,15 +156,3 @@ def test_the_config_of_a_file_and_of_the_flags():
 def test_a_wrong_recipe(key, value, message):
     with pytest.raises(InputError, match=f"the recipe of the set: .*{message}"):
         TrainConfig.from_meta({"recipe": {key: value}})
-
-
-def test_load_synset_normalises_pixels(tmp_path):
-    pixels = torch.rand(10, 3, 32, 32)
-    save_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", [SyntheticSet(pixels, torch.arange(10))],
-                [], {})
-    images, labels, config = synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt",
-                                                 images="pixels")
-    mean, std = (torch.tensor(DATASETS["CIFAR10"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    assert torch.allclose(images, (pixels - mean) / std) and config == TrainConfig()
-    with pytest.raises(InputError, match="there is no 1"):
-        synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", 1)
