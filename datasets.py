@@ -47,7 +47,7 @@ class Normalisation(NamedTuple):
 
 
 class Dataset:
-    """uint8 images on the device, normalised batch by batch.
+    """Images on the device, normalised batch by batch.
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, "test": ...}.
     mean, std: of each channel, pixels in [0, 1]. notes: how its file was read.
@@ -126,7 +126,7 @@ class Dataset:
         return len(self._class_indices[c])
 
     def sample_class_indices(self, c, n, generator):
-        """Indices of n random training images of class c, at most all: (n,) int64 on the CPU."""
+        """Indices of n random training images of class c, at most all: (n,) on the CPU."""
         return self._class_indices[c][torch.randperm(self.class_size(c), generator=generator)[:n]]
 
     def sample_indices(self, n, generator):
@@ -186,7 +186,7 @@ def dataset_name(name):
         return known
     if not (path.is_dir() or path.is_file() and path.suffix == ".npz"):
         raise InputError(f"unknown --dataset {str(name)!r}; choose {', '.join(DATASETS)}, or the "
-                         "path of a .npz file or of a folder of pictures")
+                         "path of a .npz file or folder of pictures")
     stem = re.sub(r"[^A-Za-z0-9]", "", path.resolve().stem)
     if known_dataset(stem) or not stem:
         raise InputError(f"--dataset {path}: your own data cannot be called {stem!r}: rename it, "

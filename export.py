@@ -2,8 +2,8 @@
 
     python export.py result/ROME_res_ROME_CIFAR10_ConvNet_10ipc.pt --to ddranking exported/
 
-Writes the files, a data set card, and meta.json where the layout has no place for it. evaluate.py
-reads all layouts (docs/foreign_files.md). Source: SPEC 3.5. MIT licence.
+Writes the files, a card, and meta.json where the layout has no place for it; evaluate.py reads all
+of them (docs/foreign_files.md). Source: SPEC 3.5. MIT licence.
 """
 import argparse
 import csv
@@ -106,8 +106,6 @@ LAYOUTS = {
 CARD = """\
 ---
 license: other
-task_categories:
-- image-classification
 tags:
 - dataset-distillation
 - adversarial-robustness

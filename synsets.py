@@ -47,7 +47,7 @@ class TrainConfig:
     def from_meta(cls, meta, **given):
         """What is `given` and not None; else what the recipe in the meta of a file says.
 
-        Raises InputError if that is out of range, or an unknown augmentation or schedule.
+        Raises InputError for a value out of range or an unknown name.
         """
         values = dataclasses.asdict(cls())
         for source in (meta.get("recipe", {}), given):
@@ -99,7 +99,7 @@ def load_synset(path, index=0, *, packed=1, images=None):
     source = read_input(path, NETWORKS, is_set=True, packed=packed)
     file = source.synset
     if index >= len(file.sets):
-        raise InputError(f"{path} has {len(file.sets)} set(s), from 0; there is no {index}")
+        raise InputError(f"{path} has {len(file.sets)} set(s); there is no {index}")
     normalise_alone(source, images=images)
     for warning in source.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -168,7 +168,7 @@ def baseline_packs(pack_by):
 
 
 def baseline_set(name, pack_by, data, ipc, seed, exp):
-    """Random real images, as many stored ones as the distilled set of experiment `exp` has."""
+    """Random real images, as many as the distilled set of experiment `exp` stores."""
     generator = make_generator(seed, exp, name)
     return SyntheticSet(*initial_set(data, ipc, pack_by, "real", generator))
 
@@ -181,10 +181,7 @@ def class_major(unpacked, stored):
 # ----------------------------------------------------------------------------------- soft labels
 @torch.no_grad()
 def soft_labels(networks, images, micro_batch=MICRO_BATCH):
-    """Mean logits (M, num_classes) of networks in eval mode on normalised images (M, C, H, W).
-
-    Source: SPEC 1.6.
-    """
+    """Mean logits (M, num_classes) of networks in eval mode on normalised images. SPEC 1.6."""
     total = 0
     for net in networks:
         was_training = net.training

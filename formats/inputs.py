@@ -137,7 +137,7 @@ def choose_dataset(flag, inputs):
 
 # ------------------------------------------------------------------------------------ normalisation
 def normalisation_of(entry, default, zca=False):
-    """The Normalisation that a set declares, else `default`; zca: else it is whitened."""
+    """The Normalisation that a set declares, else `default`, whitened with `zca`."""
     meta, declared = entry.synset.meta, entry.synset.declared_zca()
     if zca and declared is False:
         raise InputError(f"{entry.path} says that it is not ZCA-whitened; leave out --zca")
@@ -229,14 +229,14 @@ def _misfit(one, data, labels_from_soft):
 
 
 def _match_classes(entry, data):
-    """Number the classes of a set as `data` does, where it names them; warn of other names."""
+    """Number the classes of a set as `data` does; warn of other names."""
     synset = entry.synset
     theirs = [str(name).lower() for name in synset.meta.get("classes", data.classes)]
     ours = [name.lower() for name in data.classes]
     if theirs == ours:
         return
     if sorted(theirs) != sorted(ours):
-        names = f"{', '.join(theirs[:3])} ..., those of {data.name} {', '.join(ours[:3])} ..."
+        names = f"{', '.join(theirs[:3])} ..., not {', '.join(ours[:3])} ..."
         entry.warnings.append(f"{entry.path}: its classes are {names}; taken in this order")
         return
     number = torch.tensor([ours.index(name) for name in theirs])

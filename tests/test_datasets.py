@@ -168,7 +168,7 @@ def test_own_data_that_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file"),
+    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file or folder"),
     ("cifar10.npz", "cannot be called 'cifar10': .*--data_path"),
     ("___.npz", "cannot be called ''"),
 ])

@@ -326,8 +326,7 @@ def test_unknown_names_are_refused(tmp_path, name, message):
 
 
 @pytest.mark.parametrize("name, dataset, model, method, ipc", [
-    ("DM_convnetw32_cifar100_10_None.pth", "CIFAR100", "ConvNetW32", "DM", 10),
-    ("DM_ConvNet_CIFAR-10_50_None_0.7.pt", "CIFAR10", "ConvNet", "DM", 50),
+    ("DM_convnetw32_cifar-100_10_None_0.7.pt", "CIFAR100", "ConvNetW32", "DM", 10),
     ("my_network.pth", None, None, "my_network", None),
     ("best-cifar100.pth", "CIFAR100", None, "best-cifar100", None),
 ])
