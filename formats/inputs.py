@@ -173,11 +173,13 @@ def normalise_alone(entry, default=None, images=None, zca=False):
     images, zca: see SynsetFile.normalise. Returns the Normalisation. Raises InputError.
     """
     known = {"mean", "std"} <= entry.synset.meta.keys() or default or entry.dataset
+    channels = entry.synset.sets[0].images.shape[1]
     if not default:
-        channels = entry.synset.sets[0].images.shape[1]
         unknown = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         default = Normalisation(**DATASETS.get(entry.dataset, unknown))
     own = normalisation_of(entry, default, zca)
+    if len(own.mean) != channels:
+        raise InputError(f"{entry.path} is {own}; its images have {channels} channel(s)")
 
     def normalize(pixels):
         if own.zca or not known:

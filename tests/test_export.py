@@ -111,12 +111,16 @@ def test_folder(stored, run):
 @pytest.mark.parametrize("flags, message", [
     ([], "is unknown; .*--dataset"),
     (["--dataset", "CIFAR10", "--index", "1"], "--index 1: .* has 1 set"),
+    (["--dataset", "grey.npz"], "its images have 3 channel"),
     (["--dataset", "CIFAR10", "--keep_packed"], "folder cannot"),
     (["--dataset", "CIFAR10", "--zca"], "no pixels"),
     (["--dataset", "CIFAR10", "--zca", "--images", "pixels"], "holds pixels and does not say"),
 ])
-def test_refused(run, tmp_path, flags, message):
+def test_refused(run, tmp_path, tmp_path_factory, monkeypatch, flags, message):
     torch.save({"data": [[torch.rand(10, 3, 32, 32), torch.arange(10)]]}, tmp_path / "res.pt")
+    pixels, labels = np.random.rand(10, 8, 8), np.arange(10)
+    monkeypatch.chdir(tmp_path_factory.mktemp("data"))
+    np.savez("grey.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     with pytest.raises(InputError, match=message):
         run("--to", "folder", "--index", "0", *flags, path=tmp_path / "res.pt")
     assert len(list(tmp_path.iterdir())) == 1  # nothing that would block the next try
