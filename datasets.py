@@ -6,6 +6,7 @@ import argparse
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,25 @@ ZCA_EPS = 0.1  # SPEC 1.2
 CLASS_GROUP_IMAGES = 16384  # real images in memory at a time, several copies of 12 KiB each
 
 
+class Normalisation(NamedTuple):
+    """How images are normalised: by the mean and std of each channel, or by ZCA whitening."""
+
+    mean: tuple
+    std: tuple
+    zca: bool = False
+
+    def matches(self, other):
+        are_close = self.zca or np.allclose(self[:2], other[:2], atol=1e-4)
+        return self.zca == other.zca and are_close
+
+    def __str__(self):
+        if self.zca:
+            return "ZCA-whitened"
+        return f"normalised with mean {list(self.mean)}, std {list(self.std)}"
+
+
 class Dataset:
-    """uint8 images on the device, normalised batch by batch.
+    """Images on the device, normalised batch by batch.
 
     images: {"train": (N, C, H, W) uint8, "test": ...}; labels: {"train": (N,) int64, "test": ...}.
     mean, std: of each channel, pixels in [0, 1]. notes: how its file was read.
@@ -54,16 +72,19 @@ class Dataset:
         """Sizes, classes and normalisation in a line."""
         train, test = len(self.labels["train"]), len(self.labels["test"])
         shape = "x".join(map(str, (self.channel, *self.size)))
-        normalised = f"normalised with mean {list(self.mean)}, std {list(self.std)}"
-        return ", ".join([f"{self.name}: {train} training and {test} test images", shape,
-                          f"{self.num_classes} classes",
-                          "ZCA-whitened" if self.zca else normalised, *self.notes])
+        about = (f"{self.name}: {train} training and {test} test images, {shape}, "
+                 f"{self.num_classes} classes, {self.normalisation}")
+        return ", ".join([about, *self.notes])
 
     def set_normalisation(self, mean, std):
         """Normalise with these values of each channel, without ZCA."""
         self.mean, self.std, self._zca = tuple(mean), tuple(std), None
-        self._mean = torch.tensor(self.mean, device=self.device).view(1, -1, 1, 1)
-        self._std = torch.tensor(self.std, device=self.device).view(1, -1, 1, 1)
+        constants = torch.tensor([self.mean, self.std], device=self.device)
+        self._mean, self._std = constants.view(2, 1, -1, 1, 1)
+
+    @property
+    def normalisation(self):
+        return Normalisation(self.mean, self.std, self.zca)
 
     @property
     def zca(self):
@@ -101,7 +122,7 @@ class Dataset:
         return len(self._class_indices[c])
 
     def sample_class_indices(self, c, n, generator):
-        """Indices of n random training images of class c, at most all: (n,) int64 on the CPU."""
+        """Indices of n random training images of class c, at most all: (n,) on the CPU."""
         return self._class_indices[c][torch.randperm(self.class_size(c), generator=generator)[:n]]
 
     def sample_indices(self, n, generator):
@@ -160,12 +181,12 @@ def dataset_name(name):
     if known:
         return known
     if not (path.is_dir() or path.is_file() and path.suffix == ".npz"):
-        raise InputError(f"unknown --dataset {str(name)!r}; choose one of {', '.join(DATASETS)}, "
-                         "or give the path of a .npz file or of a folder of pictures")
+        raise InputError(f"unknown --dataset {str(name)!r}; choose {', '.join(DATASETS)}, or the "
+                         "path of a .npz file or folder of pictures")
     stem = re.sub(r"[^A-Za-z0-9]", "", path.resolve().stem)
     if known_dataset(stem) or not stem:
-        raise InputError(f"--dataset {path}: a data set of your own cannot be called {stem!r}; "
-                         f"rename it, or use --dataset {', '.join(DATASETS)} with --data_path")
+        raise InputError(f"--dataset {path}: your own data cannot be called {stem!r}: rename it, "
+                         "or name the data set and give --data_path")
     return stem
 
 
@@ -178,8 +199,7 @@ def add_dataset_flag(parser, default="CIFAR10", text=""):
             raise argparse.ArgumentTypeError(str(error)) from None
         return known_dataset(given) or given
     parser.add_argument("--dataset", type=dataset, default=default, metavar="DATA",
-                        help=f"{', '.join(DATASETS)}, or a file or folder of your own "
-                             f"(docs/foreign_files.md){text}")
+                        help=f"{', '.join(DATASETS)}, or your own file or folder{text}")
 
 
 def load_dataset(name, data_path, device="cpu"):
@@ -234,20 +254,18 @@ def _download_cifar(name, path):
         if folder_is_new:
             with suppress(OSError):  # not there, or with a part of the download in it
                 path.parent.rmdir()
-        raise InputError(f"no {path} and the download of {name} failed ({error}). Either run once "
-                         f"where there is internet access, or put {path.name} there "
-                         "(docs/reproduce.md has its format)") from None
+        raise InputError(f"no {path} and the download failed ({error}): put {path.name} there "
+                         "(docs/reproduce.md) or run once with internet access") from None
     arrays["classes"] = np.array(data.classes)
     write_atomically(path, lambda partial: np.savez(partial, **arrays))
 
 
 def _mean_and_std(source, pixels):
     """Mean and std of each channel. pixels: (N, H, W, C) uint8, counted as [0, 1]."""
-    channels = np.moveaxis(pixels, 3, 0)
-    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
-    shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = shares @ levels
-    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
-    if std.min() < 1e-3:
+    levels = np.arange(256) / 255
+    counts = [np.bincount(x.ravel(), minlength=256) for x in np.moveaxis(pixels, 3, 0)]
+    mean = np.array([np.average(levels, weights=count) for count in counts])
+    std = [np.average((levels - m) ** 2, weights=count) ** 0.5 for m, count in zip(mean, counts)]
+    if min(std) < 1e-3:
         raise InputError(f"{source}: a channel of the training images is constant")
-    return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
+    return {"mean": mean.round(4).tolist(), "std": np.round(std, 4).tolist()}

@@ -5,6 +5,7 @@ Source: SPEC 1.3 (packing), 1.6 (soft labels), 3.1 (training), 3.5 (what a file 
 import argparse
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from augment import pack, parse_dsa_strategy, unpack
-from datasets import DATASETS
-from formats.inputs import check_and_normalise, read_input, same_normalisation, take_flags
-from formats.synset_file import SyntheticSet, mean_and_std
+from formats.inputs import (check_and_normalise, normalisation_of, normalise_alone, read_input,
+                            take_flags)
+from formats.synset_file import SyntheticSet
 from networks import NETWORKS
 from runtime.device import MICRO_BATCH
 from runtime.safe_io import InputError, sha256, sha256_of_tensors
@@ -22,6 +23,7 @@ from runtime.seeding import make_generator
 
 INITS = ("real", "noise")
 LR_SCHEDULES = ("step", "cosine")
+LEAST = {"epochs": 1, "lr_net": 0.0, "batch_train": 1, "temperature": 0.01}  # int: a whole number
 
 
 # ------------------------------------------------------------------------- how to train on a set
@@ -51,24 +53,24 @@ class TrainConfig:
     def from_meta(cls, meta, **given):
         """What is `given` and not None; else what the recipe in the meta of a file says.
 
-        Raises InputError if that names an unknown augmentation or schedule.
+        Raises InputError for a value out of range or an unknown name.
         """
-        recipe = meta.get("recipe", {})
-        values = {}
-        for field in dataclasses.fields(cls):
-            for value in (given.get(field.name), recipe.get(field.name)):
-                if value is not None:
-                    values[field.name] = value
-                    break
-        config = cls(**values)
+        values = dataclasses.asdict(cls())
+        for source in (meta.get("recipe", {}), given):
+            values |= {key: source[key] for key in values if source.get(key) is not None}
+        for key, least in LEAST.items():
+            kinds = int if isinstance(least, int) else (int, float)
+            if not isinstance(values[key], kinds) or not least <= values[key] < math.inf:
+                raise InputError(f"the recipe of the set: {key} is {values[key]!r}; expected a "
+                                 f"number of at least {least}")
         try:
-            parse_dsa_strategy(config.dsa_strategy)
+            parse_dsa_strategy(str(values["dsa_strategy"]))
         except ValueError as error:
             raise InputError(f"the recipe of the set: {error}") from None
-        if config.lr_schedule not in LR_SCHEDULES:
-            raise InputError(f"the recipe of the set has the learning rate schedule "
-                             f"{config.lr_schedule!r}; known are {', '.join(LR_SCHEDULES)}")
-        return config
+        if values["lr_schedule"] not in LR_SCHEDULES:
+            raise InputError(f"the recipe of the set: lr_schedule is {values['lr_schedule']!r}; "
+                             f"known are {', '.join(LR_SCHEDULES)}")
+        return cls(**values)
 
 
 def training_set(synset, pack):
@@ -95,29 +97,19 @@ def label_loss(logits, labels, temperature=1.0):
 def load_synset(path, index=0, *, packed=1, images=None):
     """A synthetic set in any layout, ready for `utils.train_on_set`.
 
-    path: a file or folder (formats/layouts.py). index: which set of the file. packed: K, if it
-    holds K x K sub-images and does not say so. images: "normalised" or "pixels", if its values
-    leave that open.
+    path: a file or folder. index: which set of the file. packed: K, if it holds K x K sub-images
+    and does not say so. images: "normalised" or "pixels", if its values leave that open.
     Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or logits
     (M, num_classes); and a TrainConfig. Raises InputError for what cannot be understood.
     """
     source = read_input(path, NETWORKS, is_set=True, packed=packed)
     file = source.synset
     if index >= len(file.sets):
-        raise InputError(f"{path} has {len(file.sets)} set(s), from 0; there is no {index}")
-
-    def normalize(pixels):
-        constants = file.meta if {"mean", "std"} <= set(file.meta) else DATASETS.get(source.dataset)
-        if constants is None or file.declared_zca():
-            raise InputError(f"{path} does not say how its pixels are normalised")
-        mean, std = mean_and_std(constants)
-        return (pixels - mean) / std
-
-    file.normalise(normalize, images, bool(file.declared_zca()))
-    for warning in source.warnings + file.warnings:
+        raise InputError(f"{path} has {len(file.sets)} set(s); there is no {index}")
+    normalise_alone(source, images=images)
+    for warning in source.warnings:
         warnings.warn(warning, stacklevel=2)
-    config = TrainConfig.from_meta(file.meta)
-    return *training_set(file.sets[index], file.pack), config
+    return *training_set(file.sets[index], file.pack), TrainConfig.from_meta(file.meta)
 
 
 # -------------------------------------------------------------------------- starts and baselines
@@ -131,7 +123,7 @@ def init_flag(text):
 def labels_flag(text):
     """An argparse type: "hard" or "stored"; "prior" is what older commands call "stored"."""
     if text not in ("hard", "stored", "prior"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored (once: prior)")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored")
     return "hard" if text == "hard" else "stored"
 
 
@@ -155,10 +147,12 @@ def initial_set(data, ipc, pack_by, init, generator, exp=0):
 def load_initial_sets(path, data, ipc, pack_by):
     """The sets of --init FILE, as an Input. Raises InputError if they are not like this run's."""
     source = read_input(path, NETWORKS, is_set=True, packed=pack_by)
-    source.unknown.pop("model", None)  # the set is trained on --model
-    same_name = source.unknown.get("dataset", "").lower() == data.name.lower()
+    source.names["model"] = None  # the set is trained on --model
+    same_name = str(source.names["dataset"]).lower() == data.name.lower()
     take_flags(source, dataset=data.name if same_name else None)
-    same_normalisation(source, data)
+    theirs = normalisation_of(source, data.normalisation, data.zca)
+    if not theirs.matches(data.normalisation):
+        raise InputError(f"--init {path} is {theirs}, this run's images are {data.normalisation}")
     shape = (ipc * data.num_classes, data.channel, *data.size)
     order = torch.arange(data.num_classes).repeat_interleave(ipc)
     expected = shape, pack_by, data.name
@@ -180,7 +174,7 @@ def baseline_packs(pack_by):
 
 
 def baseline_set(name, pack_by, data, ipc, seed, exp):
-    """Random real images, as many stored ones as the distilled set of experiment `exp` has."""
+    """Random real images, as many as the distilled set of experiment `exp` stores."""
     generator = make_generator(seed, exp, name)
     return SyntheticSet(*initial_set(data, ipc, pack_by, "real", generator))
 
@@ -193,10 +187,7 @@ def class_major(unpacked, stored):
 # ----------------------------------------------------------------------------------- soft labels
 @torch.no_grad()
 def soft_labels(networks, images, micro_batch=MICRO_BATCH):
-    """Mean logits (M, num_classes) of networks in eval mode on normalised images (M, C, H, W).
-
-    Source: SPEC 1.6.
-    """
+    """Mean logits (M, num_classes) of networks in eval mode on normalised images. SPEC 1.6."""
     total = 0
     for net in networks:
         was_training = net.training

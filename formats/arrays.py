@@ -7,7 +7,6 @@ import numpy as np
 from runtime.safe_io import InputError, read_npz
 
 CHANNELS = (1, 3)
-TEST_FOLDERS = ("test", "val", "valid", "validation")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -26,18 +25,14 @@ def standard_arrays(where, arrays):
     train, test = result["x_train"].shape[1:], result["x_test"].shape[1:]
     if train != test:
         raise InputError(f"{where}: training images are {train}, test images {test}")
-    count = 1 + max(result["y_train"].max(), result["y_test"].max())
-    classes = np.asarray(arrays.get("classes", range(count))).astype(str).ravel().tolist()
-    for name in ("y_train", "y_test"):
-        low, high = result[name].min(), result[name].max()
-        if low < 0 or high >= len(classes):
-            expected = f"labels outside 0..{len(classes) - 1}"
-            raise InputError(f"{where}: {name} has {expected}: {low} to {high}")
-    if len(classes) < 2:
-        raise InputError(f"{where}: 1 class(es), at least 2 are needed")
-    for c, name in enumerate(classes):
-        if c not in result["y_train"]:
-            raise InputError(f"{where}: class {name} has no training image")
+    labels = np.concatenate([result["y_train"], result["y_test"]])
+    low, high = labels.min(), labels.max()
+    classes = np.asarray(arrays.get("classes", range(high + 1))).astype(str).ravel().tolist()
+    if low < 0 or high >= len(classes) or len(classes) < 2:
+        raise InputError(f"{where}: labels from {low} to {high}, {len(classes)} class(es)")
+    counts = np.bincount(result["y_train"], minlength=len(classes))
+    if not counts.all():
+        raise InputError(f"{where}: class {classes[counts.argmin()]} has no training image")
     return {**result, "classes": classes}, list(dict.fromkeys(notes))
 
 
@@ -55,44 +50,37 @@ def _images(name, x, notes):
         return np.ascontiguousarray(x)
     low, high = (x.min(), x.max()) if x.dtype.kind in "iuf" else (np.nan, np.nan)
     if not 0 <= low <= high <= 255 or high > 1 and (x != np.round(x)).any():
-        raise InputError(
-            f"{given} with values from {low:.4g} to {high:.4g}; expected bytes, floats in [0, 1], "
-            "or whole numbers up to 255, without a normalisation"
-        )
+        expected = "bytes, floats in [0, 1] or whole numbers up to 255, not normalised"
+        raise InputError(f"{given} with values from {low:.4g} to {high:.4g}; expected {expected}")
     if high <= 1:
         x = np.asarray(x, np.float64) * 255
         notes.append("pixels given in [0, 1]")
-    return np.ascontiguousarray(np.round(x).astype(np.uint8))
+    return np.ascontiguousarray(np.round(x), np.uint8)
 
 
 def _labels(name, y, count):
     """Labels as int64 (count,)."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.shape != (count,):
-        raise InputError(f"{name} is {y.dtype} {y.shape} for {count} images; expected ({count},)")
-    if y.dtype.kind not in "iuf" or (y != np.round(y)).any():
-        raise InputError(f"{name} is {y.dtype}; expected whole numbers from 0")
+    if y.shape != (count,) or y.dtype.kind not in "iuf" or (y != np.round(y)).any():
+        raise InputError(f"{name} is {y.dtype} {y.shape}; expected ({count},) whole numbers from 0")
     return y.astype(np.int64)
 
 
 def read_arrays(path):
     """What `standard_arrays` takes, of a .npz file, or of a folder of pictures,
     train/<class>/*.png and test/<class>/*.png (or val/)."""
-    path = Path(path)
+    path, splits = Path(path), ("x_train", "y_train", "x_test", "y_test")
     if not path.is_dir():
-        return read_npz(path, ("x_train", "y_train", "x_test", "y_test"), optional=("classes",))
-    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
-    if not test or not (path / "train").is_dir():
+        return read_npz(path, splits, optional=("classes",))
+    test = path / ("test" if (path / "test").is_dir() else "val")
+    if not (test.is_dir() and (path / "train").is_dir()):
         raise InputError(f"--dataset {path}: a folder has train/<class>/ and test/<class>/")
-    x_train, y_train, classes = read_class_folders(path / "train")
-    x_test, y_test, test_classes = read_class_folders(test)
+    *arrays, classes = read_class_folders(path / "train")
+    *test_arrays, test_classes = read_class_folders(test)
     if classes != test_classes:
         raise InputError(f"--dataset {path}: the classes of {test.name} are not those of train")
-    return {
-        "x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test,
-        "classes": classes,
-    }
+    return {**dict(zip(splits, [*arrays, *test_arrays])), "classes": classes}
 
 
 def read_class_folders(folder):
@@ -119,9 +107,9 @@ def read_pictures(paths):
                 pictures.append(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} is no picture ({error})") from None
-        size, first = ("{}x{}".format(*picture.size) for picture in (pictures[-1], pictures[0]))
+        size, first = pictures[-1].size, pictures[0].size
         if size != first:
-            raise InputError(f"{path} is {size} pixels, {paths[0]} {first}; expected one size")
+            raise InputError(f"{path} has {size} pixels, {paths[0]} {first}; expected one size")
     mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
     images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
     return images[..., None] if images.ndim == 3 else images

@@ -10,20 +10,21 @@ WHITENED_DEVIATION, ORDINARY_DEVIATION = 0.38, 0.9
 SEAM_RATIO, SEAM_DEVIATIONS = 1.75, 4.0
 
 
-def likely_space(images):
+def likely_space(images, zca=False):
     """What a list of images (N, C, H, W) probably holds, and its range, both as text.
 
-    The first is "normalised images", a key of PIXEL_SCALES or another kind.
+    The first is "normalised images", a key of PIXEL_SCALES or another kind. zca: in doubt, they
+    are whitened.
     """
     low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
     deviation = float(images[0].std())
-    if low >= -1e-3 and high <= 1 + 1e-3:
-        kind = "pixels in [0, 1]"
-    elif low >= -1e-3 and 5 < high <= 255.5:
-        kind = "pixels from 0 to 255"
-    elif low >= -1e-3:
-        kind = "something else: normalised images have negative values"
-    elif deviation < WHITENED_DEVIATION:
+    if low >= -1e-3:
+        kind = "images without negative values"
+        if high <= 1 + 1e-3:
+            kind = "pixels in [0, 1]"
+        elif 5 < high <= 255.5:
+            kind = "pixels from 0 to 255"
+    elif deviation < (ORDINARY_DEVIATION if zca else WHITENED_DEVIATION):
         kind = "ZCA-whitened images"
     elif low >= -1.001 and high <= 1.001:
         kind = "images in [-1, 1]"

@@ -8,13 +8,11 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from datasets import DATASETS, known_dataset
-from formats.synset_file import SynsetFile, read_synset
+from datasets import DATASETS, Normalisation, known_dataset
+from formats.synset_file import SynsetFile, mean_and_std, read_synset
 from runtime.safe_io import InputError
 
 NETWORK_NAME = re.compile(
@@ -22,36 +20,26 @@ NETWORK_NAME = re.compile(
     r"(?P<trained>[^_]+)(_.*)?\.(pth|pt)$"
 )
 SET_NAME = re.compile(
-    r".*?res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_(?P<ipc>\d+)ipc"
+    r".*?res_(?P<method>[^_]+)_(?P<dataset>[A-Za-z0-9-]+)_(?P<model>[A-Za-z0-9]+)_\d+ipc"
 )
-OTHER_DATASETS = (  # of the field, as words of file names; none of ours
-    "SVHN MNIST FashionMNIST KMNIST EMNIST STL10 CINIC10 CUB200 TinyImageNet ImageNet ImageNette "
-    "ImageWoof CelebA Places365"
-).split()
-CHOICES = {  # where a file names one that is unknown here
-    "dataset": ("data set", f"{', '.join(DATASETS)}, or the file of its data"),
-    "model": ("network", "--help lists them"),
-}
 
 
 @dataclass
 class Input:
     """A file that a user gives, and what it is taken as.
 
-    dataset, model, ipc: None where nothing declares them. trained: how a network was, by its name.
-    synset: the content of a set. unknown: {"dataset" or "model": a name that is none of ours}.
-    assumed: which of the two nothing declares. notes: how a network was read.
+    names: {"dataset", "model": what the file or a flag says, or None}; dataset, model: that, if it
+    is one of ours. trained: how a network was, by its name. notes: how a network was read.
     """
 
     path: Path
     method: str
+    names: dict
     dataset: str = None
     model: str = None
     ipc: int = None
     trained: str = None
     synset: SynsetFile = None
-    unknown: dict = field(default_factory=dict)
-    assumed: set = field(default_factory=set)
     notes: list = field(default_factory=list)
     description: str = ""
     warnings: list = field(default_factory=list)
@@ -63,46 +51,40 @@ class Input:
 
 # ------------------------------------------------------------------------------------- names, flags
 def read_input(path, models, is_set, packed=1):
-    """Read one set or network as an Input.
-
-    models: the names of the architectures. packed: of a set that does not declare it.
-    """
+    """A set, or what the name of a network says, as an Input. For the arguments: `read_inputs`."""
     path = Path(path)
-    if not path.exists() or path.is_dir() and not is_set:
-        raise InputError(f"{path} does not exist" + ("" if is_set else " or is a folder"))
     match = (SET_NAME if is_set else NETWORK_NAME).match(path.name)
     parts = match.groupdict() if match else {}
-    entry = Input(path, parts.get("method", path.stem), trained=parts.get("trained"))
-    entry.ipc = int(parts["ipc"]) if match else None
-    names = {"dataset": parts.get("dataset") or _dataset_in(path.name), "model": parts.get("model")}
+    words = re.split(r"[_.\s]|-(?!\d)", path.name)
+    in_name = next(filter(None, map(known_dataset, words)), None)
+    names = {"dataset": parts.get("dataset", in_name), "model": parts.get("model")}
+    entry = Input(path, parts.get("method", path.stem), names, trained=parts.get("trained"))
+    entry.ipc = int(parts["ipc"]) if "ipc" in parts else None
     if is_set:
         entry.synset = read_synset(path, packed)
-        meta = entry.synset.meta
-        flags, threat = meta.get("flags", {}), meta.get("threat_model", "published")
-        if not match:
-            entry.method = flags.get("method", entry.method)
-        entry.method += f"-{threat}" if threat != "published" else ""
-        for key, declared in ("dataset", meta.get("dataset")), ("model", flags.get("model")):
-            if declared and names[key] and _plain(declared) != _plain(names[key]):
-                both = f"its name says {names[key]}, its meta {declared}"
-                entry.warnings.append(f"{path}: {both}; the meta is believed")
-            names[key] = declared or names[key]
+        entry.ipc = entry.synset.sets[0].images_per_class()
+        _believe_meta(entry, has_method="method" in parts)
     entry.dataset = known_dataset(names["dataset"])
     entry.model = {_plain(model): model for model in models}.get(_plain(names["model"]))
-    entry.assumed = {key for key, name in names.items() if name is None}
-    entry.unknown = {key: x for key, x in names.items() if x and getattr(entry, key) is None}
     return entry
+
+
+def _believe_meta(entry, has_method):
+    """Let the meta of a set overrule the name of its file, with a warning."""
+    meta, names = entry.synset.meta, entry.names
+    flags, threat = meta.get("flags", {}), meta.get("threat_model", "published")
+    if not has_method:
+        entry.method = str(flags.get("method", entry.method))
+    entry.method += f"-{threat}" if threat != "published" else ""
+    for key, declared in ("dataset", meta.get("dataset")), ("model", flags.get("model")):
+        if declared and names[key] and _plain(declared) != _plain(names[key]):
+            both = f"its name says {names[key]}, its meta {declared}"
+            entry.warnings.append(f"{entry.path}: {both}; the meta is believed")
+        names[key] = declared or names[key]
 
 
 def _plain(name):
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
-
-
-def _dataset_in(name):
-    """The data set that is a word of a file's name, or None."""
-    known = {_plain(dataset): dataset for dataset in (*DATASETS, *OTHER_DATASETS)}
-    words = map(_plain, re.split(r"[_.\s]|-(?!\d)", name))
-    return next((known[word] for word in words if word in known), None)
 
 
 def read_inputs(synsets, networks, models, methods=(), dataset=None, model=None, packed=1):
@@ -118,21 +100,13 @@ def read_inputs(synsets, networks, models, methods=(), dataset=None, model=None,
         take_flags(entry, dataset, model)
         entry.model = entry.model or "ConvNet"
     for one, other in itertools.combinations(inputs, 2):
-        if one.path.name == other.path.name and not (one.synset and other.synset):
-            both = f"{one.path} and {other.path} have the same name"
-            raise InputError(f"{both}; results are kept by file name: rename one")
-        if _are_pooled(one, other):
+        are_networks = not (one.synset or other.synset)
+        if are_networks and one.path.name == other.path.name:
+            raise InputError(f"{one.path} and {other.path} have the same name; rename one")
+        are_alike = are_networks and (one.model, one.trained) == (other.model, other.trained)
+        if (one.method, one.ipc) == (other.method, other.ipc) and not are_alike:
             raise InputError(f"{one} and {other} would be pooled: tell them apart with --method")
     return inputs
-
-
-def _are_pooled(one, other):
-    """Whether tables would take different inputs for runs of one thing."""
-    if one.synset and other.synset:
-        counts = {len(entry.synset.sets[0].labels) for entry in (one, other)}
-        return one.method == other.method and len(counts) == 1
-    kinds = {(entry.model, entry.trained, bool(entry.synset)) for entry in (one, other)}
-    return (one.method, one.ipc) == (other.method, other.ipc) and len(kinds) == 2
 
 
 def take_flags(entry, dataset=None, model=None):
@@ -141,17 +115,14 @@ def take_flags(entry, dataset=None, model=None):
     Raises InputError for an unknown name without its flag.
     """
     for key, value in (("dataset", dataset), ("model", model)):
-        name, chosen = entry.unknown.get(key), Path(str(value)).stem
-        if name and not value:
-            kind, choices = CHOICES[key]
-            raise InputError(
-                f"{entry.path} is of the {kind} {name!r}, which is none of those here; say what to "
-                f"take it for with --{key} ({choices})"
-            )
-        if name and _plain(name) != _plain(chosen):
+        name, chosen = entry.names[key], Path(str(value)).stem
+        is_unknown = name and getattr(entry, key) is None
+        if is_unknown and not value:
+            raise InputError(f"{entry.path} is of the {key} {name!r}, which is unknown here; say "
+                             f"with --{key} what to take it for")
+        if is_unknown and _plain(name) != _plain(chosen):
             entry.warnings.append(f"{entry.path} says {name}, taken as {chosen} as --{key} says")
-        if value:
-            entry.assumed.discard(key)
+        entry.names[key] = name or value
     entry.model = model or entry.model
 
 
@@ -165,34 +136,15 @@ def choose_dataset(flag, inputs):
 
 
 # ------------------------------------------------------------------------------------ normalisation
-class Normalisation(NamedTuple):
-    """How images are normalised: by the mean and std of each channel, or by ZCA whitening."""
-
-    mean: tuple
-    std: tuple
-    zca: bool = False
-
-    def matches(self, other):
-        return self.zca == other.zca and np.allclose(self[:2], other[:2], atol=1e-4)
-
-    def __str__(self):
-        if self.zca:
-            return "ZCA-whitened"
-        return f"normalised with mean {list(self.mean)}, std {list(self.std)}"
-
-
-def _normalisation_of(entry, data, zca, network=None):
-    """The Normalisation of an input. For the arguments see `choose_normalisation`."""
-    if entry.synset is None:
-        return Normalisation(*(network or (data.mean, data.std)), zca)
+def normalisation_of(entry, default, zca=False):
+    """The Normalisation that a set declares, else `default`, whitened with `zca`."""
     meta, declared = entry.synset.meta, entry.synset.declared_zca()
     if zca and declared is False:
         raise InputError(f"{entry.path} says that it is not ZCA-whitened; leave out --zca")
-    if zca or declared:
-        return Normalisation((0.0,) * data.channel, (1.0,) * data.channel, True)
-    own = Normalisation(meta.get("mean", data.mean), meta.get("std", data.std))
-    if {len(own.mean), len(own.std)} != {data.channel}:
-        raise InputError(f"{entry.path} is {own}; images here have {data.channel} channel(s)")
+    mean, std = meta.get("mean", default.mean), meta.get("std", default.std)
+    own, channels = Normalisation(mean, std, bool(zca or declared)), len(default.mean)
+    if {len(mean), len(std)} != {channels}:
+        raise InputError(f"{entry.path} is {own}; images here have {channels} channel(s)")
     return own
 
 
@@ -201,38 +153,56 @@ def choose_normalisation(inputs, data, zca=False, network=None):
 
     zca: what declares nothing is whitened. network: (mean, std) of networks. Raises InputError.
     """
-    found = [_normalisation_of(entry, data, zca, network) for entry in inputs]
-    first = found[0]
+    of_networks = Normalisation(*(network or (data.mean, data.std)), zca)
+    found = [normalisation_of(entry, data.normalisation, zca) if entry.synset else of_networks
+             for entry in inputs]
     for entry, own in zip(inputs, found):
-        if not own.matches(first):
-            hint = " (--zca says it of networks)" if own.zca != first.zca else ""
-            both = f"{inputs[0].path} is {first}, {entry.path} is {own}"
-            raise InputError(f"{both}: evaluate them in runs of their own{hint}")
-    if first.zca:
+        if not own.matches(found[0]):
+            both = f"{inputs[0].path} is {found[0]}, {entry.path} is {own}"
+            raise InputError(f"{both}: evaluate them in runs of their own (networks: --zca)")
+    if found[0].zca:
         data.fit_zca()
-    elif not first.matches(Normalisation(data.mean, data.std)):
-        data.set_normalisation(first.mean, first.std)
+    elif not found[0].matches(data.normalisation):
+        data.set_normalisation(found[0].mean, found[0].std)
 
 
-def same_normalisation(entry, data):
-    """Raise InputError if a set is not normalised as `data` is, for --init."""
-    ours = Normalisation(data.mean, data.std, data.zca)
-    theirs = _normalisation_of(entry, data, data.zca)
-    if not theirs.matches(ours):
-        raise InputError(f"--init {entry.path} is {theirs}, this run's images are {ours}")
+def normalise_alone(entry, default=None, images=None, zca=False):
+    """Normalise the images of a set without its data set, as its meta declares.
+
+    default: the Normalisation of a set that declares nothing; None: that of a known data set.
+    images, zca: see SynsetFile.normalise. Returns the Normalisation. Raises InputError.
+    """
+    known = {"mean", "std"} <= entry.synset.meta.keys() or default or entry.dataset
+    channels = entry.synset.sets[0].images.shape[1]
+    if not default:
+        unknown = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        default = Normalisation(**DATASETS.get(entry.dataset, unknown))
+    own = normalisation_of(entry, default, zca)
+    if len(own.mean) != channels:
+        raise InputError(f"{entry.path} is {own}; its images have {channels} channel(s)")
+
+    def normalize(pixels):
+        if own.zca or not known:
+            raise InputError(f"{entry.path} holds pixels and does not say how they are normalised")
+        mean, std = mean_and_std(own._asdict())
+        return (pixels - mean) / std
+
+    entry.synset.normalise(normalize, images, own.zca)
+    entry.warnings += entry.synset.warnings
+    return own
 
 
 # --------------------------------------------------------------------------------------- the checks
 def check_and_normalise(entry, data, images=None):
     """Check an input against a data set, normalise its images, and write its description.
 
-    images: of SPACES, what the images of sets are; see SynsetFile.normalise. Raises InputError.
+    images: see SynsetFile.normalise. Raises InputError.
     """
-    dataset, model = (" (assumed)" if key in entry.assumed else "" for key in ("dataset", "model"))
+    dataset, model = ("" if entry.names[key] else " (assumed)" for key in ("dataset", "model"))
     if entry.synset is None:
-        space = f"for images {Normalisation(data.mean, data.std, data.zca)}"
+        space = f"for images {data.normalisation}"
         parts = [data.name + dataset, entry.model + model, space, *entry.notes]
-        entry.description = ", ".join([*parts, "ZCA" if data.zca else "no ZCA"])
+        entry.description = ", ".join(parts)
         return
     synset = entry.synset
     for one in synset.sets:
@@ -241,7 +211,7 @@ def check_and_normalise(entry, data, images=None):
     _match_classes(entry, data)
     synset.normalise(data.normalize, images, data.zca)
     entry.warnings += synset.warnings
-    entry.description = synset.describe(data.name + dataset, data.mean, data.std, data.zca)
+    entry.description = synset.describe(data.name + dataset, *data.normalisation)
 
 
 def _misfit(one, data, labels_from_soft):
@@ -261,14 +231,14 @@ def _misfit(one, data, labels_from_soft):
 
 
 def _match_classes(entry, data):
-    """Number the classes of a set as `data` does, where it names them; warn of other names."""
+    """Number the classes of a set as `data` does; warn of other names."""
     synset = entry.synset
     theirs = [str(name).lower() for name in synset.meta.get("classes", data.classes)]
     ours = [name.lower() for name in data.classes]
     if theirs == ours:
         return
     if sorted(theirs) != sorted(ours):
-        names = f"{', '.join(theirs[:3])} ..., those of {data.name} {', '.join(ours[:3])} ..."
+        names = f"{', '.join(theirs[:3])} ..., not {', '.join(ours[:3])} ..."
         entry.warnings.append(f"{entry.path}: its classes are {names}; taken in this order")
         return
     number = torch.tensor([ours.index(name) for name in theirs])

@@ -1,8 +1,7 @@
 """The layouts in which the field stores synthetic sets (docs/foreign_files.md has the table).
 
-Each reader returns (sets, meta, files, notes): [((images, labels), soft labels or None), ...] as
-they are stored; a dict, what the file declares; the paths that were read; sentences on what was
-found beside the images.
+Each reader returns (sets, meta, files, notes): [(images, labels, soft labels or None), ...] as
+stored; a dict, what the file declares; the paths that were read; sentences on what was found.
 """
 
 import csv
@@ -14,12 +13,7 @@ import numpy as np
 import torch
 
 from formats.arrays import read_class_folders, read_pictures
-from runtime.safe_io import MAX_BYTES, InputError, keys_of, read_tensors
-
-KNOWN_LAYOUTS = (
-    "known are the DC layout, a pair (images, labels), images*.pt beside labels*.pt, .safetensors, "
-    "and a folder of any of these or of pictures"
-)
+from runtime.safe_io import InputError, keys_of, read_safetensors, read_tensors
 
 
 def read_layout(path):
@@ -35,77 +29,69 @@ def read_layout(path):
     if isinstance(content, (torch.Tensor, np.ndarray)) and path.name.startswith("images"):
         return _read_pair_of_files(path, content)
     if isinstance(content, (tuple, list)) and len(content) == 2:
-        return [(content, None)], {}, [path], []
-    raise InputError(f"{path} holds a {type(content).__name__}, no synthetic set; {KNOWN_LAYOUTS}")
+        return [(*content, None)], {}, [path], []
+    raise InputError(f"{path} holds a {type(content).__name__}, no synthetic set in a layout of "
+                     "docs/foreign_files.md")
 
 
 def _read_dict(path, content):
     """The DC layout: data, and of these scripts soft_labels and meta."""
-    meta, sets = content.get("meta", {}), content.get("data")
-    if not isinstance(sets, (list, tuple)) or not sets or not isinstance(meta, dict):
+    meta, pairs = content.get("meta", {}), content.get("data")
+    if not isinstance(pairs, (list, tuple)) or not pairs or not isinstance(meta, dict):
         keys = keys_of(content)
         raise InputError(f"{path}: a dict without a list 'data' of [images, labels], but {keys}")
     soft = content.get("soft_labels")
-    soft = [None] * len(sets) if soft is None else soft
-    if not isinstance(soft, (list, tuple)) or len(soft) != len(sets):
-        raise InputError(f"{path}: soft_labels is no list of {len(sets)} entries, one for each set")
-    return list(zip(sets, soft)), meta, [path], []
+    soft = [None] * len(pairs) if soft is None else soft
+    try:
+        sets = [(*pair, rows) for pair, rows in zip(pairs, soft, strict=True)]
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: data or soft_labels is no list of all sets") from None
+    return sets, meta, [path], []
+
+
+def _read_safetensors(path):
+    """Tensors images, labels and perhaps soft_labels; the meta as JSON in the header."""
+    tensors, header = read_safetensors(path)
+    meta = _meta_from_json(path, header.get("meta", "{}"))
+    if not {"images", "labels"} <= set(tensors):
+        raise InputError(f"{path} has the tensors {keys_of(tensors)}; expected images and labels")
+    return [(tensors["images"], tensors["labels"], tensors.get("soft_labels"))], meta, [path], []
 
 
 def _read_pair_of_files(path, images):
     """images*.pt, with labels*.pt, perhaps lr*.pt (or lr.pt) and meta.json beside it."""
     labels, rate = (path.with_name(path.name.replace("images", x, 1)) for x in ("labels", "lr"))
-    sets = [((images, read_tensors(labels)), None)]
-    meta, files, notes = _read_meta_json(path.parent)
+    sets = [(images, read_tensors(labels), None)]
+    meta, files = _read_meta_json(path.parent)
     files = [path, labels, *files]
     rate = rate if rate.is_file() else path.with_name("lr.pt")
     if rate.is_file():
-        lr_net = _read_learning_rate(rate)
+        try:
+            lr_net = float(f"{float(read_tensors(rate)):.7g}")  # 0.03 in float32 is 0.0299999993
+        except (TypeError, ValueError, RuntimeError):
+            lr_net = -1.0
+        if not 0 < lr_net < float("inf"):
+            raise InputError(f"{rate} is no learning rate; expected one number above 0")
         meta["recipe"] = {**meta.get("recipe", {}), "lr_net": lr_net}
         files.append(rate)
-        notes.append(f"lr {lr_net:g} from {rate.name}")
-    return sets, meta, files, notes
-
-
-def _read_learning_rate(path):
-    try:
-        value = float(f"{float(read_tensors(path)):.7g}")  # 0.03 in float32 is 0.0299999993
-    except (TypeError, ValueError, RuntimeError):
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"{path} is no learning rate; expected one number above 0")
-    return value
+    return sets, meta, files, []
 
 
 def _read_meta_json(folder):
-    """meta.json, which export.py writes beside images: (meta, [its path], notes)."""
+    """meta.json, which export.py writes beside images: (meta, [its path])."""
     path = folder / "meta.json"
     if not path.is_file():
-        return {}, [], []
+        return {}, []
+    return _meta_from_json(path, path.read_bytes()), [path]
+
+
+def _meta_from_json(path, text):
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        {**meta.get("recipe", {})}  # raises an error if it is no dict
+        meta = json.loads(text)
+        {**meta, **meta.get("recipe", {})}  # raises an error unless both are dicts
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged or no meta of a set ({error})") from None
-    return meta, [path], ["recipe from meta.json"] if "recipe" in meta else []
-
-
-def _read_safetensors(path):
-    """Tensors images, labels and perhaps soft_labels; the meta as JSON in the header."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path}: more than {MAX_BYTES >> 30} GiB is refused")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
-    if not {"images", "labels"} <= set(tensors) or not isinstance(meta, dict):
-        raise InputError(f"{path} has the tensors {keys_of(tensors)}; expected images and labels")
-    pair = tensors["images"], tensors["labels"]
-    return [(pair, tensors.get("soft_labels"))], meta, [path], []
+    return meta
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -124,17 +110,17 @@ def _read_folder(folder):
 def _read_class_folders(folder):
     """A folder of pictures for each class, named by its class or a number (0, 10, new003)."""
     images, labels, classes = read_class_folders(folder)
-    meta, files, notes = _read_meta_json(folder)
+    meta, files = _read_meta_json(folder)
     numbers = [re.fullmatch(r"\D*(\d+)", name) for name in classes]
     if all(numbers):
         labels = np.array([int(number[1]) for number in numbers])[labels]
-        notes.append("classes by the numbers of their folders")
+        note = "classes by the numbers of their folders"
     else:
         meta = {"classes": classes, **meta}
-        notes.append(f"classes by the names of their folders, {', '.join(classes[:3])} ...")
+        note = f"classes by the names of their folders, {', '.join(classes[:3])} ..."
     files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in files]
-    pair = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    return [(pair, None)], meta, files, [f"{len(images)} pictures", *notes]
+    sets = [(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), None)]
+    return sets, meta, files, [f"{len(images)} pictures", note]
 
 
 def _read_listed_pictures(folder):
@@ -148,14 +134,12 @@ def _read_listed_pictures(folder):
         logits = [key for key in rows[0] if key and key.startswith("logit_")]
         soft = torch.tensor([[float(row[key]) for key in logits] for row in rows])
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{table} is damaged or no list of pictures ({type(error).__name__}: {error}); "
-            "expected the columns file, label, and perhaps logit_0 ..."
-        ) from None
+        raise InputError(f"{table} is damaged or no list of pictures, file,label[,logit_0, ...] "
+                         f"({type(error).__name__}: {error})") from None
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise InputError(f"{table} names {path}, which is no file in {folder}")
-    meta, files, notes = _read_meta_json(folder)
-    pair = torch.from_numpy(read_pictures(paths)).permute(0, 3, 1, 2), labels
-    notes = [f"{len(paths)} pictures", *notes]
-    return [(pair, soft if logits else None)], meta, [table, *files, *paths], notes
+    meta, files = _read_meta_json(folder)
+    images = torch.from_numpy(read_pictures(paths)).permute(0, 3, 1, 2)
+    sets = [(images, labels, soft if logits else None)]
+    return sets, meta, [table, *files, *paths], [f"{len(paths)} pictures"]

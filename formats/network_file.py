@@ -2,7 +2,7 @@
 
 import torch
 
-from runtime.safe_io import InputError, keys_of, read_tensors
+from runtime.safe_io import InputError, read_tensors
 
 # Several GPUs, torch.compile, Lightning and other wrappers put these before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
@@ -11,25 +11,19 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
 BATCH_COUNT = "num_batches_tracked"  # of BatchNorm; its output does not depend on it
 
 
-def read_state_dict(path, notes):
-    """The parameters of a network, {name: tensor}, without wrappers. notes: takes each change.
-
-    Raises InputError that names the odd key, or the parameter with values that are not finite.
-    """
+def _read_state_dict(path, notes):
     state = read_tensors(path)
-    if isinstance(state, dict):
-        for key in WRAPPERS:
-            if isinstance(state.get(key), dict):
-                state = state[key]
-                notes.append(f"the state_dict in its {key!r}")
-                break
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            notes.append(f"the state_dict in its {key!r}")
+            break
     if not isinstance(state, dict) or not state:
-        held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise InputError(f"{path} holds {held}; expected a state_dict, {{name: tensor}}")
+        raise InputError(f"{path} holds no state_dict, {{name: tensor}}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            odd = f"in a dict of {keys_of(state)} is no tensor: {name!r} ({type(value).__name__})"
-            raise InputError(f"{path}: {odd}; expected a state_dict, {{name: tensor}}")
+            raise InputError(f"{path} holds no state_dict, {{name: tensor}}: {name!r} is a "
+                             f"{type(value).__name__}")
         if not value.isfinite().all():
             raise InputError(f"{path}: {name} has values that are not finite")
     dropped = ""
@@ -38,16 +32,16 @@ def read_state_dict(path, notes):
         dropped += prefix
     if dropped:
         notes.append(f"{dropped!r} dropped from its names")
-    return dict(state)
+    return dict(state)  # without torch's metadata, which would ask for every BATCH_COUNT
 
 
 def load_into(net, path, notes=None):
-    """Load the parameters of a file into `net`, and return it. notes: takes each change.
+    """Load the parameters of a file into `net`, and return it. notes: a list, takes each change.
 
-    Raises InputError that names what is missing, unknown or of another shape.
+    Raises InputError that names what is missing, unknown, of another shape or not finite.
     """
     notes = [] if notes is None else notes
-    state = read_state_dict(path, notes)
+    state = _read_state_dict(path, notes)
     if any(key.endswith(BATCH_COUNT) for key in net.state_dict().keys() - state):
         notes.append(f"without {BATCH_COUNT}")  # torch fills them in
     try:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from formats.image_checks import ORDINARY_DEVIATION, PACKS, PIXEL_SCALES, likely_space, seams
+from datasets import Normalisation
+from formats.image_checks import PACKS, PIXEL_SCALES, likely_space, seams
 from formats.layouts import read_layout
 from runtime.measures import by_model
 from runtime.safe_io import InputError, reason, sha256, write_tensors
 
 SPACES = ("normalised", "pixels")  # of images, --images
 SUM_TOLERANCE = 0.01  # of a row of probabilities, which may be stored as bfloat16
-SEAM_IMAGES = 1000  # that are looked at
 ADVICE = {kind: "; --images pixels converts them" for kind in PIXEL_SCALES}
 ADVICE["ZCA-whitened images"] = "; --zca declares it"
 
@@ -31,14 +31,18 @@ class SyntheticSet(NamedTuple):
     labels: torch.Tensor
     soft_labels: torch.Tensor = None
 
+    def images_per_class(self):
+        """Stored images of each class, at least 1, if the classes are balanced."""
+        return max(1, len(self.labels) // max(1, int(self.labels.max()) + 1))
+
 
 @dataclass
 class SynsetFile:
     """The synthetic sets of a file.
 
-    sets: [SyntheticSet, ...]; until `normalise` their images are floats or bytes as stored. meta:
-    what the file declares. files: all that was read. pack: sub-images along each side of an image.
-    labels: their kind, as text. labels_from_soft: the classes are the largest soft labels.
+    sets: [SyntheticSet, ...]; until `normalise` their images are as stored. meta: what the file
+    declares. files: all that was read. pack: sub-images along each side of an image.
+    labels_from_soft: the classes are the largest soft labels. notes: what it was taken as.
     """
 
     path: Path
@@ -46,11 +50,9 @@ class SynsetFile:
     meta: dict
     files: list
     pack: int
-    labels: str
     labels_from_soft: bool
     notes: list
     warnings: list = field(default_factory=list)
-    converted_from: str = ""  # a key of PIXEL_SCALES
 
     def declared_zca(self):
         """Whether the meta declares whitened images; None if it declares nothing."""
@@ -62,42 +64,26 @@ class SynsetFile:
         normalize: pixels (N, C, H, W) in [0, 1] -> normalised images. space: one of SPACES; None:
         bytes are pixels, floats normalised. zca: normalised means whitened. Raises InputError.
         """
-        kind, values = likely_space([one.images.float() for one in self.sets])
+        kind, values = likely_space([one.images.float() for one in self.sets], zca)
         are_bytes = any(one.images.dtype == torch.uint8 for one in self.sets)
         if are_bytes:
             kind = "pixels from 0 to 255"  # also where all of them are dark
-        wrong = None
-        if are_bytes and space == "normalised":
-            wrong = "bytes, which are pixels"
-        elif space == "pixels" and kind not in PIXEL_SCALES:
-            wrong = f"no pixels, with values {values}"
-        if wrong:
-            raise InputError(f"{self.path}: its images are {wrong}; leave out --images {space}")
-        if are_bytes or space == "pixels":
-            scale, self.converted_from = PIXEL_SCALES[kind], kind
-            self.sets = [one._replace(images=normalize(one.images / scale)) for one in self.sets]
-        elif space is None:
-            self._check_values(kind, values, zca)
-        if not zca:  # whitening hides seams (ratio 1.2 to 1.5), and makes others
-            self._check_seams()
-
-    def _check_values(self, kind, values, zca):
-        """Warn where floats look like something else than normalised, or whitened, images."""
+        if are_bytes and space == "normalised" or space == "pixels" and kind not in PIXEL_SCALES:
+            raise InputError(f"{self.path} holds {kind}, {values}; leave out --images {space}")
         taken = "ZCA-whitened images" if zca else "normalised images"
-        if zca:
-            are_small = float(self.sets[0].images.std()) < ORDINARY_DEVIATION
-            kind = taken if self.declared_zca() or are_small else "ordinary ones"
-        if kind != taken:
+        if are_bytes or space == "pixels":
+            scale = PIXEL_SCALES[kind]
+            self.sets = [one._replace(images=normalize(one.images / scale)) for one in self.sets]
+            self.notes.append(f"from {kind}")
+        elif space is None and kind != taken and not (zca and self.declared_zca()):
             warning = f"taken as {taken}, but its values {values} look like {kind}"
             self.warnings.append(f"{self.path}: {warning}{ADVICE.get(kind, '')}")
-
-    def _check_seams(self):
-        found, ratio = seams(self.sets[0].images[:SEAM_IMAGES])
-        if found not in (1, self.pack):
+        found, ratio = seams(self.sets[0].images)
+        if found not in (1, self.pack) and not zca:  # whitening hides seams, and makes others
+            difference = f"neighbouring pixels differ {ratio:.1f} times as much across the seams"
             self.warnings.append(
                 f"{self.path}: taken as {self._packing()}, but its images look packed "
-                f"{found}x{found} (neighbouring pixels differ {ratio:.1f} times as much across the "
-                f"seams); --packed {found} unpacks them"
+                f"{found}x{found} ({difference}); --packed {found} unpacks them"
             )
 
     def _packing(self):
@@ -105,10 +91,8 @@ class SynsetFile:
 
     def describe(self, dataset, mean, std, zca):
         """The line that says what the file was taken as. dataset: its name, with "(assumed)"."""
-        pixels = f"from {self.converted_from} " if self.converted_from else ""
-        space = f"normalised {pixels}with mean {list(mean)}, std {list(std)}"
-        parts = [dataset, "ZCA-whitened" if zca else space, self._packing(), self.labels]
-        return ", ".join([*parts, *self.notes, "ZCA" if zca else "no ZCA"])
+        space = str(Normalisation(mean, std, zca))
+        return ", ".join([dataset, space, self._packing(), *self.notes])
 
     def sha256(self):
         """The checksum of a single file, or of the checksums of all that were read."""
@@ -127,30 +111,17 @@ def read_synset(path, packed=1):
     path = Path(path)
     stored, meta, files, notes = read_layout(path)
     check_meta(path, meta)
-    pack, sets, kinds, from_soft = pack_of(meta, packed), [], [], False
-    for i, (pair, soft) in enumerate(stored):
-        name = f"{path}, set {i}"
-        try:
-            images, labels = map(_tensor, pair)
-            soft = None if soft is None else _tensor(soft)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
-        images = _images(name, images, pack)
-        if labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point():
-            from_soft, soft = True, labels if soft is None else soft
-            labels = labels.argmax(1)[: len(images)]  # a packed set has more rows than images
-        labels = _labels(name, labels, len(images))
-        soft, kind = _logits(name, soft, len(images) * pack**2)
-        sets.append(SyntheticSet(images, labels, soft))
-        kinds.append(kind)
+    pack = pack_of(meta, packed)
+    sets, kinds, from_soft = zip(*(_checked(f"{path}, set {i}", one, pack)
+                                   for i, one in enumerate(stored)))
     if len(set(kinds)) > 1:
-        both = " and ".join(sorted(set(kinds)))
-        raise InputError(f"{path}: its sets have {both}; expected the same in all")
-    if "recipe" in meta and not any(" from " in note for note in notes):
-        keys = ("epochs", "lr_net", "batch_train", "lr_schedule", "temperature")
-        values = [f"{key} {meta['recipe'][key]}" for key in keys if meta["recipe"].get(key)]
+        raise InputError(f"{path} has {' and '.join(sorted(set(kinds)))}; expected one kind")
+    notes.insert(0, kinds[0])
+    recipe = meta.get("recipe", {})
+    keys = ("epochs", "lr_net", "batch_train", "lr_schedule", "temperature")
+    if values := [f"{key} {recipe[key]}" for key in keys if recipe.get(key)]:
         notes.append(f"recipe {', '.join(values)}")
-    return SynsetFile(path, sets, meta, files, pack, kinds[0], from_soft, notes)
+    return SynsetFile(path, list(sets), meta, files, pack, any(from_soft), notes)
 
 
 def pack_of(meta, default=1):
@@ -169,44 +140,28 @@ def _is(kind):
 
 def _are_above(least):
     return lambda x: isinstance(x, list) and all(
-        isinstance(value, (int, float)) and value > least for value in x
-    )
+        isinstance(value, (int, float)) and least < value < float("inf") for value in x)
 
 
-def _at_least(least, *types):
-    return lambda x: isinstance(x, types) and type(x) is not bool and least <= x < float("inf")
-
-
-# What the scripts read of a meta: keys, what is expected, a check.
-META = (
-    ("flags recipe", "a dict", _is(dict)),
-    ("dataset threat_model run method model flags.method flags.model", "a string", _is(str)),
-    ("recipe.dsa_strategy recipe.lr_schedule", "a string", _is(str)),
-    ("classes recipe.teachers", "a list", _is(list)),
-    ("packed zca", "True or False", _is(bool)),
-    ("pack", "1, 2, 4 or 8", lambda x: type(x) is int and x in (1, *PACKS)),
-    ("mean", "a list of numbers", _are_above(-float("inf"))),
-    ("std", "a list of numbers above 0", _are_above(0)),
-    ("recipe.epochs recipe.batch_train recipe.pack", "an int above 0", _at_least(1, int)),
-    ("recipe.lr_net", "a number of at least 0", _at_least(0, int, float)),
-    ("recipe.temperature", "a number of at least 0.01", _at_least(0.01, int, float)),
-)
+# What the scripts read of a meta, beside names: what is expected, a check.
+META = {
+    "flags": ("a dict", _is(dict)),
+    "recipe": ("a dict", lambda x: isinstance(x, dict) and isinstance(x.get("teachers", []), list)),
+    "classes": ("a list", _is(list)),
+    "packed": ("True or False", _is(bool)),
+    "zca": ("True or False", _is(bool)),
+    "pack": ("1, 2, 4 or 8", lambda x: type(x) is int and x in (1, *PACKS)),
+    "mean": ("a list of numbers", _are_above(-float("inf"))),
+    "std": ("a list of numbers above 0", _are_above(0)),
+}
 
 
 def check_meta(path, meta):
     """Raise InputError if the meta of a file has another value than the scripts expect."""
-    for keys, expected, is_valid in META:
-        for key in keys.split():
-            *outer, inner = key.split(".")
-            values = meta.get(outer[0], {}) if outer else meta
-            if inner in values and not is_valid(values[inner]):
-                found = f"{key} of its meta is {str(values[inner])[:60]!r}"
-                raise InputError(f"{path}: {found}; expected {expected}")
-    pack = pack_of(meta)
-    trained = meta.get("recipe", {}).get("pack", pack)
-    if trained != pack:
-        found = f"its recipe trains on images packed {trained}x{trained}"
-        raise InputError(f"{path}: {found}, its meta has {pack}x{pack}")
+    for key, (expected, is_valid) in META.items():
+        if key in meta and not is_valid(meta[key]):
+            found = f"{key} of its meta is {str(meta[key])[:60]!r}"
+            raise InputError(f"{path}: {found}; expected {expected}")
 
 
 def _tensor(array):
@@ -214,30 +169,35 @@ def _tensor(array):
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.detach()
 
 
-def _images(name, images, pack):
-    """Images as they are stored, bytes or float32; checked."""
-    are_bytes = images.dtype == torch.uint8
-    if images.dim() != 4 or not (images.is_floating_point() or are_bytes) or not len(images):
+def _checked(name, stored, pack):
+    """(SyntheticSet, kind of its labels, whether its classes come from soft ones)."""
+    try:
+        images, labels = map(_tensor, stored[:2])
+        (soft,) = (x if x is None else _tensor(x) for x in stored[2:])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
+    is_numeric = images.is_floating_point() or images.dtype == torch.uint8
+    if images.dim() != 4 or not is_numeric or not len(images):
         found = f"images are {images.dtype} {tuple(images.shape)}"
         raise InputError(f"{name}: {found}; expected floats or bytes (N, C, H, W)")
     _check_finite(name, "images", images)
     height, width = images.shape[2:]
     if height % pack or width % pack:
         raise InputError(f"{name}: images of {height}x{width} cannot be packed {pack}x{pack}")
-    return (images if are_bytes else images.float()).contiguous()
-
-
-def _labels(name, labels, count):
-    """Classes, (count,) int64."""
+    if images.is_floating_point():
+        images = images.float()
+    from_soft = labels.dim() == 2 and labels.shape[1] > 1 and labels.is_floating_point()
+    if from_soft:
+        soft = labels if soft is None else soft
+        labels = labels.argmax(1)[: len(images)]  # a packed set has more rows than images
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.shape != (count,):
-        found = f"labels {tuple(labels.shape)} for {count} images"
-        raise InputError(f"{name}: {found}; expected (N,), or soft labels (N, classes)")
-    if labels.is_complex() or (labels != labels.long()).any():
-        expected = "soft labels have a column for each class"
-        raise InputError(f"{name}: labels are no whole numbers; {expected}")
-    return labels.long()
+    is_whole = not labels.is_complex() and bool((labels == labels.long()).all())
+    if labels.shape != (len(images),) or not is_whole:
+        found = f"labels {labels.dtype} {tuple(labels.shape)} for {len(images)} images"
+        raise InputError(f"{name}: {found}; expected whole numbers (N,), or floats (N, classes)")
+    soft, kind = _logits(name, soft, len(images) * pack**2)
+    return SyntheticSet(images.contiguous(), labels.long(), soft), kind, from_soft
 
 
 def _check_finite(name, what, values):
@@ -250,10 +210,8 @@ def _logits(name, soft, count):
     if soft is None:
         return None, "hard labels"
     if soft.dim() != 2 or not soft.is_floating_point() or len(soft) != count or soft.shape[1] < 2:
-        raise InputError(
-            f"{name}: soft labels are {soft.dtype} {tuple(soft.shape)}; expected floats ({count}, "
-            "classes), one row for each training image (sub-image, where packed)"
-        )
+        found = f"soft labels are {soft.dtype} {tuple(soft.shape)}"
+        raise InputError(f"{name}: {found}; expected floats ({count}, classes), of all sub-images")
     _check_finite(name, "soft labels", soft)
     soft = soft.float().contiguous()
     total = soft.sum(1, keepdim=True)
@@ -270,7 +228,6 @@ def save_synset(path, sets, rows, meta):
     their robust accuracy is `accs_all_exps`, as in published files, the clean one goes into the
     meta. meta: plain Python values.
     """
-
     def copy(tensor):
         return tensor.detach().cpu().clone()
 

@@ -1,7 +1,7 @@
 """Reads files that somebody else wrote without executing anything in them; writes files whole.
 
-Sets and networks travel as .pt, .pth and .pkl files: pickles, which may hold code. torch's
-restricted loader reads .pt files; an unpickler that admits only data reads .pkl files. SPEC 3.5.
+Sets and networks are pickles, which may hold code: torch's restricted loader reads .pt and .pth,
+an unpickler that admits only data reads .pkl. Source: SPEC 3.5.
 """
 import collections
 import hashlib
@@ -103,13 +103,14 @@ def _tensor_bytes(content, seen):
     return sum(_tensor_bytes(part, seen) for part in content)
 
 
-def _check_size(path, size, max_bytes):
-    if size > (max_bytes or MAX_BYTES):
-        raise InputError(f"{path} would take {size / 2**30:.1f} GiB; more than "
-                         f"{(max_bytes or MAX_BYTES) / 2**30:g} GiB is refused")
+def _check_size(path, size, max_bytes=None):
+    limit = max_bytes or MAX_BYTES
+    if size > limit:
+        raise InputError(f"{path} would take {size / 2**30:.1f} GiB; more than {limit / 2**30:g} "
+                         "GiB is refused")
 
 
-def _check_file(path, max_bytes, checksums):
+def _check_file(path, max_bytes=None, checksums=False):
     """Refuse an empty file, one that is or unpacks to more than max_bytes, and a wrong checksum."""
     size = path.stat().st_size
     if size == 0:
@@ -133,11 +134,10 @@ def _input_errors(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused, nothing in it was executed: {reason(error)}"
-                         ) from None
+        raise InputError(f"{path} is refused, nothing was executed: {reason(error)}") from None
     except Exception as error:
-        raise InputError(f"{path} is damaged or another kind of file ({type(error).__name__}: "
-                         f"{reason(error)})") from None
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{path} is damaged or another kind of file ({why})") from None
 
 
 def read_tensors(path, max_bytes=None):
@@ -155,17 +155,28 @@ def read_tensors(path, max_bytes=None):
         return content
 
 
-def read_npz(path, names, optional=(), max_bytes=None):
+def read_npz(path, names, optional=()):
     """{name: array} of a .npz file: all of `names`, and those of `optional` that are there.
 
     Raises InputError if the file is damaged, too large, lacks a name or holds objects.
     """
     path = Path(path)
     with _input_errors(path):
-        _check_file(path, max_bytes, checksums=False)
+        _check_file(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in (*names, *optional)
                     if name in names or name in file}
+
+
+def read_safetensors(path):
+    """({name: tensor}, {name: text} of the header) of a .safetensors file. Raises InputError."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    with _input_errors(path):
+        _check_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def keys_of(content):
@@ -195,10 +206,7 @@ def sha256_of_tensors(tensors):
 
 
 def write_atomically(path, write):
-    """Call write(partial path), then give that file its name: `path` is never half written.
-
-    The partial name ends as `path` does: some writers look at the ending.
-    """
+    """Call write(partial path), which ends as `path` does, then give that file its name."""
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:

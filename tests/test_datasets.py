@@ -87,16 +87,6 @@ def test_sampling():
     assert torch.bincount(labels).tolist() == [8] * 10
 
 
-def test_fingerprint():
-    """The same for the same arrays, another after a change of one value."""
-    prints = [random_dataset().fingerprint()]
-    for kind, split in ("images", "train"), ("images", "test"), ("labels", "train"):
-        data = random_dataset()
-        getattr(data, kind)[split][2] += 1
-        prints.append(data.fingerprint())
-    assert len(set(prints)) == 4 and random_dataset().fingerprint() == prints[0]
-
-
 def test_cifar_must_be_whole_and_of_its_size(tmp_path):
     content = write_npz(tmp_path / "cifar10.npz").read_bytes()
     with pytest.raises(InputError, match=r"cifar10.npz: .*\(8, 8, 3\); CIFAR10 has \(32, 32, 3\)"):
@@ -158,18 +148,18 @@ def test_own_images_in_any_form(tmp_path, images, expected, notes):
 
 @pytest.mark.parametrize("changes, message", [
     ({"x_train": np.full((12, 8, 8, 3), 1.5)}, r"float64 .* with values from 1.5 to 1.5"),
-    ({"images": (PIXELS / 255 - 0.5) / 0.25}, "values from -2 to 2; .*without a normalisation"),
+    ({"images": (PIXELS / 255 - 0.5) / 0.25}, "values from -2 to 2; .*not normalised"),
     ({"images": np.full(PIXELS.shape, np.nan)}, "values from nan"),
     ({"images": np.zeros_like(PIXELS)}, "a channel of the training images is constant"),
     ({"x_train": np.zeros((12, 5, 8, 8), np.uint8)}, r"\(12, 5, 8, 8\)"),
     ({"x_train": PIXELS[:, :4]}, r"training images are \(4, 8, 3\), test images \(8, 8, 3\)"),
-    ({"y_train": np.eye(12, 3)}, r"\(12, 3\) for 12 images"),
+    ({"y_train": np.eye(12, 3)}, r"\(12, 3\); expected \(12,\)"),
     ({"y_train": np.zeros(11, int)}, r"\(11,\)"),
-    ({"y_train": np.arange(12) / 2}, "expected whole numbers"),
-    ({"y_train": np.full(12, 1 + 1j)}, "complex128; expected whole numbers"),
+    ({"y_train": np.arange(12) / 2}, r"expected \(12,\) whole numbers"),
+    ({"y_train": np.full(12, 1 + 1j)}, "complex128 .*; expected"),
     ({"y_train": np.zeros(12, int)}, "class 1 has no training image"),
-    ({"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)}, "1 class.es., at least 2"),
-    ({"y_train": np.arange(12) % 3 + 1, "classes": np.array([b"a", b"b", b"c"])}, "outside 0..2: "),
+    ({"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)}, "1 class.es."),
+    ({"y_train": np.arange(12) % 3 + 1, "classes": np.array([b"a", b"b", b"c"])}, "to 3, 3 class"),
     ({"y_test": np.array([{}] * 6)}, "damaged"),  # a pickled object is not read
 ])
 def test_own_data_that_is_refused(tmp_path, changes, message):
@@ -178,9 +168,9 @@ def test_own_data_that_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file"),
-    ("cifar10.npz", "cannot be called 'cifar10'; .*--data_path"),
-    ("___.npz", "cannot be called ''; .*--data_path"),
+    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file or folder"),
+    ("cifar10.npz", "cannot be called 'cifar10': .*--data_path"),
+    ("___.npz", "cannot be called ''"),
 ])
 def test_names_of_data_sets(tmp_path, name, message):
     assert [dataset_name(name) for name in ("cifar10", "CIFAR-100", "digits")] == list(DATASETS)

@@ -10,7 +10,6 @@ import experiment
 import ROME_cifar10
 import synsets
 from augment import unpack
-from datasets import DATASETS
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, pack_of, save_synset
 from networks import get_network
@@ -144,19 +143,16 @@ def test_the_config_of_a_file_and_of_the_flags():
     assert TrainConfig.from_meta({}) == TrainConfig()  # SPEC 3.1
     given = TrainConfig.from_meta({"recipe": recipe}, epochs=3, lr_net=0.0, batch_train=None)
     assert given == TrainConfig(3, 0.0, lr_schedule="cosine", temperature=2.0)
-    for key, value, message in (("dsa_strategy", "flip_blur", "blur"),
-                                ("lr_schedule", "linear", "linear.*step, cosine")):
-        with pytest.raises(InputError, match=message):
-            TrainConfig.from_meta({"recipe": {**recipe, key: value}})
 
 
-def test_load_synset_normalises_pixels(tmp_path):
-    pixels = torch.rand(10, 3, 32, 32)
-    save_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", [SyntheticSet(pixels, torch.arange(10))],
-                [], {})
-    images, labels, config = synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt",
-                                                 images="pixels")
-    mean, std = (torch.tensor(DATASETS["CIFAR10"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    assert torch.allclose(images, (pixels - mean) / std) and config == TrainConfig()
-    with pytest.raises(InputError, match="there is no 1"):
-        synsets.load_synset(tmp_path / "res_X_CIFAR10_MLP_1ipc.pt", 1)
+@pytest.mark.parametrize("key, value, message", [
+    ("dsa_strategy", "flip_blur", "blur"),
+    ("lr_schedule", "linear", "linear.*step, cosine"),
+    ("epochs", 0, "epochs is 0; expected a number of at least 1"),
+    ("batch_train", 2.5, "batch_train is 2.5"),
+    ("lr_net", "fast", "lr_net is 'fast'"),
+    ("temperature", float("inf"), "temperature is inf"),
+])
+def test_a_wrong_recipe(key, value, message):
+    with pytest.raises(InputError, match=f"the recipe of the set: .*{message}"):
+        TrainConfig.from_meta({"recipe": {key: value}})
