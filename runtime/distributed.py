@@ -6,7 +6,6 @@ and computes its shard: the number of processes changes a result only by the rou
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from contextlib import contextmanager
@@ -40,8 +39,8 @@ def is_restart():
 def init(flags):
     """Meet the other processes, if there are any. flags: {name: value}, of which "device" is one.
 
-    Returns the device of this process: flags["device"], or its own GPU. Raises InputError on all
-    processes if flags or kinds of device differ, or if one process has no GPU of its own.
+    Returns the device of this process: flags["device"], or its own GPU. Raises InputError if flags
+    or kinds of device differ, or if there is no GPU for this process.
     """
     global dist, _world
     if not launched_by_torchrun() or _world:
@@ -62,11 +61,9 @@ def init(flags):
                                 timeout=TIMEOUT)
         everyone = [None] * size
         dist.all_gather_object(everyone, {**flags, "device": device.split(":")[0]})
-    for other, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs[name] != value:
-                raise InputError(f"--{name} is {value} in process 0 and {theirs[name]} in process "
-                                 f"{other}; all processes of a run have the same flags")
+    for name in flags:
+        if any(other[name] != everyone[0][name] for other in everyone):
+            raise InputError(f"--{name} differs between the processes")
     _world = SimpleNamespace(rank=number, size=size, store=store)
     return device
 
@@ -76,12 +73,9 @@ def _own_device(name):
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return "cpu"
-    if name not in ("auto", "cuda"):
-        raise InputError(f"--device {name}: each process takes its own GPU; choose auto, cuda or "
-                         "cpu")
-    if local >= gpus:
-        raise InputError(f"process {local} of a machine with {gpus} GPU(s) has none; start at most "
-                         f"--nproc_per_node {max(gpus, 1)}, or choose --device cpu")
+    if name not in ("auto", "cuda") or local >= gpus:
+        raise InputError(f"--device {name}: each process takes its own GPU, and there are {gpus}; "
+                         "choose auto, cuda or cpu, and a --nproc_per_node that fits")
     return f"cuda:{local}"
 
 
@@ -101,10 +95,9 @@ def _one_line_errors():
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).splitlines()[0].split(". ")[0][:120]
         raise ConnectionError(
-            f"another process of the run is gone or does not answer ({reason}); the same command "
-            "goes on from the last saved state") from None
+            f"another process is gone or does not answer ({str(error).strip().splitlines()[0]}); "
+            "the same command goes on from the last saved state") from None
 
 
 def world_size():
