@@ -33,7 +33,6 @@ class NetworkPool:
     """Networks that are trained on the way: at most `limit`, the oldest leave first.
 
     make_net: how many were made before -> network. make_optimizer: network -> optimizer.
-    start: networks at the beginning. slice_min: see `sample`.
     """
 
     is_trained = True
@@ -117,8 +116,7 @@ def load_prior_networks(paths, model, data, threat_name):
     """Networks of pretrain.py, frozen and in eval mode, each with the `.json` beside it.
 
     Returns [(network, robust training accuracy), ...] and a line on each of them. Raises InputError
-    that names a network of another architecture, data set, class count or threat model, or one
-    whose `.json` is missing or damaged.
+    for a network of another architecture, data set or threat model, or one without its `.json`.
     """
     networks, lines = [], []
     expected = {"model": model, "dataset": data.name, "num_classes": data.num_classes,

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,8 @@ from runtime import distributed
 from runtime.checkpoint import CheckpointFile, SignalHandler, lock, require_same_flags
 from runtime.command_line import add_common_flags, add_switch, at_least, run_script
 from runtime.compilation import disable_bf16, resolve_precision, set_precision
-from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, training_batches
+from runtime.cost import TRAINING_STEP, compile_planned, training_batches
 from runtime.device import choose_micro_batch, device_name, get_device, versions
-from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
@@ -75,12 +75,10 @@ class Training:
         self.net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=args.lr_net, momentum=0.9,
                                          weight_decay=5e-4)
+        self.generator = partial(make_generator, args.seed, "pretrain", k)
         self.rng = {"dsa": self.generator("dsa"),
                     "attack": self.generator("attack", device=data.device)}
         self.epoch, self.accuracy = 0, None
-
-    def generator(self, *key, device="cpu"):
-        return make_generator(self.args.seed, "pretrain", self.k, *key, device=device)
 
     def state_dict(self):
         return {"flags": self.flags, "data": self.fingerprint, "micro_batch": self.micro_batch,
@@ -92,8 +90,7 @@ class Training:
         """Raises InputError if `saved`, which the message calls `where`, is of another run."""
         require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where, "--fresh to start over")
         if saved["data"] != self.fingerprint:
-            raise InputError(f"{where} began with other data than --data_path "
-                             f"{self.args.data_path} holds; --fresh starts over")
+            raise InputError(f"{where} began with other data than --data_path holds")
         self.net.load_state_dict(saved["net"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for name, rng in self.rng.items():
@@ -147,7 +144,7 @@ class Training:
 
 
 def make_network(training, path, folder):
-    """Train a network, test it and write it to `path`, unless it is there; folder: its state."""
+    """Train a network, test it and write it to `path`, unless it is there. folder: of states."""
     about_path = Path(f"{path}.json")
     if about_path.exists():
         saved = json.loads(about_path.read_text())["flags"]
@@ -172,7 +169,7 @@ def make_network(training, path, folder):
 
 
 def compile_training(args, data, micro_batch):
-    """Compile for the batches of this training, if they are many enough."""
+    """Compile for the batches of this training."""
     trained = training_batches(len(data.labels["train"]), args.batch_train, args.epochs)
     attacked = {}
     if args.batch_train % micro_batch == 0:
@@ -182,25 +179,14 @@ def compile_training(args, data, micro_batch):
                     {"attacked": attacked, "trained": trained}, distributed.print_rank0)
 
 
-def open_folder(args, folder, paths, held):
-    """Lock `folder`, until `held` is closed; with --fresh, remove what earlier runs have left."""
+def open_folder(folder, paths, fresh, held):
+    """Lock `folder`, until `held` is closed; fresh: remove what earlier runs have left."""
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(lock(folder))
-    if args.fresh and not distributed.is_restart():
+    if fresh and not distributed.is_restart():
         for k, path in enumerate(paths):
             shutil.rmtree(folder / f"net{k}", ignore_errors=True)
             Path(f"{path}.json").unlink(missing_ok=True)
-
-
-def print_summary(args, data, micro_batch):
-    """Say what the run will do and, from a short measurement, how long it will take."""
-    images = len(data.labels["train"])
-    rate = forward_backward_rate(network_for(data, args.model, 0), data, micro_batch)
-    seconds = args.epochs * images * (args.attack_steps + 1) / rate
-    distributed.print_rank0(
-        f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}, "
-        f"{distributed.world_size()} process(es): {args.epochs} epochs of {images} images, threat "
-        f"model {args.threat_model}; about {format_duration(seconds)} each")
 
 
 def main():
@@ -216,7 +202,6 @@ def main():
     threat = get_threat_model(args.threat_model, data)
     if args.compile:
         compile_training(args, data, micro_batch)
-    print_summary(args, data, micro_batch)
 
     attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
     name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
@@ -233,7 +218,7 @@ def main():
 
     with ExitStack() as held:
         held.callback(signals.restore)
-        distributed.run_on_rank0(lambda: open_folder(args, folder, paths, held))
+        distributed.run_on_rank0(lambda: open_folder(folder, paths, args.fresh, held))
         with signals.allow_signals():
             distributed.map_dynamic(args.num_nets, work)
 

@@ -26,9 +26,8 @@ class Interrupted(BaseException):
 class SignalHandler:
     """Turns SIGINT and SIGTERM into `Interrupted`: at once, or where they are delayed in `check()`.
 
-    A second signal kills the process. Processes of torchrun stop in the same `check()`, or each by
-    itself in `allow_signals()`; they ignore further signals, because torchrun sends SIGTERM to all
-    others when one has ended.
+    A second signal kills. Processes of torchrun stop in the same `check()`, or each by itself in
+    `allow_signals()`, and ignore further ones: when one has ended, torchrun sends SIGTERM to all.
     """
 
     def __init__(self, log):
@@ -89,22 +88,21 @@ def lock(folder, name=".lock"):
     try:
         held.enter_context(FileLock(Path(folder) / name, timeout=0))
     except Timeout:
-        raise InputError(f"another run is writing to {folder}; wait for it, or choose another "
-                         "folder") from None
+        raise InputError(f"another run is writing to {folder}") from None
     return held
 
 
 def require_same_flags(saved, given, may_change, where, otherwise):
     """Raise InputError naming the first flag of `given` that differs from `saved`.
 
-    saved, given: {name: value}. may_change: names that may differ. where: what the saved flags
-    belong to. otherwise: what the user can do instead.
+    saved, given: {name: value}. may_change: names that may differ. where, otherwise: for the
+    message, what the saved flags belong to and what the user can do instead.
     """
     for name, value in given.items():
         if name not in may_change and saved.get(name) != value:
-            raise InputError(f"--{name} is {value}, {where} has {saved.get(name)}. Give the same "
-                             f"flags to go on with it (only {', '.join(may_change)} may change), "
-                             f"or {otherwise}")
+            raise InputError(f"--{name} is {value}, {where} has {saved.get(name)}; only "
+                             f"{', '.join(may_change)} may change: give the same flags, or "
+                             f"{otherwise}")
 
 
 class CheckpointFile:

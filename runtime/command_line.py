@@ -43,16 +43,16 @@ def add_run_flags(parser):
     add("--save_interval", type=at_least(0), default=0,
         help="iterations between saved states; 0: saving takes 1 %% of the time")
     add("--chunk", type=at_least(0), default=0,
-        help="real images attacked at a time; 0: chosen by the free memory")
+        help="real images attacked at a time; 0: by the free memory")
     add("--deterministic", action="store_true",
         help="CUDA: refuse operations that are not repeatable")
     add("--parallel", choices=("batch", "experiments"), default="batch",
-        help="what the processes of torchrun share: every batch, or whole experiments (--num_exp)")
+        help="what processes of torchrun share: every batch, or whole experiments")
     add_switch(group, "cuda_graphs", True, "CUDA: record and replay CUDA graphs")
 
 
 def add_compatibility_flags(parser):
-    """Flags of the published scripts that nothing reads or that had one legal value (SPEC 1.2)."""
+    """Flags of the published scripts that nothing reads (SPEC 1.2)."""
     group = parser.add_argument_group("accepted for compatibility, without effect")
     group.add_argument("--net_train_real", action="store_true")
     for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index",
@@ -81,7 +81,7 @@ def fraction(text):
 
 
 def method_name(text):
-    """An argparse type: a name that can stand between underscores in a file name."""
+    """An argparse type: a part of a file name, without underscores."""
     if not re.fullmatch(r"[A-Za-z0-9+.-]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, '+', '.', '-'")
     return text

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from runtime.safe_io import InputError
 
 TIMEOUT = timedelta(minutes=30)  # torchrun ends the others much sooner when a process dies
-POLL_SECONDS = 0.02
 
 dist = None  # torch.distributed, once `init` has met other processes
 _world = None  # rank, size, store
@@ -39,8 +38,8 @@ def is_restart():
 def init(flags):
     """Meet the other processes, if there are any. flags: {name: value}, of which "device" is one.
 
-    Returns the device of this process: flags["device"], or its own GPU. Raises InputError if flags
-    or kinds of device differ, or if there is no GPU for this process.
+    Returns the device of this process. Raises InputError if flags or kinds of device differ, or if
+    there is no GPU for this process.
     """
     global dist, _world
     if not launched_by_torchrun() or _world:
@@ -55,7 +54,7 @@ def init(flags):
         torch.cuda.set_device(device)
     with _one_line_errors():
         store, *_ = next(rendezvous("env://", number, size, timeout=TIMEOUT))
-        # torchrun may keep the store, with all its contents, for the processes that it restarts.
+        # The processes that torchrun restarts may meet the contents of this store.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size,
                                 timeout=TIMEOUT)
@@ -69,13 +68,12 @@ def init(flags):
 
 
 def _own_device(name):
-    """The device of this process where --device is `name`. Raises InputError."""
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return "cpu"
     if name not in ("auto", "cuda") or local >= gpus:
         raise InputError(f"--device {name}: each process takes its own GPU, and there are {gpus}; "
-                         "choose auto, cuda or cpu, and a --nproc_per_node that fits")
+                         "choose auto, cuda or cpu")
     return f"cuda:{local}"
 
 
@@ -95,9 +93,9 @@ def _one_line_errors():
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(
-            f"another process is gone or does not answer ({str(error).strip().splitlines()[0]}); "
-            "the same command goes on from the last saved state") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"another process is gone or does not answer ({reason}); the same "
+                              "command goes on from the last saved state") from None
 
 
 def world_size():
@@ -116,7 +114,7 @@ def is_main_process():
 
 
 def disable_tqdm():
-    """`disable` of a progress bar: only the first process shows it, and only on a terminal."""
+    """`disable` of a progress bar that process 0 shows on a terminal."""
     return None if is_main_process() else True
 
 
@@ -129,14 +127,14 @@ def write_line(text, file=None):
 
 
 def print_rank0(text):
-    """Print a line, on the first process only."""
+    """Print a line on process 0."""
     if is_main_process():
         write_line(text)
 
 
 @contextmanager
 def single_process():
-    """Inside, this process works as if there were no other."""
+    """Inside, this process works alone."""
     global _single
     before, _single = _single, True
     try:
@@ -212,12 +210,10 @@ def run_on_rank0(work):
     """Call work() on process 0 only. All processes return its value or raise its InputError."""
     if world_size() == 1:
         return work()
-    outcome = [None]
-    if is_main_process():
-        try:
-            outcome = [work()]
-        except InputError as error:
-            outcome = [error]
+    try:
+        outcome = [work() if is_main_process() else None]
+    except InputError as error:
+        outcome = [error]
     with _one_line_errors():
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if isinstance(outcome[0], InputError):
@@ -251,7 +247,7 @@ def map_dynamic(count, work, collect=lambda k, result: None):
         _store("set", f"{name}/{k}", json.dumps(work(k)))
         take_ready()
     while len(results) < count:
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.02)
         take_ready()
     return results
 

@@ -18,31 +18,20 @@ MAY_CHANGE = ("Iteration", "eval_interval", "save_path", "save_interval", "data_
 
 
 class RunDirectory:
-    """What one run writes, and what it goes on from. A context manager.
+    """What one run writes (docs/reproduce.md), and what it goes on from. A context manager.
 
-    <save_path>/<name>/: flags.json, metrics.jsonl (one JSON object a line), log.txt, PNG grids
-    <save_path>/<name>/<result_name>: the distilled sets, at the end
-    <save_path>/<result_name>: a copy; another file of that name is moved aside
-    <checkpoint_path>/<name>/best_exp<k>.pt: the best set of experiment k so far
-    <checkpoint_path>/<name>/state.pt: the last checkpoint
-    exp<k>/ in both, until the end: what experiment k writes, with --parallel experiments
-
-    SIGINT and SIGTERM save a checkpoint and raise `Interrupted`. A run goes on from its checkpoint;
-    without one, or with `fresh`, an old folder is kept beside as <name>.1, <name>.2, ... Process 0
-    writes; the others have the same `progress`, `finished` and `micro_batch`.
+    A run goes on from its checkpoint; without one, or with `fresh`, an old folder becomes <name>.1.
+    Process 0 writes; the others have the same `progress`, `finished` and `micro_batch`. With
+    --parallel experiments each of them has a folder exp<k> in those of the run, until the end.
 
     flags: {name: value}, recorded and compared. micro_batch: that of the checkpoint counts, since
-    another one draws other random starts on CUDA. progress: plain values and tensors, saved as they
-    are.
+    another one draws other random starts on CUDA. progress: plain values and tensors.
     """
 
     def __init__(self, name, result_name, save_path, checkpoint_path, flags, data, micro_batch,
                  save_interval=0, fresh=False):
         self.name, self.flags, self.data = name, flags, data
         self.folder, self.checkpoint_folder = Path(save_path) / name, Path(checkpoint_path) / name
-        if self.folder.resolve() == self.checkpoint_folder.resolve():
-            raise InputError(f"--save_path and --checkpoint_path are both {save_path}; choose two "
-                             "folders")
         self.result_file = self.folder / result_name
         self.published_file = Path(save_path) / result_name
         self.save_interval, self._experiment = save_interval, None
@@ -72,17 +61,16 @@ class RunDirectory:
     # ------------------------------------------------------------------------- beginning
     def _load(self, new, fresh):
         """Lock the folders. Returns the checkpoint, or `new` if there is none."""
-        for folder, name in ((self.checkpoint_folder, ".lock"),
-                             (self.folder.parent, f".{self.folder.name}.lock")):
+        for folder in (self.checkpoint_folder, self.folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
-            self._files.enter_context(lock(folder, name))
+        self._files.enter_context(lock(self.checkpoint_folder))
+        self._files.enter_context(lock(self.folder.parent, f".{self.folder.name}.lock"))
         self._checkpoint = CheckpointFile(self.checkpoint_folder, self.save_interval)
-        saved = None
-        if not fresh or distributed.is_restart():
-            saved = self._checkpoint.load(new)
+        if fresh and not distributed.is_restart():
+            self._checkpoint.path.unlink(missing_ok=True)
+        saved = self._checkpoint.load(new)
         self._is_new = not saved
         if self._is_new:
-            self._checkpoint.path.unlink(missing_ok=True)
             self._remove_parts()
         return saved or new
 
@@ -91,11 +79,10 @@ class RunDirectory:
         require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where,
                            "--fresh to start over, or another --checkpoint_path")
         if saved["data"] != now["data"]:
-            raise InputError(f"{where} began with other data than --data_path "
-                             f"{self.flags['data_path']} holds")
+            raise InputError(f"{where} began with other data than --data_path holds")
         if saved["device"].split("(")[0] != now["device"].split("(")[0]:
             raise InputError(f"{where} ran on {saved['device']}, whose random numbers "
-                             f"{now['device']} does not have; --fresh starts over")
+                             f"{now['device']} lacks; --fresh starts over")
         before, after = saved["flags"]["Iteration"], self.flags["Iteration"]
         reached = saved["experiment"]["it"] if saved["experiment"] else 0
         if reached > after or before != after and saved["progress"].get("sets"):
@@ -114,8 +101,7 @@ class RunDirectory:
                                            errors="backslashreplace"))
             for name in ("log.txt", "metrics.jsonl"))
         if self.finished:
-            self.log(f"{self.name} is finished: {self.result_file}; a larger --Iteration does not "
-                     "prolong it, --fresh starts over")
+            self.log(f"{self.name} is finished: {self.result_file}; --fresh starts over")
             return
         # Lines after the checkpoint will come again.
         self._metrics.truncate(min(saved["metrics_bytes"], self._metrics.tell()))
@@ -126,23 +112,20 @@ class RunDirectory:
             "num_classes": self.data.num_classes})
         if moved:
             self.log(f"{self.folder} held an earlier run, now in {moved}")
-        if not self._is_new:
-            self._report_resumed(saved)
-
-    def _report_resumed(self, saved):
+        if self._is_new:
+            return
         it = saved["experiment"]["it"] if saved["experiment"] else 0
         self.log(f"going on with {self.name}: {len(self.progress.get('sets', []))} sets are "
                  f"finished, the next one is at iteration {it}")
-        before, now = ([about["versions"], about["device"]] for about in (saved, self._identity))
-        if before != now:
-            self.log(f"the saved part ran with {before}, this is {now}: the last bits may differ "
-                     "from those of an undisturbed run")
+        for key in ("versions", "device"):
+            if saved[key] != about[key]:
+                self.log(f"the last bits may change: {key} were {saved[key]}, are {about[key]}")
 
     # ------------------------------------------------------------------------- checkpoints
     def register_state(self, experiment):
         """From now on checkpoints hold `experiment.state_dict()`; None: no experiment is under way.
 
-        An interrupted experiment's state is first loaded into it. Returns whether there was one.
+        Returns whether there was the state of an interrupted one, which is loaded into it.
         """
         saved, self._saved_experiment, self._experiment = self._saved_experiment, None, experiment
         if experiment is None or not saved:
@@ -190,10 +173,7 @@ class RunDirectory:
             return distributed.map_dynamic(count, work)
 
     def map_experiments(self, count, work):
-        """--parallel experiments: work(k, its own run), by whichever process is free.
-
-        At the end their progress and files are those of this run, in order.
-        """
+        """--parallel experiments: work(k, its own run), whose progress and files are then ours."""
         self.save_checkpoint()  # from here on there is something to go on with
 
         def run_one(exp):

@@ -18,7 +18,6 @@ import ROME_cifar10
 from experiment import check_args
 from runtime import distributed
 from runtime.checkpoint import Interrupted, SignalHandler
-from runtime.command_line import run_script
 from runtime.safe_io import InputError
 
 NAME = "ROME_CIFAR10_MLP_1ipc_pixel_seed0"
@@ -262,13 +261,6 @@ def test_class_means_of_shards(monkeypatch):
     assert torch.equal(whole[3], embeddings[8:].mean(0))
 
 
-def test_one_process_waits_for_nobody():
-    collected = {}
-    assert distributed.map_dynamic(2, lambda k: k - 5, collected.__setitem__) == [-5, -4]
-    assert collected == {0: -5, 1: -4}
-    assert distributed.all_reduce_max(3, 0) == (3, 0)
-
-
 @pytest.mark.parametrize("number", [0, 1])  # one map after another
 def test_the_dynamic_queue(monkeypatch, number):
     """The other process takes the second item and is done with it only after our third one."""
@@ -312,25 +304,3 @@ def test_a_signal_ends_the_waiting_for_others(monkeypatch, signals):
     os.kill(os.getpid(), signal.SIGTERM)  # of torchrun, while the state is saved: ignored
     signals.restore()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_torchruns_signal_does_not_take_the_last_line(monkeypatch, capfd, signals):
-    """Another process has died; while this one leaves, torchrun tells it to stop as well. The line
-    is one write: lines of several processes do not mix."""
-    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py"])
-    write_line, writes = distributed.write_line, []
-
-    class File:
-        write, flush = writes.append, lambda: None
-
-    def interrupted_write(text, file):
-        os.kill(os.getpid(), signal.SIGTERM)
-        write_line(text, File)
-
-    def broken():
-        raise ConnectionError("another process of the run is gone")
-    monkeypatch.setattr(distributed, "write_line", interrupted_write)
-    with pytest.raises(SystemExit) as stop:
-        run_script(broken)
-    assert stop.value.code == 1
-    assert writes == ["ROME_cifar10.py: error: another process of the run is gone\n"]

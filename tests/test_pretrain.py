@@ -231,11 +231,3 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     assert {row["attack"] for row in content["rows"]} == {*CONTROLS, *ATTACKS} - {"PGD20"}
     table = (tmp_path / "out" / "results.md").read_text()
     assert re.search(rf"a constant classifier\* *\| *\| {100 / num_classes:g} \|", table)
-    published, classes = ["--threat_model", "published"], f"published.* own has {num_classes}"
-    for script, arguments, message in (
-            (ROME_cifar10, [*flags, *published], classes),
-            (evaluate, [*own, "--synset", synset, *published, "--out", "other"], classes),
-            (evaluate, ["--synset", synset, "--out", "other"], "data set 'own'"),
-            (ROME_cifar10, [*flags, "--model", "VGG11"], "VGG11.* images of own, 28x28")):
-        with pytest.raises(InputError, match=message):
-            main(monkeypatch, tmp_path, *arguments, script=script)

@@ -148,7 +148,7 @@ def stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content, message", [
     (None, "state.pt is damaged.*--fresh"),
     ({"data": []}, "state.pt is no saved state of this version.*--fresh")])
-def test_states_of_no_use(stopped, monkeypatch, content, message):
+def test_a_state_of_no_use_and_a_fresh_start(stopped, undisturbed, monkeypatch, content, message):
     path = stopped / "checkpoints" / NAME / "state.pt"
     if content is None:
         damaged = bytearray(path.read_bytes())
@@ -158,6 +158,9 @@ def test_states_of_no_use(stopped, monkeypatch, content, message):
         torch.save(content, path)
     with pytest.raises(InputError, match=message):
         main(monkeypatch, stopped)
+    main(monkeypatch, stopped, "--fresh")
+    assert_same_run(stopped, undisturbed)
+    assert (stopped / "result" / f"{NAME}.1" / "log.txt").exists()
 
 
 def test_killed_again_before_a_new_line(undisturbed, tmp_path, monkeypatch):
@@ -211,21 +214,12 @@ def test_sets_of_one_run_have_equally_many_iterations(tmp_path, monkeypatch):
         main(monkeypatch, tmp_path, "--Iteration", "12")
 
 
-def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
+def test_a_folder_that_another_run_uses(tmp_path, monkeypatch):
     (tmp_path / "result").mkdir()
     held = lock(tmp_path / "result", f".{NAME}.lock")
     with pytest.raises(InputError, match="another run .*is writing to result"):
         main(monkeypatch, tmp_path, "--checkpoint_path", "elsewhere")
     held.close()
-    with pytest.raises(InputError, match="--checkpoint_path are both out; choose two folders"):
-        main(monkeypatch, tmp_path, "--save_path", "out", "--checkpoint_path", "./out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_fresh_starts_over(stopped, undisturbed, monkeypatch, capsys):
-    main(monkeypatch, stopped, "--fresh")
-    assert "held an earlier run" in capsys.readouterr().out
-    assert final_files(stopped) == final_files(undisturbed)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_before(tmp_path, monkeypatch):
