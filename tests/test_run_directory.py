@@ -102,6 +102,19 @@ def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, mo
     assert log.count("going on with") == stops
 
 
+def test_experiments_as_runs_of_their_own(undisturbed, tmp_path, monkeypatch):
+    """Stopped in each of them; then the files of a run that makes one after the other."""
+    for call in (5, 9):
+        with monkeypatch.context() as patch:
+            sigterm_at(patch, rome, "pool_step", call)
+            with pytest.raises(Interrupted):
+                main(patch, tmp_path, "--parallel", "experiments")
+    main(monkeypatch, tmp_path, "--parallel", "experiments")
+    assert_same_run(tmp_path, undisturbed)
+    names = {path.name for path in (tmp_path / "checkpoints" / NAME).iterdir()}
+    assert names == {"best_exp0.pt", "best_exp1.pt", "state.pt", ".lock"}
+
+
 # ---------------------------------------------------------------------------- finished runs
 def test_a_finished_run_is_finished(undisturbed, monkeypatch, capsys):
     before = final_files(undisturbed)
@@ -290,6 +303,8 @@ def half(content, file):
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half
 """
+
+
 def wait_for_iterations(process, folder):
     """Until the run has begun its iterations; whatever it does then."""
     state = folder / "checkpoints" / NAME / "state.pt"
