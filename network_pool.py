@@ -33,7 +33,6 @@ class NetworkPool:
     """Networks that are trained on the way: at most `limit`, the oldest leave first.
 
     make_net: how many were made before -> network. make_optimizer: network -> optimizer.
-    start: networks at the beginning. slice_min: see `sample`.
     """
 
     is_trained = True
@@ -117,18 +116,13 @@ def load_prior_networks(paths, model, data, threat_name):
     """Networks of pretrain.py, frozen and in eval mode, each with the `.json` beside it.
 
     Returns [(network, robust training accuracy), ...] and a line on each of them. Raises InputError
-    that names a network of another architecture, data set, class count or threat model, or one
-    whose `.json` is missing or damaged.
+    for a network of another architecture, data set or threat model, or one without its `.json`.
     """
     networks, lines = [], []
     expected = {"model": model, "dataset": data.name, "num_classes": data.num_classes,
                 "threat_model": threat_name, "mean": list(data.mean), "std": list(data.std)}
-    for path in map(Path, paths):
-        about, accuracy = read_prior_record(path)
-        for key, value in expected.items():
-            if about.get(key, value) != value:  # older versions do not say mean and std
-                raise InputError(f"--robust_prior {path}: its {key} is {about[key]}, "
-                                 f"this run's {value}")
+    for path in paths:
+        accuracy = read_prior_record(path, expected)
         notes = []
         net = load_into(network_for(data, model, 0), path, notes).eval().requires_grad_(False)
         networks.append((net, accuracy))
@@ -137,21 +131,19 @@ def load_prior_networks(paths, model, data, threat_name):
     return networks, lines
 
 
-def read_prior_record(path):
-    """What the `.json` beside a network says, and its robust training accuracy, a fraction."""
-    record_path = path.with_name(path.name + ".json")
-    if not path.is_file():
-        raise InputError(f"--robust_prior {path} does not exist or is a folder")
+def read_prior_record(path, expected):
+    """The robust training accuracy, a fraction, in the `.json` beside a network of `expected`."""
+    where = f"--robust_prior {path}"
     try:
-        about = json.loads(record_path.read_text())
-        missing = {"model", "dataset", "num_classes", "threat_model"} - set(about)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-        accuracy = float(about["train_robust_acc"])
+        about = json.loads(Path(f"{path}.json").read_text())
+        about = {"mean": expected["mean"], "std": expected["std"], **about}  # older ones lack them
+        found, accuracy = [about[key] for key in expected], float(about["train_robust_acc"])
         if not 0 <= accuracy <= 1:
             raise ValueError(f"train_robust_acc is {accuracy}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--robust_prior {path}: {record_path.name}, which says how it was "
-                         f"trained, is missing or damaged ({type(error).__name__}: {error}); "
-                         "pretrain.py writes it") from None
-    return about, accuracy
+        raise InputError(f"{where}: the .json of pretrain.py beside it is missing or damaged "
+                         f"({type(error).__name__}: {error})") from None
+    for value, (key, ours) in zip(found, expected.items()):
+        if value != ours:
+            raise InputError(f"{where}: its {key} is {value}, this run's {ours}")
+    return accuracy

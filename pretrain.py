@@ -7,11 +7,11 @@ Each network is a state_dict, with a `.json` beside it that says how it was trai
 command resumes a run that was killed. Source: Madry et al. 2018. Distributed under the MIT licence.
 """
 import argparse
-import contextlib
 import json
 import math
 import shutil
-from importlib.util import find_spec
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,18 +23,17 @@ from augment import dsa_apply, dsa_draw, dsa_strategy_flag
 from datasets import add_dataset_flag, load_dataset
 from networks import NETWORKS, network_for
 from runtime import distributed
-from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock, require_same_flags
+from runtime.checkpoint import CheckpointFile, SignalHandler, lock, require_same_flags
 from runtime.command_line import add_common_flags, add_switch, at_least, run_script
-from runtime.compilation import disable_bf16, is_batch_dependent, resolve_precision, set_precision
-from runtime.cost import TRAINING_STEP, compile_planned, forward_backward_rate, training_batches
+from runtime.compilation import disable_bf16, resolve_precision, set_precision
+from runtime.cost import TRAINING_STEP, compile_planned, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, device_name, get_device, versions
-from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
 
-MAY_CHANGE = ("save_interval", "data_path", "fresh", "num_nets", "chunk", "cuda_graphs", "device")
+MAY_CHANGE = ("data_path", "fresh", "num_nets", "chunk", "cuda_graphs", "device")
 
 
 def parse_args(argv=None):
@@ -69,7 +68,7 @@ def learning_rate(args, step, steps):
 
 
 class Training:
-    """The training of network number k. It can be saved and resumed between any two steps."""
+    """The training of network number k, which can be resumed after any epoch."""
 
     def __init__(self, args, flags, k, data, threat, micro_batch):
         self.args, self.k, self.data, self.threat = args, k, data, threat
@@ -77,85 +76,62 @@ class Training:
         self.net = network_for(data, args.model, derive_seed(args.seed, "pretrain", k))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=args.lr_net, momentum=0.9,
                                          weight_decay=5e-4)
+        self.generator = partial(make_generator, args.seed, "pretrain", k)
         self.rng = {"dsa": self.generator("dsa"),
                     "attack": self.generator("attack", device=data.device)}
-        self.steps_per_epoch = math.ceil(len(data.labels["train"]) / args.batch_train)
-        self.steps = args.epochs * self.steps_per_epoch
-        self.step, self.order = 0, None
-        # Of this epoch: right answers on its batches, which are attacked, and images so far.
-        self.correct, self.seen = torch.zeros((), device=data.device), 0
-
-    def generator(self, *key, device="cpu"):
-        return make_generator(self.args.seed, "pretrain", self.k, *key, device=device)
+        self.epoch, self.accuracy = 0, None
 
     def state_dict(self):
-        return {"flags": self.flags, "data": self.fingerprint, "step": self.step,
+        return {"flags": self.flags, "data": self.fingerprint, "micro_batch": self.micro_batch,
+                "epoch": self.epoch, "accuracy": self.accuracy,
                 "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": {name: rng.get_state() for name, rng in self.rng.items()},
-                "correct": self.correct, "seen": self.seen, "chunk": self.micro_batch}
+                "rng": {name: rng.get_state() for name, rng in self.rng.items()}}
 
     def load_state_dict(self, saved, where):
         """Raises InputError if `saved`, which the message calls `where`, is of another run."""
         require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where, "--fresh to start over")
         if saved["data"] != self.fingerprint:
-            raise InputError(f"{where} began with other data than {self.args.data_path} holds; "
-                             "--fresh starts over")
+            raise InputError(f"{where} began with other data than --data_path holds")
         self.net.load_state_dict(saved["net"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for name, rng in self.rng.items():
             rng.set_state(saved["rng"][name])
-        self.correct = saved["correct"].to(self.data.device)
-        self.seen, self.step = saved["seen"], saved["step"]
         if not self.args.chunk:  # another one draws other random starts on CUDA
-            self.micro_batch = saved["chunk"]
+            self.micro_batch = saved["micro_batch"]
+        self.epoch, self.accuracy = saved["epoch"], saved["accuracy"]
 
-    def next_batch(self):
-        """The augmented images and the labels of the next step."""
+    def train_epoch(self):
+        """An epoch on attacked images; `accuracy` is a fraction of these, as they were met."""
         args, data = self.args, self.data
-        epoch, batch = divmod(self.step, self.steps_per_epoch)
-        if batch == 0:
-            self.correct, self.seen = torch.zeros_like(self.correct), 0
-        if batch == 0 or self.order is None:  # not saved: each epoch has its seed
-            self.order = torch.randperm(len(data.labels["train"]),
-                                        generator=self.generator("order", epoch))
-        first = batch * args.batch_train
-        images, labels = data.get_batch("train", self.order[first:first + args.batch_train])
-        params = dsa_draw(args.dsa_strategy, data.size, self.rng["dsa"], n=len(images))
-        return dsa_apply(images, params), labels
-
-    def train_step(self):
-        """One step on the next batch, of which each process attacks its shard."""
-        args = self.args
-        images, labels = self.next_batch()
-        shard = distributed.shard(len(labels))
-        attacked = images[shard]
-        if args.attack_steps:
-            attacked = attack(self.net, images, labels, self.threat, targeted=args.targeted,
-                              steps=args.attack_steps, generator=self.rng["attack"],
-                              micro_batch=self.micro_batch, shard=shard)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(args, self.step, self.steps)
-        loss, correct = training_step(self.net, self.optimizer, attacked, labels[shard],
-                                      len(labels))
-        self.correct, self.seen = self.correct + correct, self.seen + len(labels)
-        self.step += 1
-        if self.step % self.steps_per_epoch == 0:
-            require_finite({"the training loss": loss.item()})
-            distributed.print_rank0(
-                f"network {self.k} epoch {self.step // self.steps_per_epoch}/{args.epochs}: "
-                f"accuracy in training {100 * self.accuracy():.2f} %, loss {loss.item():.4f}")
-
-    def accuracy(self):
-        """Of the epoch so far, on its batches as they were trained on; a fraction."""
-        return self.correct.item() / self.seen
+        order = torch.randperm(len(data.labels["train"]),
+                               generator=self.generator("order", self.epoch))
+        batches, right = order.split(args.batch_train), 0
+        bar = tqdm(batches, f"network {self.k} epoch {self.epoch + 1}", disable=None, leave=False)
+        for step, batch in enumerate(bar, self.epoch * len(batches)):
+            images, labels = data.get_batch("train", batch)
+            images = dsa_apply(images, dsa_draw(args.dsa_strategy, data.size, self.rng["dsa"],
+                                                n=len(images)))
+            if args.attack_steps:
+                images = attack(self.net, images, labels, self.threat, targeted=args.targeted,
+                                steps=args.attack_steps, generator=self.rng["attack"],
+                                micro_batch=self.micro_batch)
+            rate = learning_rate(args, step, args.epochs * len(batches))
+            self.optimizer.param_groups[0]["lr"] = rate
+            loss, correct = training_step(self.net, self.optimizer, images, labels, len(labels))
+            right = right + correct
+        require_finite({"the training loss": loss.item()})
+        self.epoch, self.accuracy = self.epoch + 1, right.item() / len(order)
+        distributed.write_line(f"network {self.k} epoch {self.epoch}/{args.epochs}: accuracy in "
+                               f"training {100 * self.accuracy:.2f} %, loss {loss.item():.4f}")
 
     def measure(self):
         """What is known of the trained network, for the file beside it."""
-        args, data, net = self.args, self.data, self.net
+        args, data, net = self.args, self.data, self.net.eval()
         images, labels = data.get_batch("test", slice(args.test_limit or None))
         rng = self.generator("test", device=data.device)
         about = {"model": args.model, "dataset": data.name, "num_classes": data.num_classes,
                  "threat_model": args.threat_model, "mean": list(data.mean), "std": list(data.std),
-                 "train_robust_acc": self.accuracy(),
+                 "train_robust_acc": self.accuracy,
                  "clean_acc": utils.accuracy(net, images, labels),
                  **utils.robust_accuracies(net, images, labels, self.threat, rng, self.micro_batch),
                  "n": len(labels), "seed": args.seed, "flags": self.flags,
@@ -169,112 +145,50 @@ class Training:
         return about
 
 
-def train(training, folder, signals):
-    """Train to the end, from the saved state in `folder` if there is one."""
-    checkpoint = None
-    if distributed.is_main_process():
-        folder.mkdir(exist_ok=True)
-        checkpoint = CheckpointFile(folder, training.args.save_interval)
-
-    def save():
-        if checkpoint:
-            checkpoint.save(training.state_dict())
-
-    saved, damage = distributed.run_on_rank0(lambda: checkpoint.load(training.state_dict()))
-    if damage:
-        distributed.print_rank0(damage)
-    if saved:
-        training.load_state_dict(saved, f"the run saved in {folder}")
-        distributed.print_rank0(f"going on with network {training.k} at step {training.step}")
-    with tqdm(total=training.steps, initial=training.step, desc=f"network {training.k}",
-              unit="step", disable=distributed.disable_tqdm()) as bar:
-        try:
-            while training.step < training.steps:
-                if signals.check(checkpoint and checkpoint.should_save(training.step)):
-                    save()
-                with signals.delay_signals():
-                    training.train_step()
-                bar.update()
-        except Interrupted as stop:
-            if stop.state_is_whole:
-                save()
-            raise
-    save()  # the test comes next, and may be interrupted
-
-
-def make_network(training, path, folder, signals):
-    """Train a network, test it and write it to `path`, unless it is there; folder: its states."""
+def make_network(training, path, folder):
+    """Train a network, test it and write it to `path`, unless it is there. folder: of states."""
     about_path = Path(f"{path}.json")
     if about_path.exists():
         saved = json.loads(about_path.read_text())["flags"]
         require_same_flags(saved, training.flags, MAY_CHANGE, path, "--fresh to start over")
-        distributed.print_rank0(f"{path} is there already")
+        distributed.write_line(f"{path} is there already")
         return
-    train(training, folder, signals)
-    training.net.eval()
-    with signals.allow_signals():
-        (about,) = distributed.map_dynamic(1, lambda _: training.measure())
-    with signals.delay_signals():
-        if distributed.is_main_process():
-            state = training.net.state_dict()
-            write_tensors(path, {key: value.cpu() for key, value in state.items()})
-            write_json(about_path, about)
-            shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    checkpoint = CheckpointFile(folder)
+    if saved := checkpoint.load(training.state_dict()):
+        training.load_state_dict(saved, f"the run saved in {folder}")
+        distributed.write_line(f"going on with network {training.k} after epoch {training.epoch}")
+    while training.epoch < training.args.epochs:
+        training.train_epoch()
+        checkpoint.save(training.state_dict())
+    about, state = training.measure(), training.net.state_dict()
+    write_tensors(path, {key: value.cpu() for key, value in state.items()})
+    write_json(about_path, about)
+    shutil.rmtree(folder)
     text = ", ".join(f"{key} {100 * value:.2f} %" for key, value in about.items()
                      if key.endswith("acc"))
-    distributed.print_rank0(f"{path}: {text}")
-
-
-def check(args, data):
-    """Raise InputError where flags do not fit the data, the packages or the processes."""
-    check_threat_model(args.threat_model, data)
-    net, images = network_for(data, args.model, 0), len(data.labels["train"])
-    if args.aa_limit and find_spec("pyautoattack") is None:
-        raise InputError("AutoAttack needs the package pyautoattack; without it: --aa_limit 0")
-    if args.num_nets > 1:
-        distributed.require_work(args.num_nets, "networks (--num_nets)")
-        return
-    last = images % args.batch_train or args.batch_train
-    distributed.require_work(last, "images of the last batch of an epoch (--batch_train)")
-    if distributed.world_size() > 1 and is_batch_dependent(net):
-        raise InputError(f"--model {args.model} has BatchNorm, whose batches cannot be shared; "
-                         "start one process, or train several networks (--num_nets)")
+    distributed.write_line(f"{path}: {text}")
 
 
 def compile_training(args, data, micro_batch):
-    """Compile for the batches of this training, if they are many enough."""
-    batches = training_batches(len(data.labels["train"]), args.batch_train, args.epochs)
-    trained = {distributed.max_shard_size(size): work / distributed.world_size()
-               for size, work in batches.items()}
-    attacked, shard = {}, distributed.max_shard_size(args.batch_train)
-    if shard % min(shard, micro_batch) == 0:
-        attacked[min(shard, micro_batch)] = trained[shard] / TRAINING_STEP * args.attack_steps
+    """Compile for the batches of this training."""
+    trained = training_batches(len(data.labels["train"]), args.batch_train, args.epochs)
+    attacked = {}
+    size = min(args.batch_train, micro_batch)
+    if args.batch_train % size == 0:
+        attacked[size] = trained[args.batch_train] / TRAINING_STEP * args.attack_steps
     compile_planned(network_for(data, args.model, 0), data,
                     {"attacked": attacked, "trained": trained}, distributed.print_rank0)
 
 
-def open_folder(args, folder, paths, held):
-    """Lock `folder`, until `held` is closed; with --fresh, remove what earlier runs have left."""
+def open_folder(folder, paths, fresh, held):
+    """Lock `folder`, until `held` is closed; fresh: remove what earlier runs have left."""
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(lock(folder))
-    if args.fresh and not distributed.is_restart():
+    if fresh and not distributed.is_restart():
         for k, path in enumerate(paths):
             shutil.rmtree(folder / f"net{k}", ignore_errors=True)
             Path(f"{path}.json").unlink(missing_ok=True)
-
-
-def print_summary(args, data, micro_batch):
-    """Say what the run will do and, from a short measurement, how long it will take."""
-    images, sharing = len(data.labels["train"]), 1
-    if args.num_nets == 1:  # all processes share its batches
-        sharing = distributed.world_size()
-    count = min(micro_batch, args.batch_train)
-    rate = forward_backward_rate(network_for(data, args.model, 0), data, count) * sharing
-    seconds = args.epochs * images * (args.attack_steps + 1) / rate
-    distributed.print_rank0(
-        f"{args.num_nets} network(s) {args.model} on {device_name(data.device)}, "
-        f"{distributed.world_size()} process(es): {args.epochs} epochs of {images} images, threat "
-        f"model {args.threat_model}; about {format_duration(seconds)} each")
 
 
 def main():
@@ -285,13 +199,11 @@ def main():
     micro_batch = distributed.run_on_rank0(lambda: choose_micro_batch(device, args.chunk))
     data = load_dataset(args.dataset, args.data_path, device)
     distributed.print_rank0(data.describe())
-    check(args, data)
+    check_threat_model(args.threat_model, data)
+    distributed.require_work(args.num_nets, "networks (--num_nets)")
     threat = get_threat_model(args.threat_model, data)
-    alone = distributed.single_process if args.num_nets > 1 else contextlib.nullcontext
     if args.compile:
-        with alone():
-            compile_training(args, data, micro_batch)
-    print_summary(args, data, micro_batch)
+        compile_training(args, data, micro_batch)
 
     attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
     name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
@@ -302,20 +214,17 @@ def main():
     signals = SignalHandler(distributed.print_rank0)
 
     def work(k):
-        with alone():
+        with distributed.single_process():
             training = Training(args, flags, k, data, threat, micro_batch)
-            make_network(training, paths[k], folder / f"net{k}", signals)
+            make_network(training, paths[k], folder / f"net{k}")
 
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         held.callback(signals.restore)
         held.enter_context(use_cuda_graphs(args.cuda_graphs and device.type == "cuda",
                                            distributed.print_rank0))
-        distributed.run_on_rank0(lambda: open_folder(args, folder, paths, held))
-        if args.num_nets == 1:  # all processes share its batches
-            work(0)
-        else:
-            with signals.allow_signals():
-                distributed.map_dynamic(args.num_nets, work)
+        distributed.run_on_rank0(lambda: open_folder(folder, paths, args.fresh, held))
+        with signals.allow_signals():
+            distributed.map_dynamic(args.num_nets, work)
 
 
 if __name__ == "__main__":

@@ -1,143 +1,115 @@
 """Saved states, locks and signals: a kill at any moment leaves a good state behind."""
-import os
 import signal
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from runtime import distributed
-from runtime.safe_io import InputError, read_tensors, reason_of_failed_write, write_atomically
+from runtime.safe_io import InputError, read_tensors, write_tensors
 
 MAX_STATE_BYTES = 64 << 30
 SAVE_SHARE = 0.01  # of the time, at most, goes into saving when --save_interval is 0
 MIN_SECONDS = 5.0  # between two saves then
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNAL_SECONDS = 5.0  # within which torchrun ends the others when a process has left
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop. state_is_whole: whether the state can be saved."""
+    """A signal has asked the run to stop; its state is whole and can be saved."""
 
-    def __init__(self, signum, state_is_whole):
+    def __init__(self, signum):
         super().__init__(signal.Signals(signum).name)
-        self.exit_status, self.state_is_whole = 128 + signum, state_is_whole
+        self.exit_status = 128 + signum
 
 
 class SignalHandler:
     """Turns SIGINT and SIGTERM into `Interrupted`: at once, or where they are delayed in `check()`.
 
-    One process: a second signal stops at once, with the state not whole. Several processes: all
-    stop in the same `check()`, or each by itself in `allow_signals()`, and further signals are
-    ignored, because torchrun sends SIGTERM to all others when one has ended.
+    A second signal kills. Processes of torchrun stop in the same `check()`, or each by itself in
+    `allow_signals()`, and ignore further ones: when one has ended, torchrun sends SIGTERM to all.
     """
 
     def __init__(self, log):
         self.log, self.pending = log, None
-        self.under_torchrun = distributed.launched_by_torchrun()
         self.delayed = distributed.world_size() > 1
+        self._second = signal.SIG_IGN if distributed.launched_by_torchrun() else signal.SIG_DFL
         self._before = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
 
     def restore(self):
-        """Put back the handlers that were there before."""
+        """Put back the handlers that were there before, except where signals are ignored now."""
         for signum, handler in self._before.items():
-            if signal.getsignal(signum) == self._handle:
+            if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, handler)
 
     def _handle(self, signum, frame):
+        self._stop_handling()
         if not self.delayed:
-            self._stop(signum)
-        if self.pending is None:
-            self.pending = signum
-            self.log("stopping after this iteration" if self.under_torchrun else
-                     "stopping after this iteration; a second signal stops at once, back to the "
-                     "last saved state")
-        elif not self.under_torchrun:
-            self._stop(signum, state_is_whole=False)
+            raise Interrupted(signum)
+        self.pending = signum
+        self.log("stopping after this iteration")
 
-    def _stop(self, signum, state_is_whole=True):
-        if self.under_torchrun:
-            for each in SIGNALS:
-                signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signum, state_is_whole)
+    def _stop_handling(self):
+        for signum in SIGNALS:
+            signal.signal(signum, self._second)
 
     @contextmanager
-    def _set_delayed(self, delayed):
+    def delay_signals(self, delayed=True):
+        """A context in which the state is not whole: signals wait for the next `check()`."""
         before, self.delayed = self.delayed, delayed
         try:
             yield
         finally:
             self.delayed = before
 
-    def delay_signals(self):
-        """A context in which the state is not whole: signals wait for the next `check()`."""
-        return self._set_delayed(True)
-
     @contextmanager
     def allow_signals(self):
         """Inside, the state does not change, nor do processes wait: a signal stops at once."""
-        with self._set_delayed(False):
+        with self.delay_signals(False):
             if self.pending:
-                self._stop(self.pending)
+                raise Interrupted(self.pending)
             yield
 
     def check(self, save_due=False):
-        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`.
-
-        Where another process has left already, torchrun's SIGTERM to this one is on its way; the
-        state is whole here, so it is worth waiting for.
-        """
-        try:
-            pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
-        except ConnectionError:
-            deadline = time.monotonic() + SIGNAL_SECONDS
-            while self.pending is None and time.monotonic() < deadline:
-                time.sleep(0.05)  # signal handlers run in between
-            if self.pending is None:
-                raise
-            pending = self.pending
+        """Raise Interrupted if a process has had a signal. Returns whether one has `save_due`."""
+        pending, save_due = distributed.all_reduce_max(self.pending or 0, bool(save_due))
         if pending:
-            self._stop(pending)
+            self._stop_handling()
+            raise Interrupted(pending)
         return bool(save_due)
 
 
-def lock(folder, name=".lock", wait=False):
+def lock(folder, name=".lock"):
     """Keep other runs from writing to `folder`, until the returned object is closed.
 
-    name: of the lock file. wait: for the other run to finish. Raises InputError.
+    name: of the lock file. Raises InputError if another run has it.
     """
     held = ExitStack()
     try:
-        held.enter_context(FileLock(Path(folder) / name, timeout=-1 if wait else 0))
+        held.enter_context(FileLock(Path(folder) / name, timeout=0))
     except Timeout:
-        raise InputError(f"another run is writing to {folder}; wait for it, or choose another "
-                         "folder") from None
-    except (OSError, NotImplementedError) as error:  # as some network file systems answer
-        raise InputError(f"cannot lock {folder} ({getattr(error, 'strerror', error)}); choose a "
-                         "folder on a file system with locks") from None
+        raise InputError(f"another run is writing to {folder}") from None
     return held
 
 
 def require_same_flags(saved, given, may_change, where, otherwise):
     """Raise InputError naming the first flag of `given` that differs from `saved`.
 
-    saved, given: {name: value}. may_change: names that may differ. where: what the saved flags
-    belong to. otherwise: what the user can do instead.
+    saved, given: {name: value}. may_change: names that may differ. where, otherwise: for the
+    message, what the saved flags belong to and what the user can do instead.
     """
     for name, value in given.items():
         if name not in may_change and saved.get(name) != value:
-            raise InputError(f"--{name} is {value}, {where} has {saved.get(name)}. Give the same "
-                             f"flags to go on with it (only {', '.join(may_change)} may change), "
-                             f"or {otherwise}")
+            raise InputError(f"--{name} is {value}, {where} has {saved.get(name)}; only "
+                             f"{', '.join(may_change)} may change: give the same flags, or "
+                             f"{otherwise}")
 
 
 class CheckpointFile:
-    """`state.pt` and `state.previous.pt` in a folder that no other run writes to."""
+    """`state.pt` in a folder that no other run writes to: replaced at once, never half written."""
 
     def __init__(self, folder, save_interval=0):
-        self.newest, self.previous = Path(folder) / "state.pt", Path(folder) / "state.previous.pt"
+        self.path = Path(folder) / "state.pt"
         for partial in Path(folder).glob(".partial-*"):  # of a run that was killed while saving
             partial.unlink()
         self.save_interval, self.seconds, self._last = save_interval, 0.0, time.perf_counter()
@@ -150,50 +122,20 @@ class CheckpointFile:
         return elapsed >= max(MIN_SECONDS, self.seconds / SAVE_SHARE)
 
     def save(self, state):
-        """Write `state`, and keep the one before. Raises InputError if it cannot be written."""
+        """Raises OSError if `state` cannot be written; the state before stays then."""
         start = time.perf_counter()
-        try:
-            write_atomically(self.newest, lambda partial: self._write(state, partial))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-            intact = [path.name for path in self._existing()]
-            left = f"{intact[0]} before it is intact" if intact else "there is none before it"
-            raise InputError(f"cannot save the state as {self.newest} "
-                             f"({reason_of_failed_write(error)}); {left}") from None
+        write_tensors(self.path, state)
         self._last = time.perf_counter()
         self.seconds = self._last - start
 
-    def _write(self, state, partial):
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.newest.exists():
-            os.replace(self.newest, self.previous)
-
-    def _existing(self):
-        return [path for path in (self.newest, self.previous) if path.exists()]
-
     def load(self, keys=()):
-        """Returns (the newest readable state or None, a message about damaged ones or None).
-
-        keys: that a state must have. Raises InputError if there are states but none is readable.
-        """
-        damaged = []
-        for path in self._existing():
-            try:
-                state = read_tensors(path, MAX_STATE_BYTES)
-                if not isinstance(state, dict) or not set(keys) <= set(state):
-                    raise InputError(f"{path} is no saved state of this script")
-                return state, f"{damaged[0]}; going on from {path.name}" if damaged else None
-            except InputError as error:
-                damaged.append(str(error))
-        if damaged:
-            raise InputError(f"{'; '.join(damaged)}; start over with --fresh")
-        return None, None
-
-    def remove_previous(self):
-        self.previous.unlink(missing_ok=True)
-
-    def remove(self):
-        self.newest.unlink(missing_ok=True)
-        self.remove_previous()
+        """The saved state, or None. Raises InputError if it is damaged or lacks some of `keys`."""
+        if not self.path.exists():
+            return None
+        try:
+            state = read_tensors(self.path, MAX_STATE_BYTES)
+            if not isinstance(state, dict) or not set(keys) <= set(state):
+                raise InputError(f"{self.path} is no saved state of this version")
+        except InputError as error:
+            raise InputError(f"{error}; start over with --fresh") from None
+        return state

@@ -29,17 +29,14 @@ def add_common_flags(parser):
     add("--checkpoint_path", default="./checkpoints", help="folder for saved states and networks")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--chunk", type=at_least(0), default=0,
-        help="real images attacked at a time; 0: chosen by the free memory")
-    add("--save_interval", type=at_least(0), default=0,
-        help="iterations between saved states; 0: saving takes 1 %% of the time")
+        help="real images attacked at a time; 0: by the free memory")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add_switch(parser, "compile", True, "torch.compile for the batches that are worth it")
     add_switch(parser, "cuda_graphs", True, "CUDA: capture and replay CUDA graphs")
     add("--deterministic", action="store_true",
         help="CUDA: refuse operations that are not repeatable")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
-        help="tf32: fp32 where the device has no TensorFloat-32; bf16: in training and its "
-             "attacks, not where an accuracy is reported; auto: bf16 if the device has it")
+        help="bf16: in training, not in evaluation; auto: bf16 if the device has it, else tf32")
 
 
 def add_run_flags(parser):
@@ -48,12 +45,14 @@ def add_run_flags(parser):
     add = group.add_argument
     add_common_flags(group)
     add("--save_path", default="./result", help="folder for results")
+    add("--save_interval", type=at_least(0), default=0,
+        help="iterations between saved states; 0: saving takes 1 %% of the time")
     add("--parallel", choices=("batch", "experiments"), default="batch",
-        help="what the processes of torchrun share: every batch, or whole experiments (--num_exp)")
+        help="what processes of torchrun share: every batch, or whole experiments")
 
 
 def add_compatibility_flags(parser):
-    """Flags of the published scripts that nothing reads or that had one legal value (SPEC 1.2)."""
+    """Flags of the published scripts that nothing reads (SPEC 1.2)."""
     group = parser.add_argument_group("accepted for compatibility, without effect")
     group.add_argument("--net_train_real", action="store_true")
     for name in ("inner_loop", "mismatch_lambda", "mismatch_type", "weight_layer_index",
@@ -75,14 +74,14 @@ def at_least(low, kind=int):
 
 def fraction(text):
     """An argparse type: a number between 0 and 1."""
-    value = at_least(0, float)(text)
-    if value > 1:
+    value = float(text)
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def method_name(text):
-    """An argparse type: a name that can stand between underscores in a file name."""
+    """An argparse type: a part of a file name, without underscores."""
     if not re.fullmatch(r"[A-Za-z0-9+.-]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, '+', '.', '-'")
     return text
@@ -90,12 +89,8 @@ def method_name(text):
 
 def run_script(main):
     """Run `main()`; turn errors that a user can mend into one line and an exit status."""
-    for file in (sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):  # show characters that the terminal lacks escaped
-            file.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal lacks
     compilation.keep_freed_memory()
-    if distributed.launched_by_torchrun():
-        signal.signal(signal.SIGTERM, _stop)
     try:
         main()
         distributed.shutdown()
@@ -107,17 +102,10 @@ def run_script(main):
         _leave(f"error: the memory of the device is full ({str(error).split('.')[0]}); the same "
                "command with a smaller --chunk, 512 for instance, goes on", 1)
     except Interrupted as stop:
-        where = "here" if stop.state_is_whole else "the last saved state"
-        command = "the same command" + " without --fresh" * ("--fresh" in sys.argv)
-        text = f"stopped by {stop}; {command} goes on from {where}"
+        text = f"stopped by {stop}; the same command, without --fresh, goes on from here"
         _leave(text if distributed.is_main_process() else None, stop.exit_status)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
-
-
-def _stop(signum, frame):
-    signal.signal(signum, signal.SIG_IGN)
-    raise Interrupted(signum, state_is_whole=True)
 
 
 def _leave(text, status):

@@ -6,7 +6,6 @@ and computes its shard: the number of processes changes a result only by the rou
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from runtime.device import count_gpus
 from runtime.safe_io import InputError
 
 TIMEOUT = timedelta(minutes=30)  # torchrun ends the others much sooner when a process dies
-POLL_SECONDS = 0.02
 
 dist = None  # torch.distributed, once `init` has met other processes
 _world = None  # rank, size, store
@@ -41,8 +39,8 @@ def is_restart():
 def init(flags):
     """Meet the other processes, if there are any. flags: {name: value}, of which "device" is one.
 
-    Returns the device of this process: flags["device"], or its own GPU. Raises InputError on all
-    processes if flags or kinds of device differ, or if one process has no GPU of its own.
+    Returns the device of this process. Raises InputError if flags or kinds of device differ, or if
+    there is no GPU for this process.
     """
     global dist, _world
     if not launched_by_torchrun() or _world:
@@ -57,32 +55,26 @@ def init(flags):
         torch.cuda.set_device(device)
     with _one_line_errors():
         store, *_ = next(rendezvous("env://", number, size, timeout=TIMEOUT))
-        # torchrun may keep the store, with all its contents, for the processes that it restarts.
+        # The processes that torchrun restarts may meet the contents of this store.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size,
                                 timeout=TIMEOUT)
         everyone = [None] * size
         dist.all_gather_object(everyone, {**flags, "device": device.split(":")[0]})
-    for other, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs[name] != value:
-                raise InputError(f"--{name} is {value} in process 0 and {theirs[name]} in process "
-                                 f"{other}; all processes of a run have the same flags")
+    for name in flags:
+        if any(other[name] != everyone[0][name] for other in everyone):
+            raise InputError(f"--{name} differs between the processes")
     _world = SimpleNamespace(rank=number, size=size, store=store)
     return device
 
 
 def _own_device(name):
-    """The device of this process where --device is `name`. Raises InputError."""
     local, gpus = int(os.environ["LOCAL_RANK"]), count_gpus()
     if name == "cpu" or name == "auto" and not gpus:
         return "cpu"
-    if name not in ("auto", "cuda"):
-        raise InputError(f"--device {name}: each process takes its own GPU; choose auto, cuda or "
-                         "cpu")
-    if local >= gpus:
-        raise InputError(f"process {local} of a machine with {gpus} GPU(s) has none; start at most "
-                         f"--nproc_per_node {max(gpus, 1)}, or choose --device cpu")
+    if name not in ("auto", "cuda") or local >= gpus:
+        raise InputError(f"--device {name}: each process takes its own GPU, and there are {gpus}; "
+                         "choose auto, cuda or cpu")
     return f"cuda:{local}"
 
 
@@ -102,10 +94,9 @@ def _one_line_errors():
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).splitlines()[0].split(". ")[0][:120]
-        raise ConnectionError(
-            f"another process of the run is gone or does not answer ({reason}); the same command "
-            "goes on from the last saved state") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"another process is gone or does not answer ({reason}); the same "
+                              "command goes on from the last saved state") from None
 
 
 def world_size():
@@ -124,7 +115,7 @@ def is_main_process():
 
 
 def disable_tqdm():
-    """`disable` of a progress bar: only the first process shows it, and only on a terminal."""
+    """`disable` of a progress bar that process 0 shows on a terminal."""
     return None if is_main_process() else True
 
 
@@ -137,14 +128,14 @@ def write_line(text, file=None):
 
 
 def print_rank0(text):
-    """Print a line, on the first process only."""
+    """Print a line on process 0."""
     if is_main_process():
         write_line(text)
 
 
 @contextmanager
 def single_process():
-    """Inside, this process works as if there were no other."""
+    """Inside, this process works alone."""
     global _single
     before, _single = _single, True
     try:
@@ -220,12 +211,10 @@ def run_on_rank0(work):
     """Call work() on process 0 only. All processes return its value or raise its InputError."""
     if world_size() == 1:
         return work()
-    outcome = [None]
-    if is_main_process():
-        try:
-            outcome = [work()]
-        except InputError as error:
-            outcome = [error]
+    try:
+        outcome = [work() if is_main_process() else None]
+    except InputError as error:
+        outcome = [error]
     with _one_line_errors():
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if isinstance(outcome[0], InputError):
@@ -259,7 +248,7 @@ def map_dynamic(count, work, collect=lambda k, result: None):
         _store("set", f"{name}/{k}", json.dumps(work(k)))
         take_ready()
     while len(results) < count:
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.02)
         take_ready()
     return results
 

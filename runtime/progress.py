@@ -5,8 +5,7 @@ import time
 class ProgressTimer:
     """Measures the phases of a run; str() of it is "1.2 s/iteration, ETA 3 min".
 
-    `add_phase` announces steps of one kind, `step` ends one of them. A phase without a finished
-    step counts with its estimate. bar: a tqdm bar of iterations, or None.
+    A phase without a finished step counts with its estimate. bar: a tqdm bar of iterations.
     """
 
     def __init__(self):
@@ -15,19 +14,19 @@ class ProgressTimer:
         self._last = time.perf_counter()
 
     def add_phase(self, phase, total, estimate):
-        """`total` steps of that phase will follow, of about `estimate` seconds each."""
+        """Announce `total` steps of about `estimate` seconds each."""
         self.total[phase], self.estimate[phase] = total, estimate
         self.done[phase], self.spent[phase] = 0, 0.0
         self._last = time.perf_counter()
 
     def advance(self, phase, count):
-        """`count` steps of that phase were made by an earlier part of the run."""
+        """`count` steps were made before the run was interrupted."""
         self.total[phase] -= count
         if self.bar is not None and phase == "iteration":
             self.bar.update(count)
 
     def step(self, phase):
-        """One step of that phase has taken the time since the step before it."""
+        """A step has taken the time since the step before it."""
         now = time.perf_counter()
         self.done[phase] += 1
         self.spent[phase] += now - self._last

@@ -84,7 +84,7 @@ def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch)
             with pytest.raises(Interrupted):
                 main(patch, tmp_path, *FLAGS)
     folder = tmp_path / "checkpoints" / f"pretrain_{NETWORKS[1][:-6]}"
-    assert torch.load(folder / "net1" / "state.pt", weights_only=True)["step"] == 29
+    assert torch.load(folder / "net1" / "state.pt", weights_only=True)["epoch"] == 1
     main(monkeypatch, tmp_path, *FLAGS)
     for name in NETWORKS:
         assert (tmp_path / "checkpoints" / name).read_bytes() == (pretrained / name).read_bytes()
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch)
 def test_a_finished_network_is_not_trained_again(pretrained, tmp_path, monkeypatch, capsys):
     """Unless --fresh says so."""
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "train", lambda *args: pytest.fail("trained again"))
+        patch.setattr(pretrain, "training_step", lambda *args: pytest.fail("trained again"))
         main(patch, pretrained.parent, *FLAGS)
         assert capsys.readouterr().out.count("is there already") == 2
         with pytest.raises(InputError, match="--epochs is 5, .* has 4"):
@@ -160,17 +160,14 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
     ({"dataset": "CIFAR10"}, "its dataset is CIFAR10, this run's Digits"),
     ({"num_classes": 100}, "its num_classes is 100, this run's 10"),
     ({"threat_model": "published"}, "its threat_model is published, this run's pixel"),
-    ({"train_robust_acc": None}, "missing or damaged"),
     ({"train_robust_acc": 31.7}, "missing or damaged"),
-    (None, "json, which says how it was trained, is missing"),
+    (None, "json of pretrain.py beside it is missing"),
     ([1, 2], "holds a list; expected a state_dict"),
-    ("nowhere", "does not exist"),
 ])
 def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, change, message):
     path = tmp_path / "prior.pth"
     about = json.loads((pretrained / f"{NETWORKS[0]}.json").read_text())
-    if change != "nowhere":
-        path.write_bytes((pretrained / NETWORKS[0]).read_bytes())
+    path.write_bytes((pretrained / NETWORKS[0]).read_bytes())
     if isinstance(change, list):
         torch.save(change, path)
     elif isinstance(change, dict):
@@ -233,12 +230,4 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     assert {row["threat_model"] for row in content["rows"]} == {"pixel"}
     assert {row["attack"] for row in content["rows"]} == {*CONTROLS, *ATTACKS} - {"PGD20"}
     table = (tmp_path / "out" / "results.md").read_text()
-    assert re.search(rf"constant classifier \|  \|  \| {100 / num_classes:.1f} \|", table)
-    published, classes = ["--threat_model", "published"], f"published.* own has {num_classes}"
-    for script, arguments, message in (
-            (ROME_cifar10, [*flags, *published], classes),
-            (evaluate, [*own, "--synset", synset, *published, "--out", "other"], classes),
-            (evaluate, ["--synset", synset, "--out", "other"], "data set 'own'"),
-            (ROME_cifar10, [*flags, "--model", "VGG11"], "VGG11.* images of own, 28x28")):
-        with pytest.raises(InputError, match=message):
-            main(monkeypatch, tmp_path, *arguments, script=script)
+    assert re.search(rf"a constant classifier\* *\| *\| {100 / num_classes:g} \|", table)

@@ -107,61 +107,39 @@ def test_what_the_pool_does_not_admit(digits, flags, message):
 
 
 # --------------------------------------------------------------------------------- bad input
-def fails(capsys, monkeypatch, folder, *flags):
-    """Run the script in this process; it must end in one line. (exit status, that line)"""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        run_script(ROME_cifar10.main)
-    return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
-
-
 @pytest.mark.parametrize("flags, says", [
     (["--dataset", "MNIST"], "MNIST.*CIFAR10.*Digits"),
     (["--model", "Resnet"], "Resnet.*ConvNetW32"),
-    (["--threat_model", "pixels"], "pixels.*published.*pixel"),
-    (["--eval_mode", "Q"], "Q.*S.*M"),
-    (["--optim", "lbfgs"], "lbfgs.*sgd.*adam"),
     (["--init", "zeros"], "zeros is no file, nor real or noise"),
     (["--dsa_strategy", "color_blur"], "blur.*color, crop"),
     (["--ipc", "0"], "--ipc: 0 is not a number of at least 1"),
-    (["--Iteration", "-5"], "--Iteration: -5"),
     (["--lr_img", "nan"], "--lr_img: nan"),
-    (["--lr_img", "much"], "--lr_img.*much"),
     (["--align_weight", "1.5"], "1.5 is not between 0 and 1"),
     (["--ipcs", "5"], "--ipcs"),
     (["--ipc", "500"], "--ipc 500 takes 500 real images of each class; class 0 has 14"),
     (["--ipc", "40", "--aug"], "--ipc 40 with 2x2 packing takes 160"),
     (["--pack", "3"], "--pack.*3.*2, 4, 8"),
-    (["--labels", "soft"], "soft.*hard.*stored"),
-    (["--label_temperature", "0"], "--label_temperature: 0"),
     (["--ipc", "1", "--labels", "stored", "--Iteration", "0"],
      "--labels stored: no network to give the labels.*--robust_prior"),
-    (["--ipc", "1", "--labels", "stored", "--fetch_net_num", "0"], "--labels stored: no network"),
     (["--test_limit", "361"], "361.*360 test images"),
     (["--dataset", "CIFAR10", "--data_path", "damaged"], "damaged/cifar10.npz is damaged"),
-    (["--save_path", "a_file/result"], "--save_path a_file/result.*choose another"),
-    (["--checkpoint_path", "a_file/states"], "--checkpoint_path a_file/states.*choose another"),
+    (["--save_path", "a_file/result"], "Not a directory: 'a_file/result'"),
     pytest.param(["--device", "cuda"], "--device cuda.*auto.*cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="CUDA is here")),
-    (["--device", "tpu"], "--device tpu.*cpu"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(capsys, monkeypatch, tmp_path, flags, says):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "cifar10.npz").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "a_file").write_text("")
-    status, line = fails(capsys, monkeypatch, tmp_path, "--dataset", "Digits", "--model",
-                         "ConvNetW32", *flags)
-    assert status != 0 and re.search(says, line), line
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", "--dataset", "Digits", "--model",
+                                      "ConvNetW32", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_script(ROME_cifar10.main)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code != 0 and re.search(says, line), line
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert left == {"damaged/cifar10.npz", "a_file"}
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch, tmp_path):
-    status, line = fails(capsys, monkeypatch, tmp_path, *SMALL, "--Iteration", "3", "--lr_net",
-                         "1e30", "--no_baseline")
-    assert status == 1 and re.search(r"(finite|nan|inf).*iteration \d.*--lr_net 1e\+30", line)
-    assert not list(tmp_path.glob("result/*.pt"))
 
 
 # ---------------------------------------------------------------------------- whole small runs
@@ -235,17 +213,11 @@ def test_a_run_whose_set_stores_labels(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "result" / NAME / "best_exp0_unpacked.png").size[0] >= 960
 
 
-def process(folder, *flags, **env):
-    return subprocess.run([sys.executable, ROOT / "ROME_cifar10.py", *flags], cwd=folder,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**os.environ, **env}, timeout=600)
-
-
 def test_same_seed_same_bits_in_another_process(tmp_path, monkeypatch):
     flags = [*SMALL, "--Iteration", "3", "--no_baseline"]
     (tmp_path / "a").mkdir()
-    done = process(tmp_path / "a", *flags, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, ROOT / "ROME_cifar10.py", *flags], cwd=tmp_path / "a",
+                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=True)
     run(monkeypatch, tmp_path / "b", *flags)
     run(monkeypatch, tmp_path / "c", *flags, "--seed", "1")
     files = [torch.load(tmp_path / folder / "result" / RESULT, weights_only=True)
@@ -255,8 +227,8 @@ def test_same_seed_same_bits_in_another_process(tmp_path, monkeypatch):
     assert files[0]["accs_all_exps"] == files[1]["accs_all_exps"]
 
 
-def test_cifar_like_run_and_a_second_one(tmp_path, monkeypatch, capsys, cifar_like):
-    """A batch larger than the class, noise, Adam, several networks; finished; and once more."""
+def test_cifar_like_run(tmp_path, monkeypatch, capsys, cifar_like):
+    """A batch larger than the class, noise, Adam, several networks."""
     flags = [*SMALL, "--dataset", "CIFAR10", "--data_path", str(cifar_like), "--batch_real", "64",
              "--Iteration", "1", "--eval_mode", "A", "--init", "noise", "--optim", "adam",
              "--no_baseline", "--test_limit", "5", "--lr_img", "0.01", "--epoch_eval_train", "1"]
@@ -265,20 +237,3 @@ def test_cifar_like_run_and_a_second_one(tmp_path, monkeypatch, capsys, cifar_li
     assert "--batch_real 64 is more than 10 of the classes have" in out
     for model in ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"):
         assert f"ROME                     {model}" in out
-    run(monkeypatch, tmp_path, *flags)
-    out = capsys.readouterr().out
-    assert "is finished" in out and len(out.splitlines()) == 1
-    run(monkeypatch, tmp_path, *flags, "--Iteration", "0", "--fresh")
-    assert "held an earlier run, now in" in capsys.readouterr().out
-    name = "ROME_CIFAR10_ConvNetW32_1ipc_published_seed0"
-    assert {p.name for p in (tmp_path / "result").iterdir()} >= {
-        name, f"{name}.1", "ROME_res_ROME_CIFAR10_ConvNetW32_1ipc.pt"}
-
-
-def test_missing_data_as_a_user_sees_it(tmp_path):
-    """No file and no network: one line on standard error that says both ways; no traceback."""
-    done = process(tmp_path, "--ipc", "1", https_proxy="http://127.0.0.1:9",
-                   http_proxy="http://127.0.0.1:9")
-    line = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "cifar10.npz" in line and "internet" in line and list(tmp_path.iterdir()) == []
