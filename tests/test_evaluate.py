@@ -4,6 +4,7 @@ import shutil
 import sys
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 
