@@ -27,7 +27,6 @@ KINDS = {  # of batches: (which gradient, embedding too, training mode or None: 
     "embedded": ("none", True, None),
 }
 
-_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _precision = "fp32"
 _compiled_keys = set()
 
@@ -252,9 +251,8 @@ def compile_planned(net, shape, planned, log, last=None):
     planned: {kind of KINDS: {batch size: floating-point operations}}.
     """
     device = next(net.parameters()).device.type
-    if device == "cuda" and torch.are_deterministic_algorithms_enabled() and _TORCH < (2, 10):
-        log("--deterministic: not compiled, since before PyTorch 2.10 the compiler chooses by time")
-        return
+    if device == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return  # the compiler of older versions chooses kernels by their time
     pays = COMPILE_PAYS[device]
     pays *= COMPILE_PAYS_BF16 if _precision == "bf16" else 1
     sizes = {kind: found for kind, work in planned.items()
