@@ -49,6 +49,14 @@ def sets_and_meta(path, packed=1):
     return file.sets, file.meta
 
 
+def run_main(monkeypatch, script, folder, *flags):
+    """The main of a script in this process, its files under `folder`."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    script.main()
+
+
 def sigterm_at(monkeypatch, owner, name, call):
     """SIGTERM to this process before that call (from 1) of the function `name` of `owner`."""
     function, calls = getattr(owner, name), []

@@ -2,11 +2,11 @@ import dataclasses
 import json
 import shutil
 import sys
-from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_main
 
 import evaluate
 import sanity
@@ -23,24 +23,27 @@ from runtime.tasks import Task
 from synsets import TrainConfig
 from target_models import TargetModel
 
-ROW_KEYS = {"dataset", "ipc", "method", "crafted_on", "evaluated_on", "threat_model", "attack",
-            "targeted", "eps", "n", "accuracy", "seconds", "forward", "backward", "max_linf",
-            "max_l2", "seed"}
-SMALL = ["--model", "MLP", "--epoch_eval_train", "40", "--lr_net", "0.02", "--num_eval", "2",
-         "--limit", "40", "--no_sanity"]
-PIXEL = ["--threat_model", "pixel", "--untargeted", "--no_sanity", "--limit", "30"]
+SMALL = ("--model MLP --epoch_eval_train 40 --lr_net 0.02 --num_eval 2 --limit 40 "
+         "--no_sanity").split()
+PIXEL = "--threat_model pixel --untargeted --no_sanity --limit 30".split()
 
 
-def run(monkeypatch, out, *arguments):
-    """evaluate.py in this process; returns the content of results.json."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(out), *map(str, arguments)])
-    evaluate.main()
-    return json.loads((out / "results.json").read_text())
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """evaluate.py in this process, into tmp_path/`out`; returns the content of results.json."""
+    def run(*arguments, out="out"):
+        run_main(monkeypatch, evaluate, tmp_path, "--out", out, *arguments)
+        return json.loads((tmp_path / out / "results.json").read_text())
+    return run
 
 
-def refused(message, monkeypatch, out, *arguments):
-    with pytest.raises(InputError, match=message):
-        run(monkeypatch, out, *arguments)
+@pytest.fixture
+def refused(run):
+    """evaluate.py raises an InputError whose message matches."""
+    def refused(message, *arguments):
+        with pytest.raises(InputError, match=message):
+            run(*arguments)
+    return refused
 
 
 def network(path):
@@ -75,25 +78,23 @@ def digits_networks(digits_set, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------- end to end
-def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
+def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch, run):
     """Trains, attacks under both threat models; every figure can be found again by hand."""
     monkeypatch.setattr(evaluate, "SLICE", 16)
-    names = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool")
-    out = tmp_path / "out"
-    content = run(monkeypatch, out, "--synset", digits_set, *SMALL, "--attacks", *names)
+    names, out = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool"), tmp_path / "out"
+    content = run("--synset", digits_set, *SMALL, "--attacks", *names)
     rows = content["rows"]
-    networks = [f"ROME_MLP_Digits_10_None_0-{i}.pth" for i in range(2)]
     forms = [(name, form) for name in names for form in {False, ATTACKS[name].targetable}]
-    wanted = {(net, threat, *form) for net in networks for threat in ("published", "pixel")
-              for form in [*forms, *((control, None) for control in CONTROLS)]}
-    assert len(rows) == len(wanted)
+    forms += [(control, None) for control in CONTROLS]
+    wanted = {(f"ROME_MLP_Digits_10_None_0-{i}.pth", threat, *form) for i in range(2)
+              for threat in ("published", "pixel") for form in forms}
     keys = ("crafted_on", "threat_model", "attack", "targeted")
-    assert {tuple(row[key] for key in keys) for row in rows} == wanted
+    assert {tuple(row[key] for key in keys) for row in rows} == wanted and len(rows) == len(wanted)
 
     images, labels = digits.get_batch("test", slice(40))
     for row in rows:
-        assert set(row) == ROW_KEYS and row["evaluated_on"] == row["crafted_on"]
-        assert (row["n"], row["ipc"], row["seed"]) == (40, 10, 0) and row["seconds"] > 0
+        assert row["evaluated_on"] == row["crafted_on"] and row["seconds"] > 0
+        assert (row["dataset"], row["n"], row["ipc"], row["seed"]) == ("Digits", 40, 10, 0)
         threat = get_threat_model(row["threat_model"], digits)
         net = network(out / "networks" / row["crafted_on"])
         x_adv, passes = images, 0
@@ -128,9 +129,9 @@ def test_a_set_end_to_end(digits, digits_set, tmp_path, monkeypatch):
     assert "missing: AA at ipc 10" in (out / "results.md").read_text()
 
 
-def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
-    common = ["--networks", *digits_networks, "--transfer", *PIXEL]
-    content = run(monkeypatch, tmp_path / "out", *common, "--attacks", "FGSM", "PGD")
+def test_transfer_and_craft_on(digits_networks, digits, run):
+    common = ["--networks", *digits_networks, "--transfer", *PIXEL, "--attacks", "FGSM"]
+    content = run(*common, "PGD")
     cells = {(e["crafted_on"], e["evaluated_on"]) for e in content["transfer"]}
     assert cells == {(a, b) for a in ("DC", "MTT") for b in ("DC", "MTT")}
     rows = {(r["crafted_on"][:2], r["evaluated_on"][:2], r["attack"]): r["accuracy"]
@@ -141,15 +142,15 @@ def test_transfer_and_craft_on(digits_networks, digits, tmp_path, monkeypatch):
     x_adv = attack(nets[0], images, labels, threat, "FGSM", targeted=False)
     assert rows["DC", "MT", "FGSM"] == pytest.approx(utils.accuracy(nets[1], x_adv, labels))
 
-    content = run(monkeypatch, tmp_path / "one", *common, "--attacks", "FGSM", "--craft_on", "MTT")
+    content = run(*common, "--craft_on", "MTT", out="one")
     rows = [r for r in content["rows"] if r["attack"] == "FGSM"]
     assert {r["crafted_on"] for r in rows} == {digits_networks[1].name}
     assert {r["evaluated_on"] for r in rows} == {p.name for p in digits_networks}
 
 
-def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
-    content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], *PIXEL,
-                  "--attacks", "PGD", "CW", "--eps", 0, 8, 32, 128)
+def test_accuracy_against_eps(digits_networks, run):
+    content = run("--networks", digits_networks[0], *PIXEL, "--attacks", "PGD", "CW",
+                  "--eps", 0, 8, 32, 128)
     pgd = [r for r in content["rows"] if r["attack"] == "PGD"]
     curve = [r["accuracy"] for r in pgd]
     assert [255 * r["eps"] for r in pgd] == pytest.approx([0, 8, 32, 128])
@@ -161,13 +162,13 @@ def test_accuracy_against_eps(digits_networks, tmp_path, monkeypatch):
 def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, monkeypatch):
     """In a bf16 in which all images look wrong nothing is attacked, so all are again, in fp32."""
     net = network(digits_networks[0])
-    target = TargetModel("a.pth", "A", 1, "MLP", net)
     x, labels = digits.get_batch("test", slice(40))
-    task = Task("a.pth", "pixel", "FGSM", False, 2 / 255)
-    threat = get_threat_model("pixel", digits)
 
     def measured():
-        return evaluate.run_slice(task, 0, x, labels, [target], threat, 64, 0, {})
+        return evaluate.run_slice(
+            Task("a.pth", "pixel", "FGSM", False, 2 / 255), 0, x, labels,
+            [TargetModel("a.pth", "A", 1, "MLP", net)], get_threat_model("pixel", digits), 64, 0,
+            {})
 
     def rough(net, x):
         asked.append(compilation.precision())
@@ -190,22 +191,16 @@ def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, m
     assert found["max_linf"] == plain["max_linf"] and found["forward"] > plain["forward"]
 
 
-def test_packed_sets_are_unpacked(digits_set, tmp_path, monkeypatch):
+def test_packed_sets_are_unpacked(digits_set, tmp_path, monkeypatch, run):
     """As the meta or a flag says."""
-    seen, train_on_set = [], utils.train_on_set
-
-    def train(net, images, *rest):
-        seen.append(images)
-        train_on_set(net, images, *rest)
-
-    monkeypatch.setattr(utils, "train_on_set", train)
+    seen = []
+    monkeypatch.setattr(utils, "train_on_set", lambda net, images, *rest: seen.append(images))
     data = torch.load(digits_set, weights_only=True)["data"]
     for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []),
                               ("theirs", {}, ["--packed"])):
         path = tmp_path / f"res_{name}_Digits_MLP_10ipc.pt"
         torch.save({"data": data, "meta": meta}, path)
-        run(monkeypatch, tmp_path / name, "--synset", path, *SMALL, *flags, "--num_eval", 1,
-            "--epoch_eval_train", 1, "--attacks", "FGSM")
+        run("--synset", path, *SMALL, *flags, "--num_eval", 1, "--attacks", "FGSM", out=name)
     assert len(seen) == 2 and all(torch.equal(images, unpack(data[0][0])) for images in seen)
 
 
@@ -214,12 +209,12 @@ def strip(rows):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
+def test_resume_repeats_nothing(digits_set, monkeypatch, run):
     """Interrupted at every third slice: the same rows, and no slice is computed twice."""
     monkeypatch.setattr(evaluate, "SLICE", 16)
     arguments = ["--synset", digits_set, *SMALL, "--threat_model", "pixel", "--attacks", "FGSM",
                  "PGD", "Square", "--queries", 10]
-    undisturbed = run(monkeypatch, tmp_path / "a", *arguments)
+    undisturbed = run(*arguments)
     run_slice, train_on_set, computed, trained = evaluate.run_slice, utils.train_on_set, [], []
 
     def sometimes(task, number, *rest):
@@ -238,7 +233,7 @@ def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "train_on_set", count)
     for _ in range(40):
         try:
-            content = run(monkeypatch, tmp_path / "b", *arguments, "--resume")
+            content = run(*arguments, "--resume", out="b")
             break
         except KeyboardInterrupt:
             pass
@@ -248,7 +243,7 @@ def test_resume_repeats_nothing(digits_set, tmp_path, monkeypatch):
     assert content["unfinished"] == {}
 
 
-def test_slices_are_kept_only_where_they_fit(digits_networks, tmp_path, monkeypatch):
+def test_slices_are_kept_only_where_they_fit(digits_networks, tmp_path, monkeypatch, run):
     """Those of an interrupted attack, beside an attack that comes before it; not those of another
     size, and not those without the other networks of --transfer."""
     monkeypatch.setattr(evaluate, "SLICE", 10)
@@ -263,64 +258,58 @@ def test_slices_are_kept_only_where_they_fit(digits_networks, tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "run_slice", disturbed)
     flags = ["--networks", *digits_networks, *PIXEL, "--attacks", "FGSM", "PGD", "--resume"]
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path / "out", *flags[:-3], "PGD")
+        run(*flags[:-3], "PGD")
+    stop_at = None
     for name, size, more, kept in (("same", 10, [], 2), ("size", 7, [], 0),
                                    ("transfer", 10, ["--transfer"], 0)):
         shutil.copytree(tmp_path / "out", tmp_path / name)
         monkeypatch.setattr(evaluate, "SLICE", size)
-        stop_at = None
         done.clear()
-        rows = run(monkeypatch, tmp_path / name, *flags, *more)["rows"]
+        rows = run(*flags, *more, out=name)["rows"]
         assert done.count(("PGD", 0)) == (1 if kept else 2)
         assert len(done) == 4 * -(-30 // size) - kept
         assert {row["n"] for row in rows} == {30} and len(rows) == 4 + 4 * (1 + bool(more))
 
 
-def test_existing_results_are_protected(digits_networks, tmp_path, monkeypatch):
-    changed = tmp_path / digits_networks[0].name
-    changed.write_bytes(digits_networks[0].read_bytes())
-    out, common = tmp_path / "out", ["--attacks", "FGSM", *PIXEL]
-    before = run(monkeypatch, out, "--networks", changed, *common)
-    with closing(lock(out)):
-        refused("another run is writing", monkeypatch, out, "--networks", changed, *common)
-    for message, *arguments in (
-            ("exists; go on with --resume", changed, *common),
-            ("--seed is 1, the run in .* has 0", changed, *common, "--seed", 1, "--resume"),
-            ("--networks is", digits_networks[1], *common, "--resume")):
-        refused(message, monkeypatch, out, "--networks", *arguments)
-    assert json.loads((out / "results.json").read_text())["rows"] == before["rows"]
+def test_existing_results_are_protected(digits_networks, tmp_path, run, refused):
+    first, changed = digits_networks[0], tmp_path / digits_networks[0].name
+    shutil.copyfile(first, changed)
+    results, common = tmp_path / "out/results.json", ["--attacks", "FGSM", *PIXEL, "--networks"]
+    again = [*common, changed, "--resume"]
+    before = run(*common, changed)
+    with lock(tmp_path / "out"):
+        refused("another run is writing", *common, changed)
+    refused("exists; go on with --resume", *common, changed)
+    refused("--seed is 1, the run in .* has 0", *again, "--seed", 1)
+    refused("--networks is", *common, digits_networks[1], "--resume")
     state = torch.load(changed, weights_only=True)
     state[next(iter(state))] += 1
     torch.save(state, changed)
-    again = ["--networks", changed, *common, "--resume"]
-    refused("is not that of", monkeypatch, out, *again)
-    whole = json.loads((out / "results.json").read_text())
+    refused("is not that of", *again)
+    assert json.loads(results.read_text())["rows"] == before["rows"]
     for key, value in (("rows", [{}]), ("flags", []), ("unfinished", None), ("versions", None),
                        (None, '{"rows": ['), (None, "[]")):
-        damaged = json.dumps({**whole, key: value}) if key else value
-        (out / "results.json").write_text(damaged)
-        refused("results.json is damaged", monkeypatch, out, *again)
+        results.write_text(json.dumps({**before, key: value}) if key else value)
+        refused("results.json is damaged", *again)
 
 
-def test_networks_of_another_set_or_training_are_not_taken_over(digits_set, tmp_path, monkeypatch):
-    path, out = tmp_path / digits_set.name, tmp_path / "out"
-    path.write_bytes(digits_set.read_bytes())
+def test_networks_of_another_set_or_training_are_not_taken_over(digits_set, tmp_path, run, refused):
+    path = shutil.copyfile(digits_set, tmp_path / digits_set.name)
     flags = ["--synset", path, *SMALL, "--epoch_eval_train", 1, "--attacks", "FGSM"]
-    run(monkeypatch, out, *flags)
+    run(*flags)
     content = torch.load(path, weights_only=True)
     content["data"][0][0] += 0.1
     torch.save(content, path)
-    refused("was trained with another set_sha256 .*choose another --out", monkeypatch, out, *flags,
-            "--resume")
-    path.write_bytes(digits_set.read_bytes())
-    (out / "results.json").unlink()
-    refused("was trained with another seed .0, not 5", monkeypatch, out, *flags, "--seed", 5)
+    refused("was trained with another set_sha256 .*choose another --out", *flags, "--resume")
+    shutil.copyfile(digits_set, path)
+    (tmp_path / "out/results.json").unlink()
+    refused("was trained with another seed .0, not 5", *flags, "--seed", 5)
 
 
-def test_a_network_that_diverged_is_no_result(digits_set, tmp_path, monkeypatch):
+def test_a_network_that_diverged_is_no_result(digits_set, tmp_path, run):
     with pytest.raises(FloatingPointError, match="after training on .*--lr_net 1e.30"):
-        run(monkeypatch, tmp_path, "--synset", digits_set, *SMALL, "--lr_net", "1e30")
-    assert not list((tmp_path / "networks").iterdir())
+        run("--synset", digits_set, *SMALL, "--lr_net", "1e30")
+    assert not list((tmp_path / "out/networks").iterdir())
 
 
 # ------------------------------------------------------------------------------ sanity, soft labels
@@ -338,21 +327,19 @@ class Masked(torch.nn.Module):
 
 @pytest.fixture
 def quick_checks(monkeypatch):
-    monkeypatch.setattr(sanity, "QUERIES", 200)
-    monkeypatch.setattr(sanity, "STEPS", 20)
-    monkeypatch.setattr(sanity, "SURROGATE_IMAGES", 1000)
+    for name, value in (("QUERIES", 200), ("STEPS", 20), ("SURROGATE_IMAGES", 1000)):
+        monkeypatch.setattr(sanity, name, value)
 
 
-def test_sanity_report(digits_networks, digits, tmp_path, monkeypatch, quick_checks):
-    name = digits_networks[0].name
-    content = run(monkeypatch, tmp_path / "out", "--networks", digits_networks[0], "--attacks",
-                  "FGSM", "--limit", 100, "--threat_model", "pixel", "--untargeted")
-    checks = content["sanity"][name]["pixel"]
+def test_sanity_report(digits_networks, digits, run, quick_checks):
+    content = run("--networks", digits_networks[0], "--attacks", "FGSM", "--limit", 100,
+                  "--threat_model", "pixel", "--untargeted")
+    checks = content["sanity"][digits_networks[0].name]["pixel"]
     assert len(checks) == 5 and all(check["passed"] for check in checks.values()), checks
     surrogate = sanity.train_surrogate(digits, "MLP", 0)
     assert utils.accuracy(surrogate, *digits.get_batch("test", slice(None))) > 0.8
-    threat = get_threat_model("pixel", digits)
-    threat = dataclasses.replace(threat, eval_eps={"robust_acc": 24 / 255})
+    threat = dataclasses.replace(get_threat_model("pixel", digits),
+                                 eval_eps={"robust_acc": 24 / 255})
     net, test = Masked(network(digits_networks[0])), digits.get_batch("test", slice(100))
     checks = sanity.check_sanity("masked.pth", net.eval(), surrogate, threat, test, 0)
     assert not any(checks[key]["passed"] for key in ("large eps", "black box", "transfer")), checks
@@ -374,7 +361,7 @@ def test_autoattack_must_not_be_weaker():
     assert sanity.check_autoattack(rows, "other", "pixel") is None
 
 
-def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks):
+def test_a_set_with_soft_labels(digits_set, tmp_path, run, refused, quick_checks):
     """A network with the set's labels and one with the classes, as the recipe says."""
     images, labels = torch.load(digits_set, weights_only=True)["data"][0]
     soft = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
@@ -383,10 +370,10 @@ def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks)
             "recipe": {"epochs": 30, "lr_net": 0.02, "temperature": 2.0}}
     path, out = tmp_path / "res_ROME_Digits_MLP_10ipc.pt", tmp_path / "out"
     torch.save({"data": [[images, labels]], "soft_labels": [soft], "meta": meta}, path)
-    flags = ["--synset", path, "--model", "MLP", "--num_eval", 1, "--limit", 20, "--aa_limit", 10,
-             "--threat_model", "pixel", "--attacks", "PGD20", "AA", "--aa_iterations", 5,
-             "--queries", 20, "--untargeted"]
-    rows = run(monkeypatch, out, *flags, "--no_sanity")["rows"]
+    flags = ["--synset", path, *("--model MLP --num_eval 1 --limit 20 --aa_limit 10 --threat_model "
+                                 "pixel --attacks PGD20 AA --aa_iterations 5 --queries 20 "
+                                 "--untargeted").split()]
+    rows = run(*flags, "--no_sanity")["rows"]
     names = [f"ROME-pixel{kind}_MLP_Digits_10_None_0-0.pth" for kind in ("", "-hard")]
     wanted = [("Clean", None, 20), ("Clamp-only", None, 20), ("PGD20", 8 / 255, 20),
               *(("AA", eps / 255, 10) for eps in (2, 4, 8))]
@@ -405,11 +392,10 @@ def test_a_set_with_soft_labels(digits_set, tmp_path, monkeypatch, quick_checks)
     assert "| ROME-pixel | MLP | 10 | " in text.split("**Accuracy per attack")[0]
     assert "| constant classifier |" in text
     # With the sanity checks, of the labels asked for.
-    more = run(monkeypatch, out, *flags, "--labels", "own", "--resume")
+    more = run(*flags, "--labels", "own", "--resume")
     assert list(more["sanity"]) == names[:1] and more["rows"] == rows
     (out / "results.json").unlink()
-    refused("trained with another temperature", monkeypatch, out, *flags, "--no_sanity",
-            "--label_temperature", 3)
+    refused("trained with another temperature", *flags, "--no_sanity", "--label_temperature", 3)
 
 
 # --------------------------------------------------------------------------------- wrong on purpose
@@ -423,14 +409,15 @@ def test_bad_flags(arguments, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
-    first, copy, out = digits_networks[0], tmp_path / "copy", tmp_path / "out"
+def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch, refused):
+    first, copy = digits_networks[0], tmp_path / "copy"
     copy.mkdir()
     for path, name in ((first, first.name), (digits_set, digits_set.name),
                        (first, "DC_MLP_Digits_10_PGD_0.7.pth")):
-        (copy / name).write_bytes(path.read_bytes())
+        shutil.copyfile(path, copy / name)
     for message, *arguments in (
-            ("nowhere.pth does not exist", "--networks", tmp_path / "nowhere.pth"),
+            ("nowhere.pth does not exist", "--networks", copy / "nowhere.pth", "--dataset",
+             "Digits"),
             ("is not of CIFAR10", "--networks", first, "--dataset", "CIFAR10"),
             ("expected|missing", "--networks", first, "--model", "ConvNetW32"),
             ("have the same name", "--networks", first, copy / first.name),
@@ -438,13 +425,8 @@ def test_bad_files(digits_networks, digits_set, tmp_path, monkeypatch):
             ("would be pooled", "--networks", first, copy / "DC_MLP_Digits_10_PGD_0.7.pth"),
             ("would be pooled", "--synset", digits_set, "--networks", first, "--method", "A", "A"),
             ("--craft_on IDM: the methods here are DC", "--networks", first, "--craft_on", "IDM")):
-        refused(message, monkeypatch, out, *arguments)
-    assert not out.exists()
-
-
-def test_a_missing_package_is_missed_at_the_start(digits_networks, tmp_path, monkeypatch):
+        refused(message, *arguments)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     for flags in (["--attacks", "AA", "--no_sanity"], ["--attacks", "FGSM"]):
-        refused("need the package pyautoattack", monkeypatch, tmp_path / "out", "--networks",
-                digits_networks[0], *flags)
+        refused("need the package pyautoattack", "--networks", first, *flags)
     assert not (tmp_path / "out").exists()
