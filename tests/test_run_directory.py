@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dataset, sigterm_at
+from conftest import ROOT, random_dataset, run_main, sigterm_at
 
 import experiment
 import rome
@@ -25,22 +25,26 @@ from runtime.safe_io import InputError
 
 NAME = "ROME_Digits_MLP_1ipc_published_seed0"
 RESULT = "ROME_res_ROME_Digits_MLP_1ipc.pt"
-FLAGS = ["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--aug",
-         "--batch_real", "8", "--trained_bs", "16", "--model_train_steps", "1", "--num_exp", "2",
-         "--num_eval", "2", "--epoch_eval_train", "3", "--test_limit", "20", "--lr_img", "0.2",
-         "--net_decay", "--embed_last", "1000", "--net_generate_interval", "2", "--net_num", "5",
-         "--Iteration", "9", "--eval_interval", "4", "--labels", "stored"]
-SHORT = ["--num_exp", "1", "--Iteration", "0", "--labels", "hard", "--no_baseline",
-         "--num_eval", "1"]
+FLAGS = """--dataset Digits --model MLP --ipc 1 --aug --batch_real 8 --trained_bs 16
+    --model_train_steps 1 --num_exp 2 --num_eval 2 --epoch_eval_train 3 --test_limit 20 --lr_img 0.2
+    --net_decay --embed_last 1000 --net_generate_interval 2 --net_num 5 --Iteration 9
+    --eval_interval 4 --labels stored""".split()
+SHORT = "--num_exp 1 --Iteration 1 --labels hard --no_baseline --num_eval 1".split()
 
 
 def main(monkeypatch, folder, *flags):
     """ROME_cifar10.py in this process, its files under `folder`."""
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
     monkeypatch.setattr(utils, "SELECT_IMAGES", 40)
-    monkeypatch.setattr(sys, "argv", ["ROME_cifar10.py", *FLAGS, *flags])
-    ROME_cifar10.main()
+    run_main(monkeypatch, ROME_cifar10, folder, *FLAGS, *flags)
+
+
+def refused(monkeypatch, folder, message, *flags):
+    with pytest.raises(InputError, match=message):
+        main(monkeypatch, folder, *flags)
+
+
+def saved_state(folder):
+    return torch.load(folder / "checkpoints" / NAME / "state.pt", weights_only=True)
 
 
 def final_files(folder):
@@ -121,20 +125,23 @@ def test_a_finished_run_is_finished(undisturbed, monkeypatch, capsys):
     main(monkeypatch, undisturbed, "--Iteration", "12")
     assert "is finished" in capsys.readouterr().out
     assert final_files(undisturbed) == before
-    path = undisturbed / "checkpoints" / NAME / "state.pt"
-    state = torch.load(path, weights_only=True)
+    state = saved_state(undisturbed)
     assert state["finished"] and state["experiment"] is None and state["progress"] == {}
-    with pytest.raises(InputError, match=f"is finished, but elsewhere/.*{RESULT} is missing.*--fr"):
-        main(monkeypatch, undisturbed, "--save_path", "elsewhere")
+    refused(monkeypatch, undisturbed, f"is finished, but elsewhere/.*{RESULT} is missing.*--fresh",
+            "--save_path", "elsewhere")
 
 
 def test_seeds_in_one_folder_lose_nothing(tmp_path, monkeypatch, capsys):
-    """Each has its own result; the published name is moved aside and says whose it holds."""
+    """Each has its own result; the published name is moved aside and says whose it holds. The
+    generators of the caller stay as they are."""
     published = tmp_path / "result" / RESULT
     published.parent.mkdir()
     published.write_text("of another program")
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for seed in ("0", "1"):
         main(monkeypatch, tmp_path, *SHORT, "--seed", seed)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
+    assert (states[1] == np.random.get_state()[1]).all()
     own = [tmp_path / "result" / f"{NAME[:-1]}{seed}" / RESULT for seed in (0, 1)]
     assert [torch.load(path, weights_only=True)["meta"]["run"] for path in own] == [
         NAME, f"{NAME[:-1]}1"]
@@ -153,24 +160,18 @@ def stopped(tmp_path, monkeypatch):
         sigterm_at(patch, rome, "pool_step", 7)
         with pytest.raises(Interrupted):
             main(patch, tmp_path, "--save_interval", "3")
-    state = torch.load(tmp_path / "checkpoints" / NAME / "state.pt", weights_only=True)
-    assert state["experiment"]["it"] == 7
+    assert saved_state(tmp_path)["experiment"]["it"] == 7
     return tmp_path
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "state.pt is damaged.*--fresh"),
-    ({"data": []}, "state.pt is no saved state of this version.*--fresh")])
-def test_a_state_of_no_use_and_a_fresh_start(stopped, undisturbed, monkeypatch, content, message):
+def test_states_of_no_use_and_a_fresh_start(stopped, undisturbed, monkeypatch):
     path = stopped / "checkpoints" / NAME / "state.pt"
-    if content is None:
-        damaged = bytearray(path.read_bytes())
-        damaged[len(damaged) // 2] ^= 4
-        path.write_bytes(damaged)
-    else:
-        torch.save(content, path)
-    with pytest.raises(InputError, match=message):
-        main(monkeypatch, stopped)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    path.write_bytes(damaged)
+    refused(monkeypatch, stopped, "state.pt is damaged.*--fresh")
+    torch.save({"data": []}, path)
+    refused(monkeypatch, stopped, "state.pt is no saved state of this version.*--fresh")
     main(monkeypatch, stopped, "--fresh")
     assert_same_run(stopped, undisturbed)
     assert (stopped / "result" / f"{NAME}.1" / "log.txt").exists()
@@ -199,16 +200,16 @@ def test_killed_again_before_a_new_line(undisturbed, tmp_path, monkeypatch):
 
 
 def test_flags_that_contradict_and_flags_that_may_change(stopped, monkeypatch):
-    for flags, message in ((["--lr_img", "0.3"], r"--lr_img is 0.3, .* has 0.2.*may change.*--fr"),
-                           (["--net_num", "6"], "--net_num is 6"),
-                           (["--optim", "adam"], "--optim is adam"),
-                           (["--Iteration", "5"], "--Iteration 5: .* is at iteration 7")):
-        with pytest.raises(InputError, match=message):
-            main(monkeypatch, stopped, *flags)
+    for flags, message in (("--lr_img 0.3", r"--lr_img is 0.3, .* has 0.2.*may change.*--fresh"),
+                           ("--net_num 6", "--net_num is 6"), ("--optim adam", "--optim is adam"),
+                           ("--Iteration 5", "--Iteration 5: .* is at iteration 7")):
+        refused(monkeypatch, stopped, message, *flags.split())
     with monkeypatch.context() as patch:
         patch.setattr(Dataset, "fingerprint", lambda self: "other")
-        with pytest.raises(InputError, match="began with other data"):
-            main(patch, stopped)
+        refused(patch, stopped, "began with other data")
+    held = lock(stopped / "result", f".{NAME}.lock")
+    refused(monkeypatch, stopped, "another run .*is writing to result", "--checkpoint_path", "new")
+    held.close()
     main(monkeypatch, stopped, "--Iteration", "10", "--eval_interval", "5", "--save_path",
          "elsewhere", "--data_path", "moved", "--save_interval", "1")
     assert (stopped / "elsewhere" / RESULT).exists()
@@ -223,16 +224,8 @@ def test_sets_of_one_run_have_equally_many_iterations(tmp_path, monkeypatch):
         sigterm_at(patch, rome, "pool_step", 12)  # in the second experiment
         with pytest.raises(Interrupted):
             main(patch, tmp_path)
-    with pytest.raises(InputError, match="--Iteration 12: .* of 9, or has finished sets"):
-        main(monkeypatch, tmp_path, "--Iteration", "12")
-
-
-def test_a_folder_that_another_run_uses(tmp_path, monkeypatch):
-    (tmp_path / "result").mkdir()
-    held = lock(tmp_path / "result", f".{NAME}.lock")
-    with pytest.raises(InputError, match="another run .*is writing to result"):
-        main(monkeypatch, tmp_path, "--checkpoint_path", "elsewhere")
-    held.close()
+    refused(monkeypatch, tmp_path, "--Iteration 12: .* of 9, or has finished sets", "--Iteration",
+            "12")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_before(tmp_path, monkeypatch):
@@ -246,15 +239,8 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before(tmp_path, monkeypatch)
     monkeypatch.setattr(rome, "matching_step", diverging)
     with pytest.raises(FloatingPointError, match="iteration 5.*--lr_img 0.2.*smaller .*--fresh"):
         main(monkeypatch, tmp_path, "--save_interval", "2")
-    state = torch.load(tmp_path / "checkpoints" / NAME / "state.pt", weights_only=True)
-    assert state["experiment"]["it"] == 4 and state["experiment"]["image_syn"].isfinite().all()
-
-
-def test_the_callers_generators_are_untouched(tmp_path, monkeypatch):
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    main(monkeypatch, tmp_path, *SHORT, "--Iteration", "1")
-    assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
-    assert (states[1] == np.random.get_state()[1]).all()
+    state = saved_state(tmp_path)["experiment"]
+    assert state["it"] == 4 and state["image_syn"].isfinite().all()
 
 
 def test_grid(tmp_path):
@@ -279,13 +265,28 @@ run_script(ROME_cifar10.main)
 """
 
 
-def start(folder, before="", **options):
+class Process(subprocess.Popen):
     """ROME_cifar10.py as a process, after some lines of code."""
-    command = [sys.executable, "-c", before + PROGRAM, *FLAGS, "--save_interval", "1"]
-    threads = str(torch.get_num_threads())
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=env, **options)
+
+    def __init__(self, folder, before="", **options):
+        self.state = folder / "checkpoints" / NAME / "state.pt"
+        env = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+        super().__init__([sys.executable, "-c", before + PROGRAM, *FLAGS, "--save_interval", "1"],
+                         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **env}, **options)
+
+    def wait_for_iterations(self):
+        """Until the run has begun its iterations; whatever it does then."""
+        before = self.state.stat().st_mtime_ns if self.state.exists() else None
+        while self.poll() is None and (
+                not self.state.exists() or self.state.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+
+    def ends_with(self, status, words="", lines=None):
+        """Wait for its end, and compare its exit status and what it says to stderr or stdout."""
+        out, err = self.communicate(timeout=600)
+        assert self.returncode == status and words in out + err.lower(), err
+        assert lines is None or len(err.strip().splitlines()) == lines, err
 
 
 # With this the process kills itself in its fourth save, with half of the file written.
@@ -305,66 +306,40 @@ torch.save = half
 """
 
 
-def wait_for_iterations(process, folder):
-    """Until the run has begun its iterations; whatever it does then."""
-    state = folder / "checkpoints" / NAME / "state.pt"
-    before = state.stat().st_mtime_ns if state.exists() else None
-    while process.poll() is None and (
-            not state.exists() or state.stat().st_mtime_ns == before):
-        time.sleep(0.01)
-
-
-def end_of(process):
-    """(output, errors) once it has ended."""
-    return process.communicate(timeout=600)
-
-
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(tmp_path, undisturbed):
     """SIGKILL, also while a state is being written: the files of a run that nobody killed."""
     rng, kills = random.Random(0), 0
     while kills < 10:
-        process = start(tmp_path)
-        wait_for_iterations(process, tmp_path)
+        process = Process(tmp_path)
+        process.wait_for_iterations()
         time.sleep(rng.uniform(0, 0.15))
         if process.poll() is not None:
             break
         process.kill()
-        end_of(process)
+        process.communicate()
         kills += 1
     assert kills >= 8
-    process = start(tmp_path)
-    _, err = end_of(process)
-    assert process.returncode == 0, err
+    Process(tmp_path).ends_with(0)
     assert_same_run(tmp_path, undisturbed)
 
 
 def test_killed_starved_doubled_and_interrupted_as_processes(tmp_path, undisturbed):
     """SIGKILL in the middle of a save, a full disk, a second run that refuses, SIGINT; then on."""
-    states = tmp_path / "checkpoints" / NAME
-    process = start(tmp_path, HALF_WRITTEN)
-    _, err = end_of(process)
-    assert process.returncode == -signal.SIGKILL, err
-    assert (states / "state.pt").exists()
-    assert len(list(states.glob(".partial-*-state.pt"))) == 1
+    process = Process(tmp_path, HALF_WRITTEN)
+    process.ends_with(-signal.SIGKILL)
+    assert process.state.exists()
+    assert len(list(process.state.parent.glob(".partial-*-state.pt"))) == 1
     limit = (300_000, 300_000)
-    starved = start(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, err = end_of(starved)
-    assert starved.returncode == 1 and len(err.strip().splitlines()) == 1, err
-    assert "File too large" in err or "file too large" in err
-    process = start(tmp_path)
-    wait_for_iterations(process, tmp_path)
+    Process(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            ).ends_with(1, "file too large", lines=1)
+    process = Process(tmp_path)
+    process.wait_for_iterations()
     os.kill(process.pid, signal.SIGSTOP)  # it holds the lock while it stands still
-    second = start(tmp_path)
-    _, err = end_of(second)
-    assert second.returncode == 1 and "another run" in err and len(err.splitlines()) == 1, err
+    Process(tmp_path).ends_with(1, "another run", lines=1)
     process.send_signal(signal.SIGINT)
     os.kill(process.pid, signal.SIGCONT)
-    _, err = end_of(process)
-    assert process.returncode == 130 and len(err.strip().splitlines()) == 1, err
-    assert "stopped by SIGINT" in err
-    process = start(tmp_path)
-    out, err = end_of(process)
-    assert process.returncode == 0 and "going on with" in out, err
+    process.ends_with(130, "stopped by sigint", lines=1)
+    Process(tmp_path).ends_with(0, "going on with")
     assert_same_run(tmp_path, undisturbed)
     assert not list(tmp_path.rglob(".partial-*"))
