@@ -1,12 +1,12 @@
 """pretrain.py, and what the ROME scripts make of its networks; data of the user's own."""
 import json
 import re
-import sys
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import sigterm_at
+from conftest import run_main, sigterm_at
 
 import evaluate
 import pretrain
@@ -15,42 +15,40 @@ import ROME_cifar10
 import utils
 from attacks import ATTACKS, attack, get_threat_model
 from formats.network_file import load_into
-from network_pool import NetworkPool
 from networks import get_network
 from runtime.checkpoint import Interrupted
 from runtime.measures import CONTROLS
 from runtime.safe_io import InputError
 
-FLAGS = ["--dataset", "Digits", "--model", "MLP", "--threat_model", "pixel", "--epochs", "4",
-         "--attack_steps", "3", "--batch_train", "64", "--test_limit", "100", "--num_nets", "2",
-         "--aa_limit", "4", "--no_compile"]
+FLAGS = """--dataset Digits --model MLP --threat_model pixel --epochs 4 --attack_steps 3 --num_nets 2
+    --batch_train 64 --test_limit 100 --aa_limit 4 --no_compile""".split()
 NETWORKS = [f"full_MLP_Digits_142_PGD-pixel_seed0-{k}.pth" for k in range(2)]
 
 
-def main(monkeypatch, folder, *flags, script=pretrain):
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
-    script.main()
+def main(monkeypatch, folder, flags=""):
+    run_main(monkeypatch, pretrain, folder, *FLAGS, *flags.split())
 
 
 def load(path):
     return load_into(get_network("MLP", 3, 10, (32, 32), 0), path)
 
 
+def said_of(path):
+    return json.loads(path.with_name(f"{path.name}.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
-        main(patch, folder, *FLAGS)
+        main(patch, folder)
     return folder / "checkpoints"
 
 
 def test_networks_learn_and_say_what_they_are(pretrained, digits):
     images, labels = digits.get_batch("test", slice(100))
     for name in NETWORKS:
-        about = json.loads((pretrained / f"{name}.json").read_text())
-        net = load(pretrained / name)
+        about, net = said_of(pretrained / name), load(pretrained / name)
         expected = {"model": "MLP", "dataset": "Digits", "num_classes": 10, "threat_model": "pixel",
                     "n": 100, "aa_n": 4, "clean_acc": utils.accuracy(net, images, labels)}
         assert {key: about[key] for key in expected} == expected
@@ -63,7 +61,7 @@ def test_networks_learn_and_say_what_they_are(pretrained, digits):
 
 def test_adversarial_training_makes_robust(pretrained, digits, tmp_path, monkeypatch):
     """Training on clean images leaves a smaller share of the accuracy under a strong attack."""
-    main(monkeypatch, tmp_path, *FLAGS, "--attack_steps", "0", "--num_nets", "1")
+    main(monkeypatch, tmp_path, "--attack_steps 0 --num_nets 1")
     images, labels = digits.get_batch("test", slice(100))
     kept = []
     for path in (pretrained / NETWORKS[0],
@@ -82,10 +80,10 @@ def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch)
         with monkeypatch.context() as patch:
             sigterm_at(patch, owner, function, call)
             with pytest.raises(Interrupted):
-                main(patch, tmp_path, *FLAGS)
+                main(patch, tmp_path)
     folder = tmp_path / "checkpoints" / f"pretrain_{NETWORKS[1][:-6]}"
     assert torch.load(folder / "net1" / "state.pt", weights_only=True)["epoch"] == 1
-    main(monkeypatch, tmp_path, *FLAGS)
+    main(monkeypatch, tmp_path)
     for name in NETWORKS:
         assert (tmp_path / "checkpoints" / name).read_bytes() == (pretrained / name).read_bytes()
 
@@ -94,18 +92,18 @@ def test_a_finished_network_is_not_trained_again(pretrained, tmp_path, monkeypat
     """Unless --fresh says so."""
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "training_step", lambda *args: pytest.fail("trained again"))
-        main(patch, pretrained.parent, *FLAGS)
+        main(patch, pretrained.parent)
         assert capsys.readouterr().out.count("is there already") == 2
         with pytest.raises(InputError, match="--epochs is 5, .* has 4"):
-            main(patch, pretrained.parent, *FLAGS, "--epochs", "5")
-    short = [*FLAGS, "--num_nets", "1", "--epochs", "1", "--aa_limit", "0"]
-    main(monkeypatch, tmp_path, *short)
+            main(patch, pretrained.parent, "--epochs 5")
+    short = "--num_nets 1 --epochs 1 --aa_limit 0"
+    main(monkeypatch, tmp_path, short)
     path = tmp_path / "checkpoints" / NETWORKS[0]
     before = path.read_bytes()
     path.write_bytes(b"")
-    main(monkeypatch, tmp_path, *short)
+    main(monkeypatch, tmp_path, short)
     assert path.read_bytes() == b""
-    main(monkeypatch, tmp_path, *short, "--fresh")
+    main(monkeypatch, tmp_path, f"{short} --fresh")
     assert path.read_bytes() == before
 
 
@@ -127,10 +125,9 @@ def test_what_is_compiled_for(digits, monkeypatch):
 
 
 # ----------------------------------------------------------------- the networks in the ROME scripts
-ROME = ["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--aug", "--threat_model", "pixel",
-        "--batch_real", "8", "--num_exp", "1", "--num_eval", "1", "--epoch_eval_train", "3",
-        "--test_limit", "20", "--Iteration", "2", "--lr_img", "0.2", "--no_baseline",
-        "--eval_interval", "2", "--embed_last", "1000", "--no_compile"]
+ROME = """--dataset Digits --model MLP --ipc 1 --aug --threat_model pixel --batch_real 8 --num_exp 1
+    --num_eval 1 --epoch_eval_train 3 --test_limit 20 --Iteration 2 --lr_img 0.2 --no_baseline
+    --eval_interval 2 --embed_last 1000 --no_compile""".split()
 
 
 def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch):
@@ -141,12 +138,11 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
         seen.append((state, member.running_accuracy().item(), member.net.training))
         return matching_step(image_syn, optimizer_img, member, *rest)
     monkeypatch.setattr(rome, "matching_step", watched)
-    main(monkeypatch, tmp_path, *ROME, "--method", "+AP", "--robust_prior",
-         *(str(pretrained / name) for name in NETWORKS), script=ROME_cifar10)
+    run_main(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--method", "+AP", "--robust_prior",
+             *(pretrained / name for name in NETWORKS))
     assert (tmp_path / "result" / "ROME_res_+AP_Digits_MLP_1ipc.pt").exists()
     nets = [load(pretrained / name).state_dict() for name in NETWORKS]
-    accuracies = [100 * json.loads((pretrained / f"{name}.json").read_text())["train_robust_acc"]
-                  for name in NETWORKS]
+    accuracies = [100 * said_of(pretrained / name)["train_robust_acc"] for name in NETWORKS]
     assert len(seen) == 2 * 2  # two iterations, two networks each
     for state, w_f, training in seen:
         (k,) = [k for k in range(2) if all(torch.equal(state[key], nets[k][key]) for key in state)]
@@ -161,35 +157,15 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
     ({"num_classes": 100}, "its num_classes is 100, this run's 10"),
     ({"threat_model": "published"}, "its threat_model is published, this run's pixel"),
     ({"train_robust_acc": 31.7}, "missing or damaged"),
-    (None, "json of pretrain.py beside it is missing"),
-    ([1, 2], "holds no state_dict"),
-])
+    (None, "json of pretrain.py beside it is missing")])
 def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, change, message):
-    path = tmp_path / "prior.pth"
-    about = json.loads((pretrained / f"{NETWORKS[0]}.json").read_text())
-    path.write_bytes((pretrained / NETWORKS[0]).read_bytes())
-    if isinstance(change, list):
-        torch.save(change, path)
-    elif isinstance(change, dict):
-        about |= change
-    if change is not None:
+    path = shutil.copyfile(pretrained / NETWORKS[0], tmp_path / "prior.pth")
+    if change:
+        about = {**said_of(pretrained / NETWORKS[0]), **change}
         (tmp_path / "prior.pth.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=f"prior.pth.*{message}"):
-        main(monkeypatch, tmp_path, *ROME, "--robust_prior", str(path), script=ROME_cifar10)
+        run_main(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--robust_prior", path)
     assert not (tmp_path / "result").exists()
-
-
-def test_a_clean_pool_is_trained_on_clean_images(digits, monkeypatch):
-    args = ROME_cifar10.parse_args(["--model", "MLP", "--fetch_net_num", "1",
-                                    "--model_train_steps", "1", "--no_attack_pool"])
-    monkeypatch.setattr(rome, "attack", lambda *a, **k: pytest.fail("attacked"))
-    pool = NetworkPool(lambda k: get_network("MLP", 3, 10, (32, 32), k),
-                       lambda net: torch.optim.SGD(net.parameters(), lr=0.1), limit=3, start=1)
-    seen = []
-    pool.members[0].net.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
-    rng = {name: torch.Generator().manual_seed(0) for name in ("data", "attack")}
-    rome.pool_step(pool.members, digits, get_threat_model("pixel", digits), args, rng, 64)
-    assert torch.equal(seen[0], digits.sample(256, torch.Generator().manual_seed(0))[0])
 
 
 # ------------------------------------------------------------------------- data of the user's own
@@ -203,18 +179,17 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y[:, None], x_test=x[:40], y_test=y[:40])
     own = ["--dataset", "own.npz", "--no_compile"]
     common = [*own, "--model", "MLP", "--threat_model", "pixel"]
-    main(monkeypatch, tmp_path, *common, "--epochs", "2", "--attack_steps", "1", "--batch_train",
-         "16", "--aa_limit", "0")
+    run_main(monkeypatch, pretrain, tmp_path, *common, *"--epochs 2 --attack_steps 1 "
+             "--batch_train 16 --aa_limit 0".split())
     network = "checkpoints/full_MLP_own_20_PGD-pixel_seed0-0.pth"
-    about = json.loads((tmp_path / f"{network}.json").read_text())
+    about = said_of(tmp_path / network)
     assert about["dataset"] == "own" and about["num_classes"] == num_classes
     normalisation = [[x.mean() / 255], [x.std() / 255]]
     assert np.allclose([about["mean"], about["std"]], normalisation, atol=1e-4)
 
-    flags = [*common, "--ipc", "1", "--robust_prior", network, "--Iteration", "1", "--num_exp",
-             "1", "--num_eval", "1", "--epoch_eval_train", "20", "--batch_real", "8",
-             "--embed_last", "1000", "--labels", "prior", "--no_baseline"]
-    main(monkeypatch, tmp_path, *flags, script=ROME_cifar10)
+    run_main(monkeypatch, ROME_cifar10, tmp_path, *common, "--robust_prior", network, *"""--ipc 1
+             --Iteration 1 --num_exp 1 --num_eval 1 --epoch_eval_train 20 --batch_real 8
+             --embed_last 1000 --labels prior --no_baseline""".split())
     out = capsys.readouterr().out
     assert f"own: {len(y)} training and 40 test images, 1x28x28, {num_classes} classes" in out
     assert f"{network} taken as: own, MLP, pixel" in out
@@ -222,9 +197,8 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     meta = torch.load(tmp_path / synset, weights_only=True)["meta"]
     assert (meta["dataset"], meta["mean"]) == ("own", about["mean"])
 
-    main(monkeypatch, tmp_path, *own, "--synset", synset, "--limit", "10", "--num_eval", "1",
-         "--query", "--queries", "5", "--aa_iterations", "2", "--no_sanity", "--labels", "own",
-         "--out", "out", script=evaluate)
+    run_main(monkeypatch, evaluate, tmp_path, *own, "--synset", synset, *"""--limit 10 --num_eval 1
+             --query --queries 5 --aa_iterations 2 --no_sanity --labels own --out out""".split())
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["num_classes"] == num_classes
     assert {row["threat_model"] for row in content["rows"]} == {"pixel"}
