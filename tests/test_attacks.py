@@ -79,15 +79,6 @@ def test_equals_torchattacks(targeted):
         assert torch.allclose(theirs(x, labels), x_adv, atol=1e-9)
 
 
-def test_published_projects_around_the_unclamped_image():
-    """One pixel at -0.02: its ball of 8/255 reaches 0.0114, not 8/255."""
-    net, v = rank_one_network(10, best=3, worst=9)
-    x = torch.full((1, 3, 8, 8), -0.02)
-    x_adv = pgd(net, x, torch.tensor([3]), eps=EPS, step_size=2 / 225)
-    expected = torch.where(v < 0, torch.tensor(EPS - 0.02), torch.tensor(0.0))
-    assert torch.allclose(x_adv, expected, atol=1e-6)
-
-
 def pixel_mlp(digits, n):
     """(an MLP, the pixel threat model, `n` digits, labels)"""
     net = get_network("MLP", 3, 10, (32, 32), 0)
@@ -97,18 +88,14 @@ def pixel_mlp(digits, n):
 def test_random_start(digits):
     """It is the generator's, uniform in the eps ball, and part of PGD unless it is turned off."""
     net, threat, x, labels = pixel_mlp(digits, 4)
-    noise = start_noise(x, EPS, seeded())
-    assert not torch.equal(noise, start_noise(x, EPS, seeded(1)))
-    scaled = noise / EPS
-    assert scaled.abs().max() <= 1
-    assert abs(scaled.mean()) < 0.02 and abs(scaled.var() - 1 / 3) < 0.02
-    z = threat.encode(x)
+    noise = start_noise(x, EPS, seeded()) / EPS
+    assert noise.abs().max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.02
     for start in (None, start_noise(x, EPS / 4, seeded())):  # the step goes with eps
-        direct = pgd(lambda z: net.eval()(threat.decode(z)), z, labels, start, eps=EPS / 4,
-                     step_size=0.5 / 255)
+        z_adv = pgd(lambda z: net.eval()(threat.decode(z)), threat.encode(x), labels, start,
+                    eps=EPS / 4, step_size=0.5 / 255)
         x_adv = attack(net, x, labels, threat, targeted=False, eps=EPS / 4, generator=seeded(),
                        random_start=start is not None)
-        assert torch.equal(x_adv, threat.decode(direct))
+        assert torch.equal(x_adv, threat.decode(z_adv))
 
 
 # ------------------------------------------------------------- threat models, checks, the registry
@@ -130,8 +117,10 @@ def test_bounds_and_direction(threat_name, name, targeted, num_classes):
     x_adv, linf, l2 = attack_with_norms(net, x, labels, threat, name, targeted=targeted, eps=eps,
                                         generator=seeded(), micro_batch=5, **QUICK.get(name, {}))
     assert net.training
-    to_box = data.denormalize if threat_name == "pixel" else torch.clone  # without a clamp
-    before, after = to_box(x).clamp(0, 1), to_box(x_adv)
+    before, after = x, x_adv
+    if threat_name == "pixel":  # without a clamp
+        before, after = data.denormalize(x), data.denormalize(x_adv)
+    before = before.clamp(0, 1)
     kept = spec.keeps_failed_input & ((x_adv - x).flatten(1).abs().amax(1) < 1e-5)
     after = torch.where(kept.view(-1, 1, 1, 1), before, after)
     assert after.min() >= -1e-6 and after.max() <= 1 + 1e-6
@@ -140,8 +129,7 @@ def test_bounds_and_direction(threat_name, name, targeted, num_classes):
     assert torch.allclose(l2, change.norm(dim=1), atol=1e-4)
     largest = (linf if spec.norm == "Linf" else l2).max()
     if spec.eps:
-        assert spec.eps(threat) == {"Linf": EPS, "L2": 128 / 255}[spec.norm]
-        assert largest <= (eps or spec.eps(threat)) + 1e-6
+        assert largest <= (eps or {"Linf": EPS, "L2": 128 / 255}[spec.norm]) + 1e-6
     if spec.keeps_failed_input and (threat_name == "published" or (name, targeted) == (
             "Square", True)):
         return  # too hard on an untrained network: some images fail
@@ -154,12 +142,9 @@ def test_bounds_and_direction(threat_name, name, targeted, num_classes):
 def test_threat_models():
     ten, hundred = random_dataset(10, 1), random_dataset(100, 1)
     labels = torch.tensor([0, 8, 9, 57, 99])
-    assert get_threat_model("pixel", hundred).target_labels(labels).tolist() == [1, 9, 10, 58, 0]
-    quirk = get_threat_model("published", hundred)
-    assert quirk.target_labels(labels).tolist() == [1, 9, 0, 8, 0]
+    for name, expected in (("pixel", [1, 9, 10, 58, 0]), ("published", [1, 9, 0, 8, 0])):
+        assert get_threat_model(name, hundred).target_labels(labels).tolist() == expected
     published, pixel = (get_threat_model(name, ten) for name in ("published", "pixel"))
-    assert (published.eps, published.step_size, published.steps) == (EPS, 2 / 225, 10)
-    assert (pixel.eps, pixel.step_size, pixel.steps) == (EPS, 2 / 255, 10)
     # published: an image far below the box becomes all zeros, whatever the attack
     x, net = torch.full((1, 3, 32, 32), -1.5), get_network("MLP", 3, 10, (32, 32), seed=0)
     x_adv = attack(net, x, torch.tensor([0]), published, generator=seeded())
@@ -179,18 +164,6 @@ def test_threat_models():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_shard_of_a_batch_is_attacked_as_in_the_whole(digits):
-    """Several processes together compute what one computes, and their generators stay equal."""
-    net, threat, x, labels = pixel_mlp(digits, 23)
-    net, x, rngs = net.double(), x.double(), [seeded() for _ in range(4)]
-    whole = attack(net, x, labels, threat, generator=rngs[0], micro_batch=8)
-    for rng, shard in zip(rngs[1:], (slice(0, 7), slice(7, 15), slice(15, 23))):
-        part = attack(net, x, labels, threat, generator=rng, micro_batch=8, shard=shard)
-        assert torch.allclose(part, whole[shard], atol=1e-6)
-        assert torch.equal(rng.get_state(), rngs[0].get_state())
-    assert (whole - x).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("change, eps, error, message", [

@@ -1,4 +1,4 @@
-"""Saved states, locks and signals, each by itself; whole runs are in test_run_directory.py."""
+"""Saved states and signals, each by itself; whole runs are in test_run_directory.py."""
 import os
 import signal
 import time
@@ -6,17 +6,7 @@ import time
 import pytest
 
 from runtime import distributed
-from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler, lock
-from runtime.safe_io import InputError
-
-
-def test_two_runs_in_one_folder(tmp_path):
-    """Two processes are in test_run_directory.py."""
-    first = lock(tmp_path)
-    with pytest.raises(InputError, match=f"another run is writing to {tmp_path}"):
-        lock(tmp_path)
-    first.close()
-    lock(tmp_path).close()
+from runtime.checkpoint import CheckpointFile, Interrupted, SignalHandler
 
 
 def test_when_a_state_is_due(tmp_path, monkeypatch):

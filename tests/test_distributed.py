@@ -220,34 +220,6 @@ def test_the_device_of_a_process(monkeypatch, name, local, gpus, device):
         distributed._own_device(name)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shards(monkeypatch, size):
-    for count in (7, 8, 23):
-        taken = []
-        for rank in range(size):
-            as_one_of(monkeypatch, rank, size)
-            own = range(count)[distributed.shard(count)]
-            assert 0 < len(own) <= distributed.max_shard_size(count)
-            taken += own
-            with distributed.single_process():
-                assert distributed.world_size() == 1 and distributed.is_main_process()
-                assert distributed.shard(count) == slice(0, count)
-        assert taken == list(range(count))
-
-
-def test_class_means_of_shards(monkeypatch):
-    """What each process sums, class by class, put together."""
-    sizes, embeddings, sums = [3, 1, 4, 2], torch.randn(10, 5, dtype=torch.float64), []
-    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensors: sums.append(tensors[0] + 0))
-    for rank in range(4):
-        as_one_of(monkeypatch, rank, 4)
-        distributed.class_means(embeddings[distributed.shard(10)], sizes)
-    monkeypatch.setattr(distributed, "_world", None)
-    expected = torch.stack([part.mean(0) for part in embeddings.split(sizes)])
-    assert torch.allclose(sum(sums) / torch.tensor(sizes)[:, None], expected)
-    assert torch.equal(distributed.class_means(embeddings, sizes), expected)
-
-
 @pytest.mark.parametrize("number", [0, 1])  # one map after another
 def test_the_dynamic_queue(monkeypatch, number):
     """The other process takes the second item and is done with it only after our third one."""
