@@ -57,16 +57,26 @@ def run_main(monkeypatch, script, folder, *flags):
     script.main()
 
 
-def sigterm_at(monkeypatch, owner, name, call):
-    """SIGTERM to this process before that call (from 1) of the function `name` of `owner`."""
-    function, calls = getattr(owner, name), []
+def call_before(setattr, owner, name, calls, action):
+    """action() before those calls, from 1, of the function `name` of `owner`.
+
+    setattr: that of a monkeypatch. Returns a list that grows with each call.
+    """
+    function, done = getattr(owner, name), []
 
     def disturbed(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(args)
+        if len(done) in calls:
+            action()
         return function(*args, **options)
-    monkeypatch.setattr(owner, name, disturbed)
+    setattr(owner, name, disturbed)
+    return done
+
+
+def sigterm_at(monkeypatch, owner, name, call):
+    """SIGTERM to this process before that call (from 1) of the function `name` of `owner`."""
+    call_before(monkeypatch.setattr, owner, name, [call],
+                lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.fixture(scope="session")

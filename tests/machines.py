@@ -3,8 +3,8 @@
     make test-machines                                  a covering set of what this processor has
     make test-machines MACHINES="avx2:2 avx512:1:2.6"   capability:threads[:torch]
 
-Without a version of torch, the installed one; another one goes into .venv-torch-<version>. Prints a
-table; the exit status is 1 if any suite fails. Outputs are kept in result/machines/.
+Without a version, the installed torch; another one goes into .venv-torch-<version>. Prints a table;
+the exit status is 1 if any suite fails. Outputs are kept in result/machines/.
 """
 import argparse
 import os
@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "result" / "machines"
-LOWEST, NEWEST = "2.6", "newest"  # of what requirements.txt admits
-TORCHVISION = {"2.6": "==0.21.*"}  # of other versions, pip finds it
+TORCH = {  # the lowest and the newest that requirements.txt admits
+    "2.6": ("torch==2.6.*", "torchvision==0.21.*"), "newest": ("torch", "torchvision")}
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
@@ -25,26 +25,17 @@ def capabilities():
     return ["default", *["avx2"] * ("avx2" in words), *["avx512"] * (AVX512 <= words)]
 
 
-def covering_set():
-    """Each capability, two threads once, the lowest and the newest torch."""
-    best = capabilities()[-1]
-    return [*(f"{capability}:1" for capability in capabilities()), f"{best}:2",
-            f"{best}:1:{LOWEST}", f"{best}:1:{NEWEST}"]
-
-
 def environment(torch):
     """The Python with that torch, installed if missing. Raises CalledProcessError if pip fails."""
     folder = ROOT / f".venv-torch-{torch}"
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
-        wanted = ["torch", "torchvision"]
-        if torch != NEWEST:
-            wanted = [f"torch=={torch}.*", "torchvision" + TORCHVISION.get(torch, "")]
         lines = (ROOT / "requirements.txt").read_text().splitlines()
-        wanted += [line for line in lines if not line.startswith("torch")]
+        wanted = [*TORCH.get(torch, (f"torch=={torch}.*", "torchvision")), "pytest", "pytest-xdist",
+                  *(line for line in lines if not line.startswith("torch"))]
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([*pip, *wanted, "pytest", "pytest-xdist"], check=True,
+        subprocess.run([*pip, *wanted], check=True,
                        env={**os.environ, "PIP_CONSTRAINT": os.devnull})
         subprocess.run([*pip, "--no-deps", "-r", ROOT / "requirements-test.txt"], check=True)
         (folder / "installed").touch()
@@ -75,13 +66,14 @@ def main():
     parser.add_argument("--machines", nargs="*", metavar="CAPABILITY:THREADS[:TORCH]")
     parser.add_argument("--capabilities", action="store_true", help="print those of this processor")
     parser.add_argument("pytest_arguments", nargs="*", metavar="ARGUMENT", help="after --")
-    args = parser.parse_args()
+    args, found, all_passed = parser.parse_args(), capabilities(), True
     if args.capabilities:
-        print(*capabilities())
+        print(*found)
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    all_passed = True
-    for machine in args.machines or covering_set():
+    covering_set = [*(f"{capability}:1" for capability in found), f"{found[-1]}:2",
+                    *(f"{found[-1]}:1:{torch}" for torch in TORCH)]
+    for machine in args.machines or covering_set:
         result, passed = run(machine, args.pytest_arguments)
         all_passed &= passed
         print(f"{machine:<16} {result}", flush=True)

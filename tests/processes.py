@@ -12,17 +12,15 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
+from conftest import call_before
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import runtime.run_directory  # noqa: E402
-import sanity  # noqa: E402
-import utils  # noqa: E402
-from runtime.checkpoint import CheckpointFile  # noqa: E402
-from runtime.command_line import run_script  # noqa: E402
+import runtime.run_directory
+import sanity
+import utils
+from runtime.checkpoint import CheckpointFile
+from runtime.command_line import run_script
 
 save = CheckpointFile.save
 
@@ -38,31 +36,22 @@ def save_and_keep(self, state):
 SMALL = [(utils, "SELECT_IMAGES", 40), (sanity, "QUERIES", 50), (sanity, "STEPS", 10),
          (runtime.run_directory, "save_grid", lambda *args: None),
          (CheckpointFile, "save", save_and_keep)]
+SIGNALS = {"stop": signal.SIGTERM, "stop all": signal.SIGTERM, "kill": signal.SIGKILL}
+
+
+def act(action):
+    if action == "wait":
+        time.sleep(120)
+    if action == "stop all":
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun
+    os.kill(os.getpid(), SIGNALS[action])
 
 
 def run(script, *flags):
     """In float64 a rounding error does not turn the sign of a gradient; attack packages need 32."""
     torch.set_default_dtype(torch.float32 if script == "evaluate.py" else torch.float64)
     sys.argv = [script, *map(str, flags)]
-    importlib.import_module(Path(script).stem).main()
-
-
-def disturb(function, call, action):
-    module, name = function.rsplit(".", 1)
-    module = importlib.import_module(module)
-    usual, calls = getattr(module, name), []
-
-    def disturbed(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            if action == "stop all":
-                os.kill(os.getppid(), signal.SIGTERM)  # torchrun
-            if action == "wait":
-                time.sleep(120)
-            else:
-                os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
-        return usual(*args, **options)
-    setattr(module, name, disturbed)
+    importlib.import_module(script.removesuffix(".py")).main()
 
 
 def main():
@@ -74,7 +63,10 @@ def main():
     for script in scripts:
         run(*script)
     if rank in start:
-        disturb(*start[rank])
+        function, call, action = start[rank]
+        module, name = function.rsplit(".", 1)
+        call_before(setattr, importlib.import_module(module), name, [call],
+                    lambda: act(action))
     run(*last, *start.get("more", []) * (rank == "1"))
 
 

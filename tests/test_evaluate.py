@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_main
+from conftest import call_before, run_main
 
 import evaluate
 import sanity
@@ -199,7 +199,7 @@ def test_resume_repeats_nothing(digits_set, monkeypatch, run):
     arguments = ["--synset", digits_set, *SMALL, "--threat_model", "pixel", "--attacks", "FGSM",
                  "PGD", "Square", "--queries", 10]
     undisturbed = run(*arguments)
-    run_slice, train_on_set, computed, trained = evaluate.run_slice, utils.train_on_set, [], []
+    run_slice, computed = evaluate.run_slice, []
 
     def sometimes(task, number, *rest):
         result = run_slice(task, number, *rest)
@@ -208,13 +208,8 @@ def test_resume_repeats_nothing(digits_set, monkeypatch, run):
             computed[-1] = "lost"  # before it was saved: the only work that may be repeated
             raise KeyboardInterrupt
         return result
-
-    def count(*args, **options):
-        trained.append(1)
-        return train_on_set(*args, **options)
-
     monkeypatch.setattr(evaluate, "run_slice", sometimes)
-    monkeypatch.setattr(utils, "train_on_set", count)
+    trained = call_before(monkeypatch.setattr, utils, "train_on_set", [], None)
     for _ in range(40):
         try:
             content = run(*arguments, "--resume", out="b")

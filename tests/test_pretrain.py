@@ -20,8 +20,8 @@ from runtime.checkpoint import Interrupted
 from runtime.measures import CONTROLS
 from runtime.safe_io import InputError
 
-FLAGS = """--dataset Digits --model MLP --threat_model pixel --epochs 4 --attack_steps 3 --num_nets 2
-    --batch_train 64 --test_limit 100 --aa_limit 4 --no_compile""".split()
+FLAGS = """--dataset Digits --model MLP --threat_model pixel --epochs 4 --attack_steps 3
+    --num_nets 2 --batch_train 64 --test_limit 100 --aa_limit 4 --no_compile""".split()
 NETWORKS = [f"full_MLP_Digits_142_PGD-pixel_seed0-{k}.pth" for k in range(2)]
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_dataset, run_main, sigterm_at
+from conftest import ROOT, call_before, random_dataset, run_main, sigterm_at
 
 import experiment
 import rome
@@ -83,14 +83,8 @@ def undisturbed(tmp_path_factory):
 def test_stopped_anywhere_and_resumed_is_bit_identical(undisturbed, tmp_path, monkeypatch, owner,
                                                        name, signum):
     """A signal at some calls of a function, one run after the other, until a run gets through."""
-    function, calls = getattr(owner, name), []
-
-    def disturbed(*args, **options):
-        calls.append(1)
-        if len(calls) % 5 == 3 or name == "save_result":
-            os.kill(os.getpid(), signum)
-        return function(*args, **options)
-    monkeypatch.setattr(owner, name, disturbed)
+    calls = range(1, 300) if name == "save_result" else range(3, 300, 5)
+    call_before(monkeypatch.setattr, owner, name, calls, lambda: os.kill(os.getpid(), signum))
     before, stops = signal.getsignal(signum), 0
     for _ in range(60):
         try:
@@ -179,19 +173,15 @@ def test_states_of_no_use_and_a_fresh_start(stopped, undisturbed, monkeypatch):
 
 def test_killed_again_before_a_new_line(undisturbed, tmp_path, monkeypatch):
     """Killed after a line that no state knows of, stopped before it came again: no line twice."""
-    pool_step, calls = rome.pool_step, []
-
     class Killed(Exception):
         pass
 
-    def disturbed(*args):
-        calls.append(1)
-        if len(calls) in (6, 9):  # iteration 5; the last state is older than the evaluation at 4
-            raise Killed
+    def kill_or_stop():
         if len(calls) == 7:  # iteration 3 again
             os.kill(os.getpid(), signal.SIGTERM)
-        return pool_step(*args)
-    monkeypatch.setattr(rome, "pool_step", disturbed)
+        else:  # iteration 5; the last state is older than the evaluation at 4
+            raise Killed
+    calls = call_before(monkeypatch.setattr, rome, "pool_step", (6, 7, 9), kill_or_stop)
     for stop in (Killed, Interrupted, Killed):
         with pytest.raises(stop):
             main(monkeypatch, tmp_path, "--save_interval", "3")
@@ -229,14 +219,9 @@ def test_sets_of_one_run_have_equally_many_iterations(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_before(tmp_path, monkeypatch):
-    matching_step, calls = rome.matching_step, []
-
-    def diverging(image_syn, *args):
-        calls.append(1)
-        if len(calls) == 11:  # two networks an iteration: iteration 5
-            image_syn.data.fill_(float("nan"))
-        return matching_step(image_syn, *args)
-    monkeypatch.setattr(rome, "matching_step", diverging)
+    def diverge():
+        calls[-1][0].data.fill_(float("nan"))  # image_syn
+    calls = call_before(monkeypatch.setattr, rome, "matching_step", [11], diverge)  # two a step
     with pytest.raises(FloatingPointError, match="iteration 5.*--lr_img 0.2.*smaller .*--fresh"):
         main(monkeypatch, tmp_path, "--save_interval", "2")
     state = saved_state(tmp_path)["experiment"]
