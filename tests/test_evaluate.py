@@ -12,6 +12,7 @@ import evaluate
 import sanity
 import utils
 from attacks import ATTACKS, attack, get_threat_model
+from augment import unpack
 from networks import get_network
 from reporting.results_md import warnings_of
 from runtime import compilation
@@ -186,6 +187,19 @@ def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, m
     assert not utils.wrong_only_in_bf16(net, x, labels).any()
     assert found["correct"] == plain["correct"] and 0 < plain["correct"]["a.pth"] < correct.sum()
     assert found["max_linf"] == plain["max_linf"] and found["forward"] > plain["forward"]
+
+
+def test_packed_sets_are_unpacked(digits_set, tmp_path, monkeypatch, run):
+    """As the meta or a flag says."""
+    seen = []
+    monkeypatch.setattr(utils, "train_on_set", lambda net, images, *rest: seen.append(images))
+    data = torch.load(digits_set, weights_only=True)["data"]
+    for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []),
+                              ("theirs", {}, ["--packed"])):
+        path = tmp_path / f"res_{name}_Digits_MLP_10ipc.pt"
+        torch.save({"data": data, "meta": meta}, path)
+        run("--synset", path, *SMALL, *flags, "--num_eval", 1, "--attacks", "FGSM", out=name)
+    assert len(seen) == 2 and all(torch.equal(images, unpack(data[0][0])) for images in seen)
 
 
 # -------------------------------------------------------------------------------- interrupted runs
