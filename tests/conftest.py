@@ -49,7 +49,7 @@ def sets_and_meta(path, packed=1):
     return file.sets, file.meta
 
 
-def run_main(monkeypatch, script, folder, *flags):
+def run_in(monkeypatch, script, folder, *flags):
     """The main of a script in this process, its files under `folder`."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_main, sigterm_at
+from conftest import ROOT, run_in, sigterm_at
 
 import benchmark
 import rome
@@ -278,9 +278,9 @@ def test_killed_and_resumed_with_everything_compiled(precision, monkeypatch, tmp
         if name == "b":
             sigterm_at(monkeypatch, rome, "pool_step", 3)
             with pytest.raises(Interrupted):
-                run_main(monkeypatch, ROME_cifar10, tmp_path / name, *flags)
+                run_in(monkeypatch, ROME_cifar10, tmp_path / name, *flags)
             compilation.reset()
-        run_main(monkeypatch, ROME_cifar10, tmp_path / name, *flags)
+        run_in(monkeypatch, ROME_cifar10, tmp_path / name, *flags)
         gradients = {gradient for *_, gradient, size in compilation.compiled_keys()}
         assert gradients == {"none", "input", "parameters"}
         (path,) = Path("result").glob("*.pt")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call_before, run_main
+from conftest import call_before, run_in
 
 import evaluate
 import sanity
@@ -32,7 +32,7 @@ PIXEL = "--threat_model pixel --untargeted --no_sanity --limit 30".split()
 def run(monkeypatch, tmp_path):
     """evaluate.py in this process, into tmp_path/`out`; returns the content of results.json."""
     def run(*arguments, out="out"):
-        run_main(monkeypatch, evaluate, tmp_path, "--out", out, *arguments)
+        run_in(monkeypatch, evaluate, tmp_path, "--out", out, *arguments)
         return json.loads((tmp_path / out / "results.json").read_text())
     return run
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_main, sigterm_at
+from conftest import run_in, sigterm_at
 
 import evaluate
 import pretrain
@@ -26,7 +26,7 @@ NETWORKS = [f"full_MLP_Digits_142_PGD-pixel_seed0-{k}.pth" for k in range(2)]
 
 
 def main(monkeypatch, folder, flags=""):
-    run_main(monkeypatch, pretrain, folder, *FLAGS, *flags.split())
+    run_in(monkeypatch, pretrain, folder, *FLAGS, *flags.split())
 
 
 def load(path):
@@ -138,7 +138,7 @@ def test_a_fixed_prior_is_used_and_not_touched(pretrained, tmp_path, monkeypatch
         seen.append((state, member.running_accuracy().item(), member.net.training))
         return matching_step(image_syn, optimizer_img, member, *rest)
     monkeypatch.setattr(rome, "matching_step", watched)
-    run_main(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--method", "+AP", "--robust_prior",
+    run_in(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--method", "+AP", "--robust_prior",
              *(pretrained / name for name in NETWORKS))
     assert (tmp_path / "result" / "ROME_res_+AP_Digits_MLP_1ipc.pt").exists()
     nets = [load(pretrained / name).state_dict() for name in NETWORKS]
@@ -164,7 +164,7 @@ def test_bad_priors_are_refused_by_name(pretrained, tmp_path, monkeypatch, chang
         about = {**said_of(pretrained / NETWORKS[0]), **change}
         (tmp_path / "prior.pth.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=f"prior.pth.*{message}"):
-        run_main(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--robust_prior", path)
+        run_in(monkeypatch, ROME_cifar10, tmp_path, *ROME, "--robust_prior", path)
     assert not (tmp_path / "result").exists()
 
 
@@ -179,7 +179,7 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y[:, None], x_test=x[:40], y_test=y[:40])
     own = ["--dataset", "own.npz", "--no_compile"]
     common = [*own, "--model", "MLP", "--threat_model", "pixel"]
-    run_main(monkeypatch, pretrain, tmp_path, *common, *"--epochs 2 --attack_steps 1 "
+    run_in(monkeypatch, pretrain, tmp_path, *common, *"--epochs 2 --attack_steps 1 "
              "--batch_train 16 --aa_limit 0".split())
     network = "checkpoints/full_MLP_own_20_PGD-pixel_seed0-0.pth"
     about = said_of(tmp_path / network)
@@ -187,7 +187,7 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     normalisation = [[x.mean() / 255], [x.std() / 255]]
     assert np.allclose([about["mean"], about["std"]], normalisation, atol=1e-4)
 
-    run_main(monkeypatch, ROME_cifar10, tmp_path, *common, "--robust_prior", network, *"""--ipc 1
+    run_in(monkeypatch, ROME_cifar10, tmp_path, *common, "--robust_prior", network, *"""--ipc 1
              --Iteration 1 --num_exp 1 --num_eval 1 --epoch_eval_train 20 --batch_real 8
              --embed_last 1000 --labels prior --no_baseline""".split())
     out = capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     meta = torch.load(tmp_path / synset, weights_only=True)["meta"]
     assert (meta["dataset"], meta["mean"]) == ("own", about["mean"])
 
-    run_main(monkeypatch, evaluate, tmp_path, *own, "--synset", synset, *"""--limit 10 --num_eval 1
+    run_in(monkeypatch, evaluate, tmp_path, *own, "--synset", synset, *"""--limit 10 --num_eval 1
              --query --queries 5 --aa_iterations 2 --no_sanity --labels own --out out""".split())
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["num_classes"] == num_classes

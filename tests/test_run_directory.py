@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_before, random_dataset, run_main, sigterm_at
+from conftest import ROOT, call_before, random_dataset, run_in, sigterm_at
 
 import experiment
 import rome
@@ -36,7 +36,7 @@ SHORT = "--num_exp 1 --Iteration 1 --labels hard --no_baseline --num_eval 1".spl
 def main(monkeypatch, folder, *flags):
     """ROME_cifar10.py in this process, its files under `folder`."""
     monkeypatch.setattr(utils, "SELECT_IMAGES", 40)
-    run_main(monkeypatch, ROME_cifar10, folder, *FLAGS, *flags)
+    run_in(monkeypatch, ROME_cifar10, folder, *FLAGS, *flags)
 
 
 def refused(monkeypatch, folder, message, *flags):

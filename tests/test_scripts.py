@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_main
+from conftest import ROOT, run_in
 from PIL import Image
 
 import evaluate
@@ -121,7 +121,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, monkeypatch, tmp_path,
     (tmp_path / "a_file").write_text("")
     flags = ["--dataset", "Digits", "--model", "ConvNetW32", *flags.split()]
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: run_main(monkeypatch, ROME_cifar10, tmp_path, *flags))
+        run_script(lambda: run_in(monkeypatch, ROME_cifar10, tmp_path, *flags))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code != 0 and re.search(says, line), line
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, monkeypatch, tmp_path,
 # ---------------------------------------------------------------------------- whole small runs
 def run(monkeypatch, folder, flags):
     """ROME_cifar10.py in this process; the content of the file of its sets."""
-    run_main(monkeypatch, ROME_cifar10, folder, *SMALL, *flags.split())
+    run_in(monkeypatch, ROME_cifar10, folder, *SMALL, *flags.split())
     return torch.load(folder / "result" / RESULT, weights_only=True)
 
 
@@ -207,7 +207,7 @@ def test_same_seed_same_bits_in_another_process(tmp_path, monkeypatch):
 
 def test_cifar_like_run(tmp_path, monkeypatch, capsys, cifar_like):
     """A batch larger than the class, noise, Adam, several networks."""
-    run_main(monkeypatch, ROME_cifar10, tmp_path, *SMALL, "--data_path", cifar_like, *(
+    run_in(monkeypatch, ROME_cifar10, tmp_path, *SMALL, "--data_path", cifar_like, *(
         "--dataset CIFAR10 --batch_real 64 --Iteration 1 --eval_mode A --init noise --optim adam "
         "--no_baseline --test_limit 5 --lr_img 0.01 --epoch_eval_train 1").split())
     out = capsys.readouterr().out
