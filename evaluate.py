@@ -27,8 +27,10 @@ from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
-from runtime.command_line import add_switch, at_least, method_name, run_script
+from runtime.command_line import (add_computing_flags, add_switch, at_least, method_name,
+                                  run_script)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
+from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
 from runtime.progress import format_duration
@@ -43,7 +45,7 @@ from utils import wrong_only_in_bf16
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "untargeted", "eps",
-              "query", "transfer", "craft_on", "sanity", "compile")
+              "query", "transfer", "craft_on", "sanity", "compile", "cuda_graphs", "deterministic")
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -61,6 +63,7 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
+    add_computing_flags(run)
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
@@ -130,7 +133,7 @@ def main():
     args = parse_args()
     if args.sanity or {"AA", "Square"} & set(args.attacks):
         pyautoattack()  # raises InputError if it is missing
-    device = get_device(distributed.init(vars(args)))
+    device = get_device(distributed.init(vars(args)), args.deterministic)
     precision = compilation.resolve_precision(args.precision, device)
     inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset,
                          args.model, args.packed)
@@ -152,8 +155,9 @@ def main():
 
     flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
              "precision": precision}
-    with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE,
-                         check_rows)) as results:
+    graphs = use_cuda_graphs(args.cuda_graphs and device.type == "cuda", distributed.print_rank0)
+    with graphs, closing(Results(args.out, flags, device, args.resume, MAY_CHANGE,
+                                 check_rows)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(source.path): {"taken_as": source.description, "warnings": source.warnings}
             for source in inputs}}
@@ -279,7 +283,7 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
         f"{len(plan)} attacks and controls to go, about {format_duration(passes / rate)}; results "
         f"in {results.folder}")
     for target in targets if waiting else ():
-        warm_up(target.net, test[0][:min(micro_batch, SLICE)])
+        warm_up(target.net, test[0][:min(micro_batch, slice_size(data.device))])
 
     def work(task, number):
         return run_slice(task, number, *slices[task][number], plan[task],
@@ -291,14 +295,21 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
 
 def cut(args, attack, test):
     """The test images of an attack, in slices: [(images, labels), ...]."""
-    size = 4 * SLICE if attack in ("AA", "Deepfool") else SLICE
+    size = slice_size(test[0].device)
+    if attack in ("AA", "Deepfool"):  # they refill their batches
+        size = 4 * SLICE
     limit = args.aa_limit if attack == "AA" else 0
     return list(zip(*(tensor[:limit or None].split(size) for tensor in test)))
 
 
+def slice_size(device):
+    """Images of an attack between two saves; small batches leave a GPU idle."""
+    return 4 * SLICE if device.type == "cuda" else SLICE
+
+
 def compile_attacks(args, tasks, targets, n, data, micro_batch):
     """Compile for the attacks that take whole batches, if there are enough of them."""
-    batch = min(micro_batch, SLICE)
+    batch = min(micro_batch, slice_size(data.device))
     for model in dict.fromkeys(target.model for target in targets):
         nets = {target.name: target.net for target in targets if target.model == model}
         names = [task.attack for task in tasks if task.crafted_on in nets]

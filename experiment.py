@@ -521,3 +521,6 @@ def save_result(args, setup):
             figures = " ".join(f"{percent(columns[key]):>15}" for key in measured)
             run.log(f"{name:<{width}} {model:<12} {figures}")
     run.log(f"\nset: {run.result_file}, also as {run.published_file}\nrun: {run.folder}")
+    if data.device.type == "cuda":
+        gibibytes = torch.cuda.max_memory_reserved(data.device) / 2**30
+        run.log(f"GPU memory: {gibibytes:.1f} GiB at most")

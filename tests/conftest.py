@@ -72,18 +72,18 @@ def cifar_like(tmp_path_factory):
     return write_cifar_like(tmp_path_factory.mktemp("data"), 200, 100)
 
 
-def write_cifar_like(folder, train, test):
-    """Write `folder`/cifar10.npz: so many images of ten easy classes."""
+def write_cifar_like(folder, train, test, classes=10):
+    """Write `folder`/cifar<classes>.npz: so many images of easy classes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    arrays = {"classes": np.array([f"class{c}" for c in range(10)])}
-    base = rng.integers(40, 216, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (10, 32, 32, 3)
+    arrays = {"classes": np.array([f"class{c}" for c in range(classes)])}
+    base = rng.integers(40, 216, (classes, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (., 32, 32, 3)
     for split, n in (("train", train), ("test", test)):
-        y = np.arange(n) % 10
+        y = np.arange(n) % classes
         noise = rng.integers(-40, 40, (n, 32, 32, 3))
         arrays[f"x_{split}"] = (base[y] + noise).astype(np.uint8)
         arrays[f"y_{split}"] = y.astype(np.uint8)
-    np.savez(folder / "cifar10.npz", **arrays)
+    np.savez(folder / f"cifar{classes}.npz", **arrays)
     return folder
 
 
