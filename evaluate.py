@@ -17,7 +17,7 @@ import torch
 from attacks import (
     ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms, check_threat_model,
     get_threat_model)
-from augment import dsa_strategy_flag
+from augment import MIXES, dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from formats.synset_file import PACKS, SPACES
@@ -27,8 +27,8 @@ from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
-from runtime.command_line import (add_computing_flags, add_switch, at_least, method_name,
-                                  run_script)
+from runtime.command_line import (add_computing_flags, add_switch, at_least, fraction,
+                                  method_name, run_script)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, get_device, synchronise
@@ -39,7 +39,8 @@ from runtime.seeding import make_generator
 from runtime.tasks import Results, Task, run_tasks, warm_up
 from sanity import run_sanity
 from synsets import LR_SCHEDULES
-from target_models import TrainingPlan, target_from_network, targets_from_synset
+from target_models import (TrainingPlan, read_labellers, target_from_network,
+                           targets_from_synset)
 from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
@@ -105,6 +106,11 @@ def add_training_flags(group):
     add("--dsa_strategy", type=dsa_strategy_flag)
     add("--lr_schedule", choices=LR_SCHEDULES)
     add("--label_temperature", type=at_least(0.01, float))
+    add("--labeller", nargs="+", default=[], metavar="FILE",
+        help="networks of pretrain.py that label what is trained on, in place of a set's labels")
+    add("--mix", choices=MIXES, help="of images of a batch, with labellers")
+    add("--noise", type=at_least(0, float), help="on them, in normalised units")
+    add("--ema", type=fraction, help="decay of averaged weights; 0: the last ones")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32")
 
 
@@ -149,7 +155,11 @@ def main():
     targets = check_inputs(args, inputs, data)
     given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
              "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
-             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
+             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule,
+             "mix": args.mix, "noise": args.noise, "ema": args.ema}
+    if labellers := read_labellers(args.labeller, data):
+        for source in filter(lambda source: source.synset, inputs):
+            source.synset.sets = [one._replace(labellers=labellers) for one in source.synset.sets]
     plan = TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
                         args.seed)
 
