@@ -345,8 +345,8 @@ def check_labels(args):
         raise InputError(f"--labels online: give 1 to {MAX_LABELLERS} networks with --robust_prior")
     for name in ("mix", "noise"):
         if getattr(args, name) not in ("none", 0) and args.labels != "online":
-            raise InputError(f"--{name} changes images, which --labels {args.labels} cannot follow; "
-                             "it goes with --labels online")
+            raise InputError(f"--{name} changes images, which --labels {args.labels} cannot "
+                             "follow; it goes with --labels online")
 
 
 def check_class_sizes(args, data):

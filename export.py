@@ -233,7 +233,7 @@ def export(args, folder):
         meta["recipe"] = {**meta["recipe"], "pack": pack, "teachers": teachers}
     meta["flags"] = {**meta.get("flags", {}), "method": meta["method"], "model": meta["model"]}
     if labellers and not args.hard and args.to not in WITH_LABELLERS:
-        soft_labels = online_labels(labellers_of(file.sets[args.index]), unpack(images, file.pack))
+        soft_labels = online_labels(labellers_of(file.sets[args.index]), images)
         description += ", soft labels of the images themselves in place of its labellers"
         labellers = []
     synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft_labels, labellers)))

@@ -1,7 +1,8 @@
 """The layouts in which the field stores synthetic sets (docs/foreign_files.md has the table).
 
 Each reader returns (sets, meta, files, notes): [(images, labels, soft labels or None), ...] as
-stored, each perhaps with a list of labellers; a dict, what the file declares; the paths that were read; sentences on what was found.
+stored, perhaps each with labellers; a dict, what the file declares; the paths that were read;
+sentences on what was found.
 """
 
 import csv

@@ -252,9 +252,9 @@ def _logits(name, soft, count):
 def save_synset(path, sets, rows, meta):
     """Write synthetic sets in the DC layout, which torch.load(path, weights_only=True) reads.
 
-    sets: a SyntheticSet for each experiment, all with soft labels or labellers, or none. rows: of an Evaluator;
-    their robust accuracy is `accs_all_exps`, as in published files, the clean one goes into the
-    meta. meta: plain Python values.
+    sets: a SyntheticSet for each experiment, all with soft labels, with labellers, or neither.
+    rows: of an Evaluator; their robust accuracy is `accs_all_exps`, as in published files, the
+    clean one goes into the meta. meta: plain Python values.
     """
     def copy(tensor):
         return tensor.detach().cpu().clone()

@@ -31,8 +31,9 @@ CUDA = torch.cuda.is_available()
 PUBLISHED = """--model ConvNet --init real --lr_img 0.2 --num_exp 1 --num_eval 1
     --net_decay --embed_last 1000 --syn_ce --ce_weight 0.5 --train_net_num 1 --aug --no_baseline
     --test_limit 2000 --save_interval 5""".split()
-SMALL = """--model ConvNetW32 --ipc 1 --trained_bs 8 --batch_real 2 --model_train_steps 1 --fetch_net_num 1
-    --test_limit 20 --epoch_eval_train 1 --Iteration 12 --eval_interval 12""".split()
+SMALL = """--model ConvNetW32 --ipc 1 --trained_bs 8 --batch_real 2 --model_train_steps 1
+    --fetch_net_num 1 --test_limit 20 --epoch_eval_train 1 --Iteration 12
+    --eval_interval 12""".split()
 
 
 def say(**values):
