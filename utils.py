@@ -188,15 +188,15 @@ class Evaluator:
         images (test images with --select test or last), None unless `select`; seconds.
         """
         images, labels = (x.to(self.data.device) for x in training_set(synset, pack))
-        labellers = labellers_of(synset, self.data.device)
+        train_set = images, labels, labellers_of(synset, self.data.device)
 
         def evaluate_one(k):
             key_of_network = ("evaluate", *key, *self.networks[k])
-            return self._evaluate_network(images, labels, labellers, self.networks[k][0],
-                                          key_of_network, select)
+            return self._evaluate_network(train_set, self.networks[k][0], key_of_network, select)
         return self.map_dynamic(self.num_networks, evaluate_one)
 
-    def _evaluate_network(self, images, labels, labellers, model, key, select):
+    def _evaluate_network(self, train_set, model, key, select):
+        images, labels, labellers = train_set
         start, data, threat = time.perf_counter(), self.data, self.threat
         net = network_for(data, model, derive_seed(self.seed, *key, "init"))
         train_on_set(net, images, labels, self.config, make_generator(self.seed, *key, "train"),

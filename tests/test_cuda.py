@@ -93,8 +93,8 @@ def test_an_interrupted_run_ends_as_a_whole_one(cuda, tmp_path, monkeypatch, scr
     evaluation and the result."""
     evaluate_network = utils.Evaluator._evaluate_network
 
-    def first_is_best(self, images, labels, model, key, select):
-        row = evaluate_network(self, images, labels, model, key, select)
+    def first_is_best(self, train_set, model, key, select):
+        row = evaluate_network(self, train_set, model, key, select)
         return {**row, "select_acc": 1 / key[2] if select else None}  # key: "evaluate", exp, it
     monkeypatch.setattr(utils.Evaluator, "_evaluate_network", first_is_best)
     main(monkeypatch, tmp_path / "a", script, *ROME, *flags)
