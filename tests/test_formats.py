@@ -23,10 +23,9 @@ SOFT = 3 * torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
 def test_dc_layout_with_numpy_numbers(tmp_path, zipped, meta):
     content = {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]],
                "accs_all_exps": {"ConvNet": [np.float64(0.5), np.float32(0.25)]}}
-    path = tmp_path / "res.pt"
     content |= {"meta": meta} if meta else {}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    sets, read = sets_and_meta(path)
+    torch.save(content, tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
+    sets, read = sets_and_meta(tmp_path / "res.pt")
     assert read == meta and len(sets) == 2
     assert torch.equal(sets[1].images, IMAGES + 1) and torch.equal(sets[1].labels, LABELS)
 
@@ -42,7 +41,7 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, kind):
         pair = tuple(x.numpy() for x in pair) if kind == "numpy" else pair
         path.write_bytes(pickle.dumps(pair, protocol))
     assert kind != "cuda" or b"cuda:0" in path.read_bytes()
-    ((images, labels, soft),), meta = sets_and_meta(path)
+    ((images, labels, soft, *_),), meta = sets_and_meta(path)
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     assert images.device.type == "cpu" and meta == {} and soft is None
 
@@ -65,7 +64,7 @@ def test_images_beside_labels(tmp_path, labels, kind, tolerance, end, rate):
     torch.save(labels, tmp_path / f"labels{end}")
     torch.save(torch.tensor(0.0123), tmp_path / rate)
     file = read_synset(path)
-    images, hard, soft = file.sets[0]
+    images, hard, soft, *_ = file.sets[0]
     assert file.notes == [kind, "recipe lr_net 0.0123"]
     assert file.labels_from_soft == bool(tolerance) and torch.equal(images, IMAGES)
     assert torch.equal(hard, labels.argmax(1) if tolerance else LABELS)
@@ -86,7 +85,6 @@ MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
 
 @pytest.mark.parametrize("content, message", [
     ({"dat": []}, "without a list 'data'.*'dat'"),
-    ({"data": []}, "without a list 'data'"),
     (dc(IMAGES[0]), r"\(3, 32, 32\)"),
     (dc(IMAGES.long()), "int64"),
     (dc(labels=LABELS[:-1]), r"labels torch.int64 \(19,\)"),
@@ -109,7 +107,6 @@ MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
     (dc(*MANY), "would take 12.0 GiB"),
     (dc(IMAGES.index_fill(0, torch.tensor(3), float("nan"))), "3072 values .* not finite"),
     (IMAGES, "no synthetic set"),
-    ([1, 2, 3], "no synthetic set"),
 ])
 def test_wrong_sets(tmp_path, content, message):
     torch.save(content, tmp_path / "set.pt")
@@ -119,29 +116,31 @@ def test_wrong_sets(tmp_path, content, message):
 
 def test_what_is_written_is_in_the_dc_layout(tmp_path):
     """Read as BEARD (data[0]) and others (data[-1]) do, and without executing anything."""
-    path, sets = tmp_path / "res.pt", [SyntheticSet(x, LABELS) for x in (IMAGES, 2 * IMAGES)]
+    path, soft = tmp_path / "res.pt", torch.randn(80, 10)
+    sets = [SyntheticSet(x, LABELS, soft) for x in (IMAGES, 2 * IMAGES)]
     row = {"model": "ConvNet", "n": 5, "clamp_acc": 0, "select_acc": None}
     rows = [{**row, "clean_acc": 0.5 + i, "robust_acc": 0.25 + i} for i in range(2)]
-    save_synset(path, sets, rows, {"packed": True, "mean": [0.1]})
+    save_synset(path, sets, rows, {"pack": 2, "mean": [0.1]})
     file = torch.load(path, weights_only=True)
-    assert set(file) == {"data", "accs_all_exps", "meta"}
+    assert set(file) == {"data", "soft_labels", "accs_all_exps", "meta"}
     (images, labels), (last, _) = file["data"]
     assert torch.equal(images, IMAGES) and torch.equal(last, 2 * IMAGES)
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
     assert file["accs_all_exps"] == {"ConvNet": [0.25, 1.25]}
-    assert file["meta"] == {"packed": True, "mean": [0.1], "clean_accs": {"ConvNet": [0.5, 1.5]}}
+    assert file["meta"] == {"pack": 2, "mean": [0.1], "clean_accs": {"ConvNet": [0.5, 1.5]}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["res.pt"]
+    read, meta = sets_and_meta(path)
+    assert torch.equal(read[1].soft_labels, soft) and torch.equal(read[1].images, 2 * IMAGES)
+    assert pack_of(meta) == 2 and pack_of({"packed": True}) == 2
+    save_synset(path, [one._replace(soft_labels=None) for one in sets], [], {})
+    assert "soft_labels" not in torch.load(path, weights_only=True)
 
 
-def test_soft_labels_are_written_and_read(tmp_path):
-    path, soft = tmp_path / "res.pt", torch.randn(40, 10)
-    save_synset(path, [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
-    ((images, _, read),), meta = sets_and_meta(path)
-    assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
-    write_set(path, IMAGES[:10], soft)
-    with pytest.raises(InputError, match=r"are .* \(40, 10\); expected floats \(10, classes\)"):
+def test_soft_labels_of_a_packed_set_by_flag(tmp_path):
+    path, soft = write_set(tmp_path / "res.pt", IMAGES[:10], SOFT.repeat(2, 1)), SOFT.repeat(2, 1)
+    with pytest.raises(InputError, match=r"are .* \(40, 100\); expected floats \(10, classes\)"):
         sets_and_meta(path)
-    assert torch.equal(sets_and_meta(path, packed=2)[0][0].soft_labels, soft)  # --packed 2
+    assert torch.equal(sets_and_meta(path, packed=2)[0][0].soft_labels, soft)
 
 
 # ----------------------------------------------------------------------------------------- networks

@@ -18,7 +18,7 @@ from formats.network_file import load_into
 from networks import get_network
 from runtime import safe_io
 from runtime.checkpoint import CheckpointFile
-from runtime.safe_io import InputError, read_tensors, write_atomically
+from runtime.safe_io import InputError, read_tensors, write_atomically, write_text
 
 
 class Call:
@@ -48,12 +48,9 @@ def test_code_is_refused_by_name_and_not_executed(tmp_path, where):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("function, argument", [
-    (eval, "1+1"), (getattr, "x"), (torch.load, "x"), (np.fromfile, "x"),
-    (subprocess.Popen, ["true"]),
-])
-def test_nothing_but_data_is_admitted(tmp_path, function, argument):
-    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Call(function, argument)))
+@pytest.mark.parametrize("function", [eval, getattr, torch.load, np.fromfile, subprocess.Popen])
+def test_nothing_but_data_is_admitted(tmp_path, function):
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(Call(function, "x")))
     with pytest.raises(InputError, match=f"refused.*{function.__name__}"):
         read_tensors(tmp_path / "set.pkl")
 
@@ -80,11 +77,11 @@ def test_lists_of_lists_of_the_same_list(tmp_path, suffix):
     content = [torch.zeros(2)]
     for _ in range(60):
         content = [content, content]
-    save = pickle.dump if suffix == "pkl" else torch.save
-    with open(tmp_path / f"set.{suffix}", "wb") as file:
-        save(content, file)
-    with pytest.raises(InputError, match=f"set.{suffix}"):
-        sets_and_meta(tmp_path / f"set.{suffix}")
+    path = tmp_path / f"set.{suffix}"
+    with open(path, "wb") as file:
+        (pickle.dump if suffix == "pkl" else torch.save)(content, file)
+    with pytest.raises(InputError, match=path.name):
+        sets_and_meta(path)
 
 
 def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
@@ -96,23 +93,9 @@ def test_declared_sizes_are_checked_before_reading(tmp_path, monkeypatch):
         read_tensors(tmp_path / "bomb.pt")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("empty.pt", b"", "is damaged: it is empty"),
-    ("text.pt", b"hello, I am a text file\n", ""),
-    ("text.pkl", b"hello, I am a text file\n", ""),
-    ("picture.pth", b"\x89PNG\r\n\x1a\n" + bytes(50), ""),
-    ("nowhere.pt", None, "does not exist"),
-])
-def test_other_files(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name} {message}"):
-        read_tensors(tmp_path / name)
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
-    write_atomically(path, lambda partial: partial.write_text("old"))
+    write_text(path, "old")
 
     def fail(partial):
         partial.write_text("half")
@@ -183,5 +166,6 @@ def test_two_thousand_damaged_files(tmp_path):
                 assert name in str(error) and "\n" not in str(error)
         (folder / name).unlink()
     assert peak_memory() - before < 1 << 20
-    # A format with checksums refuses nearly all of them, a bare pickle fewer.
+    # A format with checksums refuses nearly all of the 250, a bare pickle fewer.
     assert all(count > 25 for count in refused.values()), refused
+    assert min(refused[name] for name in ("set.pt", "net.pth", "state.pt")) > 230
