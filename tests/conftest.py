@@ -49,6 +49,25 @@ def sets_and_meta(path, packed=1):
     return file.sets, file.meta
 
 
+def run_main(script, *arguments):
+    """A script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+def real_images(data, ipc):
+    """The same training images of each class, class-major."""
+    return torch.cat([data.sample_class(c, ipc, torch.Generator().manual_seed(c))
+                      for c in range(data.num_classes)])
+
+
+def write_set(path, images, labels, **meta):
+    """A file of one set in the DC layout."""
+    torch.save({"data": [[images, labels]], "meta": meta}, path)
+    return path
+
+
 def sigterm_at(monkeypatch, owner, name, call):
     """SIGTERM to this process before that call (from 1) of the function `name` of `owner`."""
     function, calls = getattr(owner, name), []
