@@ -10,7 +10,7 @@ import argparse
 
 import rome
 from attacks import THREAT_MODELS
-from augment import dsa_strategy_flag
+from augment import MIXES, dsa_strategy_flag
 from datasets import add_dataset_flag
 from experiment import Distillation, run_experiments
 from networks import EVAL_MODES, NETWORKS
@@ -40,9 +40,13 @@ def parse_args(argv=None):
     add("--pack", type=int, choices=(2, 4, 8), help="K x K sub-images instead; implies --aug")
     add("--labels", type=labels_flag, default="hard", metavar="LABELS", help="hard: the class, as "
         "published; stored: with each (sub-)image the mean logits of robust networks, of "
-        "--robust_prior or of the pool")
+        "--robust_prior or of the pool; online: those of --robust_prior label what is trained on, "
+        "after augmentation, --mix and --noise, and are stored with the set")
     add("--label_temperature", type=at_least(0.01, float), default=3.0,
-        help="of stored labels and of what learns them")
+        help="of soft labels and of what learns them")
+    add("--mix", choices=MIXES, default="none", help="of images of a batch, with online labels")
+    add("--noise", type=at_least(0, float), default=0.0,
+        help="with online labels: standard deviation on images, in normalised units")
 
     group = parser.add_argument_group("losses and synthetic images")
     add = group.add_argument
@@ -106,6 +110,7 @@ def parse_args(argv=None):
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
     add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of --lr_net there")
+    add("--ema", type=fraction, default=0.0, help="decay of averaged weights; 0: the last ones")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two")
     add("--select", choices=("train", "test", "last"), default="train", help="the set that is "
         f"kept: of highest robust accuracy on {SELECT_IMAGES} fixed training images, or on the "

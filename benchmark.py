@@ -162,10 +162,17 @@ def compile_all(bench):
         problem = compilation.compile_batches(
             bench.network(), (3, 32, 32), attacked=sorted(attacked), trained=sorted(trained),
             matched=[micro_batch], embedded=[micro_batch], last=1000)
+        problem = problem or compilation.compile_batches(
+            labeller(bench.data), (3, 32, 32), scored=sorted(trained - {0}))
         if problem:
             distributed.print_rank0(problem)
             return 0.0
     return time.perf_counter() - start
+
+
+def labeller(data):
+    """A network that gives labels."""
+    return network_for(data, "ConvNetW32", 1).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------- what is measured: (images, seconds, passes)
@@ -201,14 +208,21 @@ def outer_iteration(bench):
     return 10 * args.batch_real + trained, seconds, passes
 
 
-def evaluation_training(bench, ipc):
-    """100 epochs of training on a 2x2 packed set of `ipc` images a class."""
+def evaluation_training(bench, ipc, online=False):
+    """100 epochs of training on a 2x2 packed set of `ipc` images a class; online: labelled by a
+    ConvNetW32 as the network sees them, mixed and with noise."""
     count, epochs = 40 * ipc, bench.args.train_epochs
     images = torch.randn(count, 3, 32, 32, device=bench.device)
     labels = torch.arange(10, device=bench.device).repeat(4 * ipc)
 
+    config, labellers = TrainConfig(epochs), []
+    if online:
+        config = TrainConfig(epochs, mix="both", noise=0.3)
+        labellers = [labeller(bench.data)]
+
     def train():
-        train_on_set(bench.network(), images, labels, TrainConfig(epochs), make_generator(0))
+        train_on_set(bench.network(), images, labels, config, make_generator(0),
+                     labellers=labellers)
     seconds = [s * 100 / (epochs + 1) for s in bench.compare(train, train)]
     return 100 * count, seconds, TRAINING_STEP * 100 * count
 
@@ -219,6 +233,8 @@ def measurements(args):
     for ipc in args.train_ipc:
         found[f"100 epochs of training, ipc {ipc}"] = (
             lambda bench, ipc=ipc: evaluation_training(bench, ipc))
+        found[f"the same, ipc {ipc}, labels online"] = (
+            lambda bench, ipc=ipc: evaluation_training(bench, ipc, online=True))
     return {"outer iteration": outer_iteration} if distributed.world_size() > 1 else found
 
 

@@ -17,7 +17,7 @@ import torch
 from attacks import (
     ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms, check_threat_model,
     get_threat_model)
-from augment import dsa_strategy_flag
+from augment import MIXES, dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from formats.synset_file import PACKS, SPACES
@@ -27,8 +27,10 @@ from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
-from runtime.command_line import add_switch, at_least, method_name, run_script
+from runtime.command_line import (add_computing_flags, add_switch, at_least, fraction,
+                                  method_name, run_script)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
+from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, get_device, synchronise
 from runtime.measures import CONTROLS, HEADLINE_EPS
 from runtime.progress import format_duration
@@ -37,13 +39,14 @@ from runtime.seeding import make_generator
 from runtime.tasks import Results, Task, run_tasks, warm_up
 from sanity import run_sanity
 from synsets import LR_SCHEDULES
-from target_models import TrainingPlan, target_from_network, targets_from_synset
+from target_models import (TrainingPlan, read_labellers, target_from_network,
+                           targets_from_synset)
 from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "untargeted", "eps",
-              "query", "transfer", "craft_on", "sanity", "compile")
+              "query", "transfer", "craft_on", "sanity", "compile", "cuda_graphs", "deterministic")
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -61,6 +64,7 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
+    add_computing_flags(run)
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
@@ -102,6 +106,11 @@ def add_training_flags(group):
     add("--dsa_strategy", type=dsa_strategy_flag)
     add("--lr_schedule", choices=LR_SCHEDULES)
     add("--label_temperature", type=at_least(0.01, float))
+    add("--labeller", nargs="+", default=[], metavar="FILE",
+        help="networks of pretrain.py that label what is trained on, in place of a set's labels")
+    add("--mix", choices=MIXES, help="of images of a batch, with labellers")
+    add("--noise", type=at_least(0, float), help="on them, in normalised units")
+    add("--ema", type=fraction, help="decay of averaged weights; 0: the last ones")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32")
 
 
@@ -130,7 +139,7 @@ def main():
     args = parse_args()
     if args.sanity or {"AA", "Square"} & set(args.attacks):
         pyautoattack()  # raises InputError if it is missing
-    device = get_device(distributed.init(vars(args)))
+    device = get_device(distributed.init(vars(args)), args.deterministic)
     precision = compilation.resolve_precision(args.precision, device)
     inputs = read_inputs(args.synset, args.networks, NETWORKS, args.method, args.dataset,
                          args.model, args.packed)
@@ -146,14 +155,19 @@ def main():
     targets = check_inputs(args, inputs, data)
     given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
              "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
-             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule}
+             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule,
+             "mix": args.mix, "noise": args.noise, "ema": args.ema}
+    if labellers := read_labellers(args.labeller, data):
+        for source in filter(lambda source: source.synset, inputs):
+            source.synset.sets = [one._replace(labellers=labellers) for one in source.synset.sets]
     plan = TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
                         args.seed)
 
     flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
              "precision": precision}
-    with closing(Results(args.out, flags, device, args.resume, MAY_CHANGE,
-                         check_rows)) as results:
+    graphs = use_cuda_graphs(args.cuda_graphs and device.type == "cuda", distributed.print_rank0)
+    with graphs, closing(Results(args.out, flags, device, args.resume, MAY_CHANGE,
+                                 check_rows)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(source.path): {"taken_as": source.description, "warnings": source.warnings}
             for source in inputs}}
@@ -279,7 +293,7 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
         f"{len(plan)} attacks and controls to go, about {format_duration(passes / rate)}; results "
         f"in {results.folder}")
     for target in targets if waiting else ():
-        warm_up(target.net, test[0][:min(micro_batch, SLICE)])
+        warm_up(target.net, test[0][:min(micro_batch, slice_size(data.device))])
 
     def work(task, number):
         return run_slice(task, number, *slices[task][number], plan[task],
@@ -291,14 +305,21 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
 
 def cut(args, attack, test):
     """The test images of an attack, in slices: [(images, labels), ...]."""
-    size = 4 * SLICE if attack in ("AA", "Deepfool") else SLICE
+    size = slice_size(test[0].device)
+    if attack in ("AA", "Deepfool"):  # they refill their batches
+        size = 4 * SLICE
     limit = args.aa_limit if attack == "AA" else 0
     return list(zip(*(tensor[:limit or None].split(size) for tensor in test)))
 
 
+def slice_size(device):
+    """Images of an attack between two saves; small batches leave a GPU idle."""
+    return 4 * SLICE if device.type == "cuda" else SLICE
+
+
 def compile_attacks(args, tasks, targets, n, data, micro_batch):
     """Compile for the attacks that take whole batches, if there are enough of them."""
-    batch = min(micro_batch, SLICE)
+    batch = min(micro_batch, slice_size(data.device))
     for model in dict.fromkeys(target.model for target in targets):
         nets = {target.name: target.net for target in targets if target.model == model}
         names = [task.attack for task in tasks if task.crafted_on in nets]

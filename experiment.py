@@ -14,7 +14,7 @@ import utils
 from attacks import check_threat_model, get_threat_model
 from augment import unpack
 from datasets import load_dataset
-from formats.synset_file import SyntheticSet, save_synset
+from formats.synset_file import MAX_LABELLERS, SyntheticSet, save_synset
 from network_pool import load_prior_networks
 from networks import NETWORKS, network_for
 from rome import (attack_options, image_optimizer, make_generators, make_pool, matching_groups,
@@ -31,7 +31,8 @@ from runtime.safe_io import InputError
 from runtime.seeding import make_generator
 from runtime.training import require_finite
 from synsets import (INITS, baseline_packs, baseline_set, class_major, describe_pool_networks,
-                     describe_prior_networks, initial_set, load_initial_sets, soft_labels)
+                     describe_prior_networks, initial_set, load_initial_sets, pack_labellers,
+                     soft_labels)
 
 LOG_INTERVAL = 10  # outer iterations
 NO_EFFECT = ("fresh", "save_interval", "parallel")  # flags that do not change the result
@@ -93,7 +94,7 @@ class Distillation:
         run.save_if_due(self.it)
         if self.it not in self.evaluations or self.it == self.evaluated_at:
             return
-        candidate = self.with_soft_labels()
+        candidate = self.with_labels()
         rows = self.setup.evaluator(SyntheticSet(*candidate["set"]), args.pack, self.exp, self.it,
                                     select=True)
         with run.delay_signals():
@@ -143,13 +144,18 @@ class Distillation:
             setup.timer.step("report")
         return self.best
 
-    def with_soft_labels(self):
-        """The set as it is now, and with --labels stored its soft labels and the baselines'."""
+    def with_labels(self):
+        """The set as it is now; with --labels stored its soft labels and the baselines', with
+        --labels online the networks that label."""
         args, data = self.args, self.setup.data
         images = self.image_syn.detach().clone()
         if args.labels == "hard":
             return {"set": [images, self.label_syn, None], "baselines": {}, "teachers": []}
         networks = [member.net for member in self.pool.members]
+        if args.labels == "online":
+            labellers = pack_labellers(networks, args.model)
+            return {"set": [images, self.label_syn, None, labellers], "baselines": {},
+                    "teachers": describe_prior_networks(args.robust_prior)}
 
         def label(images, pack_by):
             return soft_labels(networks, unpack(images, pack_by), self.setup.micro_batch)
@@ -262,12 +268,15 @@ def experiment(args, exp, setup, distill):
     for name, synset, pack_by in baselines(args, exp, setup.data):
         report(name, synset, pack_by)
     best = distill(args, exp, setup)
-    if args.labels == "stored":
+    if args.labels != "hard":
+        ours = SyntheticSet(*best["set"])
         for name, synset, pack_by in baselines(args, exp, setup.data):
-            stored = synset._replace(soft_labels=best["baselines"].get(name))
-            seed_key = f"{name}, prior labels"  # their old name, so that the seeds stay
-            report(f"{name}, stored labels", stored, pack_by, seed_key)
-        hard = SyntheticSet(*best["set"])._replace(soft_labels=None)
+            soft = synset._replace(soft_labels=best["baselines"].get(name),
+                                   labellers=ours.labellers)
+            # The old name of "stored", so that the seeds stay.
+            seed_key = f"{name}, {'prior' if args.labels == 'stored' else args.labels} labels"
+            report(f"{name}, {args.labels} labels", soft, pack_by, seed_key)
+        hard = ours._replace(soft_labels=None, labellers=[])
         report(f"{args.method}, hard labels", hard, args.pack)
     with run.delay_signals():
         report_evaluation(run, best["rows"], exp=exp, iteration=best["iteration"],
@@ -320,6 +329,7 @@ def check_args(args, data):
                          "cut into so many")
     check_class_sizes(args, data)
     untrained = 0 in (args.Iteration, args.fetch_net_num, args.model_train_steps)
+    check_labels(args)
     if args.labels == "stored" and untrained and not args.robust_prior:
         raise InputError("--labels stored: no network to give the labels; with --Iteration, "
                          "--fetch_net_num or --model_train_steps 0 the pool is not trained: name "
@@ -328,6 +338,15 @@ def check_args(args, data):
         raise InputError(f"--test_limit {args.test_limit} is more than the "
                          f"{len(data.labels['test'])} test images")
     check_shards(args, data)
+
+
+def check_labels(args):
+    if args.labels == "online" and not 0 < len(args.robust_prior) <= MAX_LABELLERS:
+        raise InputError(f"--labels online: give 1 to {MAX_LABELLERS} networks with --robust_prior")
+    for name in ("mix", "noise"):
+        if getattr(args, name) not in ("none", 0) and args.labels != "online":
+            raise InputError(f"--{name} changes images, which --labels {args.labels} cannot "
+                             "follow; it goes with --labels online")
 
 
 def check_class_sizes(args, data):
@@ -408,7 +427,7 @@ def plan_phases(args, setup, passes, rate):
     num_baselines = len(baseline_packs(args.pack)) if args.baseline else 0
     evaluations = len(evaluation_iterations(args))
     reports = num_baselines + (args.select == "train")
-    if args.labels == "stored":
+    if args.labels != "hard":
         reports += num_baselines + 1
     experiments, processes = args.num_exp, distributed.world_size()
     networks = distributed.max_shard_size(evaluator.num_networks)
@@ -451,9 +470,13 @@ def batches_to_compile(args, setup):
     for classes in matching_groups(args, data.num_classes, micro_batch):
         add("matched", len(classes) * sub_images(args), updates)
     work["trained"][pool_batch] += cost.TRAINING_STEP * pool_batch * steps
-    work["trained"].update(cost.training_batches(
-        data.num_classes * sub_images(args), args.batch_train,
-        args.num_eval * (args.epoch_eval_train + 1)))
+    on_sets = cost.training_batches(data.num_classes * sub_images(args), args.batch_train,
+                                    args.num_eval * (args.epoch_eval_train + 1))
+    work["trained"].update(on_sets)
+    if args.labels == "online":
+        for size, passes in on_sets.items():
+            work["scored"][size] += (passes * cost.FORWARD / cost.TRAINING_STEP
+                                     * len(args.robust_prior))
     return work
 
 
@@ -521,3 +544,6 @@ def save_result(args, setup):
             figures = " ".join(f"{percent(columns[key]):>15}" for key in measured)
             run.log(f"{name:<{width}} {model:<12} {figures}")
     run.log(f"\nset: {run.result_file}, also as {run.published_file}\nrun: {run.folder}")
+    if data.device.type == "cuda":
+        gibibytes = torch.cuda.max_memory_reserved(data.device) / 2**30
+        run.log(f"GPU memory: {gibibytes:.1f} GiB at most")

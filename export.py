@@ -23,7 +23,8 @@ from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_
 from networks import NETWORKS
 from runtime.command_line import add_switch, at_least, method_name, run_script
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
-from synsets import TrainConfig, training_set
+from synsets import TrainConfig, labellers_of, training_set
+from utils import online_labels
 
 
 def parse_args(argv=None):
@@ -90,7 +91,12 @@ def write_folder(folder, synset, meta):
 
 def write_safetensors(folder, synset, meta):
     from safetensors.torch import save_file
-    tensors = {key: x.contiguous() for key, x in synset._asdict().items() if x is not None}
+    tensors = {key: x.contiguous() for key, x in synset._asdict().items()
+               if isinstance(x, torch.Tensor)}
+    for i, labeller in enumerate(synset.labellers):
+        tensors |= {f"labellers.{i}.{key}": x for key, x in labeller["state"].items()}
+    if synset.labellers:
+        meta = {**meta, "labellers": [labeller["model"] for labeller in synset.labellers]}
     save_file(tensors, folder / "set.safetensors", {"meta": json.dumps(meta, sort_keys=True)})
     return "set.safetensors"
 
@@ -102,6 +108,8 @@ LAYOUTS = {
     "folder": write_folder,
     "safetensors": write_safetensors,
 }
+
+WITH_LABELLERS = ("dc", "safetensors")  # the other layouts have no place for networks
 
 CARD = """\
 ---
@@ -126,14 +134,14 @@ To train on it, with the project's folder on the path:
 
 ```python
 from networks import get_network
-from synsets import load_synset
+from synsets import {loaders}
 from utils import train_on_set
 
 images, labels, config = load_synset("{name}")
 net = get_network("{meta[model]}", {shape[0]}, {num_classes}, {size}, seed=0)
-train_on_set(net, images, labels, config)
+train_on_set(net, images, labels, config{labellers})
 ```
-
+{own_loop}
 `python evaluate.py --synset {name}` does that and attacks the networks.
 
 The networks that gave the soft labels, of each set, and their accuracies (fractions):
@@ -144,15 +152,36 @@ The networks that gave the soft labels, of each set, and their accuracies (fract
 """
 
 
+OWN_LOOP = """
+Its labellers label every batch as the network sees it. In a loop of your own:
+
+```python
+from synsets import label_loss
+from utils import augmented_batches
+
+labellers = load_labellers("{name}")
+for epoch in augmented_batches(images, labels, config, generator, labellers):
+    for x, y in epoch:  # augmented, mixed, with noise; y: logits
+        loss = label_loss(net(x), y, config.temperature)
+```
+"""
+
+
 def card(synset, meta, name, description):
     """The data set card, as Markdown. name: what `load_synset` reads in its folder."""
+    labellers, own_loop, loaders = "", "", "load_synset"
+    if synset.labellers:
+        loaders = "load_labellers, load_synset"
+        labellers = f', labellers=load_labellers("{name}")'
+        own_loop = OWN_LOOP.format(name=name)
     shape, num_classes = tuple(synset.images.shape[1:]), int(synset.labels.max()) + 1
     if synset.soft_labels is not None:
         num_classes = synset.soft_labels.shape[1]
     return CARD.format(
         name=name, meta=meta, count=len(synset.labels), shape=shape, size=shape[1:],
         pack=meta["stored_pack"], description=description, config=TrainConfig.from_meta(meta),
-        num_classes=num_classes, threat_model=meta.get("threat_model", "unknown"),
+        num_classes=num_classes, labellers=labellers, own_loop=own_loop, loaders=loaders,
+        threat_model=meta.get("threat_model", "unknown"),
         teachers=json.dumps(meta.get("recipe", {}).get("teachers", []), indent=1))
 
 
@@ -191,7 +220,7 @@ def read_set(args):
 def export(args, folder):
     """Write a set and its card into an empty folder. Returns (number of images, kind of labels)."""
     file, meta, description = read_set(args)
-    images, labels, soft_labels = file.sets[args.index]
+    images, labels, soft_labels, labellers = file.sets[args.index]
     stored, pack = len(labels), file.pack
     if args.hard and file.labels_from_soft:
         raise InputError(f"--hard: {args.set} has soft labels only, no classes of its own")
@@ -203,9 +232,15 @@ def export(args, folder):
         teachers = meta["recipe"].get("teachers", [])[args.index : args.index + 1]
         meta["recipe"] = {**meta["recipe"], "pack": pack, "teachers": teachers}
     meta["flags"] = {**meta.get("flags", {}), "method": meta["method"], "model": meta["model"]}
-    synset = SyntheticSet(images, labels, None if args.hard else soft_labels)
+    if labellers and not args.hard and args.to not in WITH_LABELLERS:
+        soft_labels = online_labels(labellers_of(file.sets[args.index]), images)
+        description += ", soft labels of the images themselves in place of its labellers"
+        labellers = []
+    synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft_labels, labellers)))
     name = LAYOUTS[args.to](folder, synset, meta)
     write_text(folder / "README.md", card(synset, meta, name, description))
+    if synset.labellers:
+        return len(labels), "online"
     return len(labels), "hard" if synset.soft_labels is None else "soft"
 
 

@@ -12,18 +12,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from augment import pack, parse_dsa_strategy, unpack
+from augment import MIXES, pack, parse_dsa_strategy, unpack
 from formats.inputs import (check_and_normalise, normalisation_of, normalise_alone, read_input,
                             take_flags)
 from formats.synset_file import SyntheticSet
-from networks import NETWORKS
+from networks import NETWORKS, get_network
 from runtime.device import MICRO_BATCH
-from runtime.safe_io import InputError, sha256, sha256_of_tensors
+from runtime.safe_io import InputError, reason, sha256, sha256_of_tensors
 from runtime.seeding import make_generator
 
 INITS = ("real", "noise")
 LR_SCHEDULES = ("step", "cosine")
-LEAST = {"epochs": 1, "lr_net": 0.0, "batch_train": 1, "temperature": 0.01}  # int: a whole number
+LABELS = ("hard", "stored", "online")
+# Of a TrainConfig; int: a whole number.
+LEAST = {"epochs": 1, "lr_net": 0.0, "batch_train": 1, "temperature": 0.01, "noise": 0.0,
+         "ema": 0.0}
 
 
 # ------------------------------------------------------------------------- how to train on a set
@@ -67,9 +70,10 @@ class TrainConfig:
             parse_dsa_strategy(str(values["dsa_strategy"]))
         except ValueError as error:
             raise InputError(f"the recipe of the set: {error}") from None
-        if values["lr_schedule"] not in LR_SCHEDULES:
-            raise InputError(f"the recipe of the set: lr_schedule is {values['lr_schedule']!r}; "
-                             f"known are {', '.join(LR_SCHEDULES)}")
+        for key, known in ("lr_schedule", LR_SCHEDULES), ("mix", MIXES):
+            if values[key] not in known:
+                raise InputError(f"the recipe of the set: {key} is {values[key]!r}; known are "
+                                 f"{', '.join(known)}")
         return cls(**values)
 
 
@@ -80,6 +84,40 @@ def training_set(synset, pack):
     """
     labels = synset.labels.repeat(pack**2) if synset.soft_labels is None else synset.soft_labels
     return unpack(synset.images, pack), labels
+
+
+def labellers_of(synset, device="cpu"):
+    """The networks of a SyntheticSet that label what a student sees, frozen, in eval mode.
+
+    Raises InputError for an unknown architecture or parameters that do not fit it.
+    """
+    networks, shape = [], synset.images.shape[1:]
+    for labeller in synset.labellers:
+        model, state = labeller["model"], labeller["state"]
+        if model not in NETWORKS:
+            raise InputError(f"a labeller is a {model[:60]!r}; known are {', '.join(NETWORKS)}")
+        try:
+            num_classes = len(state["classifier.bias"])
+            net = get_network(model, shape[0], num_classes, tuple(shape[1:]), 0, device)
+            net.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"the state of a labeller is of no {model} for images of "
+                             f"{tuple(shape)} ({reason(error)})") from None
+        networks.append(net.eval().requires_grad_(False))
+    return networks
+
+
+def pack_labellers(networks, model):
+    """Networks of one architecture, as a SyntheticSet holds them: float16, on the CPU."""
+    def half(tensor):
+        return tensor.detach().cpu().half() if tensor.is_floating_point() else tensor.cpu()
+    return [{"model": model, "state": {key: half(value) for key, value in net.state_dict().items()}}
+            for net in networks]
+
+
+def load_labellers(path, index=0):
+    """`labellers_of` set number `index` of a file, for `train_on_set`."""
+    return labellers_of(read_input(path, NETWORKS, is_set=True).synset.sets[index])
 
 
 def label_loss(logits, labels, temperature=1.0):
@@ -121,10 +159,11 @@ def init_flag(text):
 
 
 def labels_flag(text):
-    """An argparse type: "hard" or "stored"; "prior" is what older commands call "stored"."""
-    if text not in ("hard", "stored", "prior"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither hard nor stored")
-    return "hard" if text == "hard" else "stored"
+    """An argparse type: of LABELS; "prior" is what older commands call "stored"."""
+    text = "stored" if text == "prior" else text
+    if text not in LABELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LABELS)}")
+    return text
 
 
 def initial_set(data, ipc, pack_by, init, generator, exp=0):

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 import utils
+from formats.inputs import read_input
 from formats.network_file import load_into
-from formats.synset_file import SyntheticSet
-from networks import network_for
+from networks import NETWORKS, network_for
 from runtime import distributed
 from runtime.compilation import set_precision
-from runtime.cost import compile_planned, training_batches
+from runtime.cost import FORWARD, TRAINING_STEP, compile_planned, training_batches
 from runtime.device import synchronise
-from runtime.safe_io import InputError, sha256, write_json, write_tensors
+from runtime.safe_io import InputError, sha256, sha256_of_tensors, write_json, write_tensors
 from runtime.seeding import derive_seed
 from runtime.training import require_finite
-from synsets import TrainConfig, training_set
+from synsets import TrainConfig, labellers_of, pack_labellers, training_set
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -48,6 +48,15 @@ class TrainingPlan:
     precision: str
     compile: bool
     seed: int
+
+
+def read_labellers(paths, data):
+    """Networks of files whose names say the architecture, as a SyntheticSet holds them."""
+    labellers = []
+    for path in paths:
+        model = read_input(path, NETWORKS, is_set=False).model or "ConvNet"
+        labellers += pack_labellers([load_into(network_for(data, model, 0), path)], model)
+    return labellers
 
 
 def target_from_network(source, data):
@@ -93,7 +102,7 @@ def targets_from_synset(source, data, folder, plan):
         lambda k, _: distributed.print_rank0(f"trained {untrained[k][0].name}"))
     for target, _, _ in planned:
         target.net = load_into(network_for(data, source.model, 0), target.meta["file"]).eval()
-        meta = json.loads(_meta_path(target).read_text())
+        meta = {**asdict(TrainConfig()), **json.loads(_meta_path(target).read_text())}
         for key in target.meta.keys() - {"file", "set", "set_index"}:
             if meta.get(key) != target.meta[key]:
                 raise InputError(f"{target.meta['file']} was trained with another {key} "
@@ -109,25 +118,29 @@ def _meta_path(target):
 def _plan_set(source, index, data, folder, config, plan):
     """Yields (TargetModel, SyntheticSet to train on, key of its seeds) for one set of a file."""
     file = source.synset
-    synset = SyntheticSet(*(x if x is None else x.to(data.device) for x in file.sets[index]))
+    synset = file.sets[index].to(data.device)
     ipc = len(synset.labels) // data.num_classes
     soft, no_classes = synset.soft_labels is not None, file.labels_from_soft
     if soft and no_classes and "own" not in plan.labels:
         raise InputError(f"{source.path} has soft labels only, no classes; leave out --labels hard")
-    kinds = ["soft"] if soft and "own" in plan.labels else []
-    if not soft or "hard" in plan.labels and not no_classes:
+    own = "online" if synset.labellers else "soft" if soft else "hard"
+    kinds = [own] if "own" in plan.labels or own == "hard" else []
+    if own != "hard" and "hard" in plan.labels and not no_classes:
         kinds.append("hard")
     for kind, i in itertools.product(kinds, range(plan.num_eval)):
-        method = f"{source.method}-hard" if soft and kind == "hard" else source.method
+        method = f"{source.method}-hard" if kind != own else source.method
         name = f"{method}_{source.model}_{data.name}_{ipc}_None_{index}-{i}.pth"
         # Both kinds of labels start from the same network: the key has the method of the file.
         key = "evaluate", source.method, ipc, index, "None", i
         meta = {"file": str(folder / name), "set": str(source.path), "set_index": index,
                 "labels": kind, "seed": plan.seed, **asdict(config), "pack": file.pack,
                 "precision": plan.precision, "set_sha256": file.sha256()}
+        if kind == "online":
+            meta["labellers"] = [sha256_of_tensors(labeller["state"].values())
+                                 for labeller in synset.labellers]
         if plan.images:
             meta["images"] = plan.images
-        variant = synset if kind == "soft" else synset._replace(soft_labels=None)
+        variant = synset if kind == own else synset._replace(soft_labels=None, labellers=[])
         yield TargetModel(name, method, ipc, source.model, None, meta), variant, key
 
 
@@ -135,14 +148,18 @@ def _train(target, synset, key, config, pack, data, plan, count):
     """Train one of `count` networks on a SyntheticSet and write it with its .json."""
     set_precision(plan.precision)
     images, labels = training_set(synset, pack)
+    labellers = labellers_of(synset, data.device)
     seeds = {f"seed_{what}": derive_seed(plan.seed, *key, what) for what in ("init", "train")}
     net = network_for(data, target.model, seeds["seed_init"])
     if plan.compile:
         batches = training_batches(len(labels), config.batch_train, (config.epochs + 1) * count)
         compile_planned(net, data, {"trained": batches}, distributed.print_rank0)
+        for labeller in labellers[:1]:
+            scored = {size: work * FORWARD / TRAINING_STEP for size, work in batches.items()}
+            compile_planned(labeller, data, {"scored": scored}, distributed.print_rank0)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seeds["seed_train"])
-    utils.train_on_set(net, images, labels, config, generator)
+    utils.train_on_set(net, images, labels, config, generator, labellers=labellers)
     synchronise(data.device)
     seconds, path = round(time.perf_counter() - start, 2), Path(target.meta["file"])
     total = float(sum(parameter.detach().abs().sum() for parameter in net.parameters()))

@@ -16,7 +16,7 @@ from runtime.cuda_graphs import graphed_call
 from runtime.device import MICRO_BATCH, copy_to_device
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import step_on_set
-from synsets import LR_SCHEDULES, TrainConfig, label_loss, training_set
+from synsets import LR_SCHEDULES, TrainConfig, label_loss, labellers_of, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures
 EPOCHS_AHEAD = 50  # of which the random numbers are drawn at once
@@ -155,7 +155,7 @@ def wrong_only_in_bf16(net, images, labels, micro_batch=MICRO_BATCH):
 def train_config(args):
     """How the flags of a ROME script say that a set is trained on."""
     return TrainConfig(args.epoch_eval_train, args.lr_net, args.batch_train, args.dsa_strategy,
-                       args.label_temperature, args.lr_schedule)
+                       args.label_temperature, args.lr_schedule, args.mix, args.noise, args.ema)
 
 
 class Evaluator:
@@ -188,17 +188,19 @@ class Evaluator:
         images (test images with --select test or last), None unless `select`; seconds.
         """
         images, labels = (x.to(self.data.device) for x in training_set(synset, pack))
+        train_set = images, labels, labellers_of(synset, self.data.device)
 
         def evaluate_one(k):
             key_of_network = ("evaluate", *key, *self.networks[k])
-            return self._evaluate_network(images, labels, self.networks[k][0], key_of_network,
-                                          select)
+            return self._evaluate_network(train_set, self.networks[k][0], key_of_network, select)
         return self.map_dynamic(self.num_networks, evaluate_one)
 
-    def _evaluate_network(self, images, labels, model, key, select):
+    def _evaluate_network(self, train_set, model, key, select):
+        images, labels, labellers = train_set
         start, data, threat = time.perf_counter(), self.data, self.threat
         net = network_for(data, model, derive_seed(self.seed, *key, "init"))
-        train_on_set(net, images, labels, self.config, make_generator(self.seed, *key, "train"))
+        train_on_set(net, images, labels, self.config, make_generator(self.seed, *key, "train"),
+                     labellers=labellers)
         generator = make_generator(self.seed, *key, "attack", device=data.device)
         test_images, test_labels = self.test_set
         robust = robust_accuracies(net, test_images, test_labels, threat, generator,

@@ -244,5 +244,14 @@ def _match_classes(entry, data):
     number = torch.tensor([ours.index(name) for name in theirs])
     for i, one in enumerate(synset.sets):
         soft = None if one.soft_labels is None else one.soft_labels[:, number.argsort()]
-        synset.sets[i] = one._replace(labels=number[one.labels], soft_labels=soft)
+        labellers = [_permuted(labeller, number.argsort()) for labeller in one.labellers]
+        synset.sets[i] = one._replace(labels=number[one.labels], soft_labels=soft,
+                                      labellers=labellers)
     synset.notes.append("classes numbered by their names")
+
+
+def _permuted(labeller, order):
+    """A labeller whose class scores come in another order."""
+    state = {key: value[order] if key.startswith("classifier.") else value
+             for key, value in labeller["state"].items()}
+    return {**labeller, "state": state}

@@ -1,7 +1,8 @@
 """The layouts in which the field stores synthetic sets (docs/foreign_files.md has the table).
 
 Each reader returns (sets, meta, files, notes): [(images, labels, soft labels or None), ...] as
-stored; a dict, what the file declares; the paths that were read; sentences on what was found.
+stored, perhaps each with labellers; a dict, what the file declares; the paths that were read;
+sentences on what was found.
 """
 
 import csv
@@ -35,27 +36,36 @@ def read_layout(path):
 
 
 def _read_dict(path, content):
-    """The DC layout: data, and of these scripts soft_labels and meta."""
+    """The DC layout: data, and of these scripts soft_labels, labellers and meta."""
     meta, pairs = content.get("meta", {}), content.get("data")
     if not isinstance(pairs, (list, tuple)) or not pairs or not isinstance(meta, dict):
         keys = keys_of(content)
         raise InputError(f"{path}: a dict without a list 'data' of [images, labels], but {keys}")
     soft = content.get("soft_labels")
     soft = [None] * len(pairs) if soft is None else soft
+    labellers = content.get("labellers", [[]] * len(pairs))
     try:
-        sets = [(*pair, rows) for pair, rows in zip(pairs, soft, strict=True)]
+        sets = [(*pair, *more) for pair, *more in zip(pairs, soft, labellers, strict=True)]
     except (TypeError, ValueError):
-        raise InputError(f"{path}: data or soft_labels is no list of all sets") from None
+        raise InputError(f"{path}: data, soft_labels or labellers is no list of all sets") from None
     return sets, meta, [path], []
 
 
 def _read_safetensors(path):
-    """Tensors images, labels and perhaps soft_labels; the meta as JSON in the header."""
+    """Tensors images, labels and perhaps soft_labels; the meta as JSON in the header. Parameters
+    of labeller i are labellers.<i>.<name>; its architecture is number i of the meta's labellers."""
     tensors, header = read_safetensors(path)
     meta = _meta_from_json(path, header.get("meta", "{}"))
     if not {"images", "labels"} <= set(tensors):
         raise InputError(f"{path} has the tensors {keys_of(tensors)}; expected images and labels")
-    return [(tensors["images"], tensors["labels"], tensors.get("soft_labels"))], meta, [path], []
+    labellers = []
+    for i, model in enumerate(meta.get("labellers", [])):
+        prefix = f"labellers.{i}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items()
+                 if key.startswith(prefix)}
+        labellers.append({"model": model, "state": state})
+    one = tensors["images"], tensors["labels"], tensors.get("soft_labels"), labellers
+    return [one], meta, [path], []
 
 
 def _read_pair_of_files(path, images):

@@ -15,6 +15,7 @@ from runtime.measures import by_model
 from runtime.safe_io import InputError, reason, sha256, write_tensors
 
 SPACES = ("normalised", "pixels")  # of images, --images
+MAX_LABELLERS = 16
 SUM_TOLERANCE = 0.01  # of a row of probabilities, which may be stored as bfloat16
 ADVICE = {kind: "; --images pixels converts them" for kind in PIXEL_SCALES}
 ADVICE["ZCA-whitened images"] = "; --zca declares it"
@@ -25,11 +26,18 @@ class SyntheticSet(NamedTuple):
 
     images: (N, C, H, W) float32, normalised. labels: (N,) int64. soft_labels: logits (N*pack*pack,
     classes) float32, a row for each sub-image in the order of `augment.unpack`; or None.
+    labellers: networks that label what a student sees, [{"model": name, "state": state_dict}, ...].
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     soft_labels: torch.Tensor = None
+    labellers: list = ()
+
+    def to(self, device):
+        """The same set, with its tensors on the device; labellers stay."""
+        images, labels, soft_labels = (x if x is None else x.to(device) for x in self[:3])
+        return self._replace(images=images, labels=labels, soft_labels=soft_labels)
 
     def images_per_class(self):
         """Stored images of each class, at least 1, if the classes are balanced."""
@@ -148,6 +156,7 @@ META = {
     "flags": ("a dict", _is(dict)),
     "recipe": ("a dict", lambda x: isinstance(x, dict) and isinstance(x.get("teachers", []), list)),
     "classes": ("a list", _is(list)),
+    "labellers": ("a list", _is(list)),
     "packed": ("True or False", _is(bool)),
     "zca": ("True or False", _is(bool)),
     "pack": ("1, 2, 4 or 8", lambda x: type(x) is int and x in (1, *PACKS)),
@@ -172,8 +181,9 @@ def _tensor(array):
 def _checked(name, stored, pack):
     """(SyntheticSet, kind of its labels, whether its classes come from soft ones)."""
     try:
-        images, labels = map(_tensor, stored[:2])
-        (soft,) = (x if x is None else _tensor(x) for x in stored[2:])
+        images, labels, soft, *labellers = stored
+        images, labels = _tensor(images), _tensor(labels)
+        soft = None if soft is None else _tensor(soft)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} is no pair of images and labels ({reason(error)})") from None
     is_numeric = images.is_floating_point() or images.dtype == torch.uint8
@@ -197,7 +207,25 @@ def _checked(name, stored, pack):
         found = f"labels {labels.dtype} {tuple(labels.shape)} for {len(images)} images"
         raise InputError(f"{name}: {found}; expected whole numbers (N,), or floats (N, classes)")
     soft, kind = _logits(name, soft, len(images) * pack**2)
-    return SyntheticSet(images.contiguous(), labels.long(), soft), kind, from_soft
+    labellers = _checked_labellers(name, *labellers)
+    if labellers:
+        kind += f" and {len(labellers)} labeller(s), {labellers[0]['model']}"
+    return SyntheticSet(images.contiguous(), labels.long(), soft, labellers), kind, from_soft
+
+
+def _checked_labellers(name, given=()):
+    """The networks of a set; whether they are networks of ours, `synsets.labellers_of` sees."""
+    if not isinstance(given, (list, tuple)) or len(given) > MAX_LABELLERS:
+        raise InputError(f"{name}: expected a list of at most {MAX_LABELLERS} labellers")
+    for labeller in given:
+        state = labeller.get("state") if isinstance(labeller, dict) else None
+        if not isinstance(state, dict) or not isinstance(labeller.get("model"), str):
+            raise InputError(f"{name}: a labeller is no dict of model and state")
+        for key, value in state.items():
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+                raise InputError(f"{name}: the state of a labeller is no state_dict")
+            _check_finite(name, f"labeller's {key}", value)
+    return list(given)
 
 
 def _check_finite(name, what, values):
@@ -224,9 +252,9 @@ def _logits(name, soft, count):
 def save_synset(path, sets, rows, meta):
     """Write synthetic sets in the DC layout, which torch.load(path, weights_only=True) reads.
 
-    sets: a SyntheticSet for each experiment, all with soft labels or none. rows: of an Evaluator;
-    their robust accuracy is `accs_all_exps`, as in published files, the clean one goes into the
-    meta. meta: plain Python values.
+    sets: a SyntheticSet for each experiment, all with soft labels, with labellers, or neither.
+    rows: of an Evaluator; their robust accuracy is `accs_all_exps`, as in published files, the
+    clean one goes into the meta. meta: plain Python values.
     """
     def copy(tensor):
         return tensor.detach().cpu().clone()
@@ -234,6 +262,8 @@ def save_synset(path, sets, rows, meta):
     content = {"data": [[copy(one.images).float(), copy(one.labels)] for one in sets]}
     if sets[0].soft_labels is not None:
         content["soft_labels"] = [copy(one.soft_labels).float() for one in sets]
+    if sets[0].labellers:
+        content["labellers"] = [list(one.labellers) for one in sets]
     models = by_model(rows)
     content["accs_all_exps"] = {name: model["robust_acc"] for name, model in models.items()}
     clean_accs = {name: model["clean_acc"] for name, model in models.items()}

@@ -32,11 +32,16 @@ def add_common_flags(parser):
         help="real images attacked at a time; 0: by the free memory")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add_switch(parser, "compile", True, "torch.compile for the batches that are worth it")
-    add_switch(parser, "cuda_graphs", True, "CUDA: capture and replay CUDA graphs")
-    add("--deterministic", action="store_true",
-        help="CUDA: refuse operations that are not repeatable")
+    add_computing_flags(parser)
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
         help="bf16: in training, not in evaluation; auto: bf16 if the device has it, else tf32")
+
+
+def add_computing_flags(parser):
+    """What matters on a GPU only."""
+    add_switch(parser, "cuda_graphs", True, "CUDA: capture and replay CUDA graphs")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="CUDA: refuse operations that are not repeatable; compile nothing")
 
 
 def add_run_flags(parser):
@@ -113,4 +118,4 @@ def _leave(text, status):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if text:
         distributed.write_line(f"{Path(sys.argv[0]).name}: {text}", sys.stderr)
-    sys.exit(status)
+    distributed.leave(status)

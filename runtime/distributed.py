@@ -51,7 +51,6 @@ def init(flags):
     device, backend = _own_device(flags["device"]), "gloo"
     if device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # so that errors can be caught
         torch.cuda.set_device(device)
     with _one_line_errors():
         store, *_ = next(rendezvous("env://", number, size, timeout=TIMEOUT))
@@ -83,9 +82,16 @@ def shutdown():
     if _world:
         barrier()  # process 0 may hold the store that others still read
         dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # threads of torch.distributed sometimes abort an interpreter that ends
+        leave(0)
+
+
+def leave(status):
+    """Exit. Threads of torch.distributed may abort, or hold up, an interpreter that ends."""
+    if not launched_by_torchrun():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

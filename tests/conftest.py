@@ -49,6 +49,25 @@ def sets_and_meta(path, packed=1):
     return file.sets, file.meta
 
 
+def run_main(script, *arguments):
+    """A script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+def real_images(data, ipc):
+    """The same training images of each class, class-major."""
+    return torch.cat([data.sample_class(c, ipc, torch.Generator().manual_seed(c))
+                      for c in range(data.num_classes)])
+
+
+def write_set(path, images, labels, **meta):
+    """A file of one set in the DC layout."""
+    torch.save({"data": [[images, labels]], "meta": meta}, path)
+    return path
+
+
 def run_in(monkeypatch, script, folder, *flags):
     """The main of a script in this process, its files under `folder`."""
     folder.mkdir(exist_ok=True)
@@ -90,18 +109,18 @@ def cifar_like(tmp_path_factory):
     return write_cifar_like(tmp_path_factory.mktemp("data"), 200, 100)
 
 
-def write_cifar_like(folder, train, test):
-    """Write `folder`/cifar10.npz: so many images of ten easy classes."""
+def write_cifar_like(folder, train, test, classes=10):
+    """Write `folder`/cifar<classes>.npz: so many images of easy classes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    arrays = {"classes": np.array([f"class{c}" for c in range(10)])}
-    base = rng.integers(40, 216, (10, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (10, 32, 32, 3)
+    arrays = {"classes": np.array([f"class{c}" for c in range(classes)])}
+    base = rng.integers(40, 216, (classes, 4, 4, 3)).repeat(8, 1).repeat(8, 2)  # (., 32, 32, 3)
     for split, n in (("train", train), ("test", test)):
-        y = np.arange(n) % 10
+        y = np.arange(n) % classes
         noise = rng.integers(-40, 40, (n, 32, 32, 3))
         arrays[f"x_{split}"] = (base[y] + noise).astype(np.uint8)
         arrays[f"y_{split}"] = y.astype(np.uint8)
-    np.savez(folder / "cifar10.npz", **arrays)
+    np.savez(folder / f"cifar{classes}.npz", **arrays)
     return folder
 
 

@@ -186,6 +186,7 @@ def fake_cuda(monkeypatch, memory=80 << 30):
         return captured
     cuda = {"get_device_name": lambda device=None: "Fake GPU",
             "mem_get_info": lambda device=None: (memory, memory),
+            "max_memory_reserved": lambda device=None: memory,
             "synchronize": lambda _=None: device.syncs.update(["synchronize"]),
             "device": lambda device: contextlib.nullcontext(),
             "get_rng_state": lambda device=None: torch.zeros(8, dtype=torch.uint8),

@@ -28,11 +28,12 @@ from conftest import write_cifar_like  # noqa: E402
 from fake_cuda import run_again  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-PUBLISHED = """--dataset CIFAR10 --model ConvNet --init real --lr_img 0.2 --num_exp 1 --num_eval 1
+PUBLISHED = """--model ConvNet --init real --lr_img 0.2 --num_exp 1 --num_eval 1
     --net_decay --embed_last 1000 --syn_ce --ce_weight 0.5 --train_net_num 1 --aug --no_baseline
     --test_limit 2000 --save_interval 5""".split()
-SMALL = """--model ConvNetW32 --trained_bs 8 --batch_real 2 --model_train_steps 1 --fetch_net_num 1
-    --test_limit 20 --epoch_eval_train 1 --Iteration 12 --eval_interval 12""".split()
+SMALL = """--model ConvNetW32 --ipc 1 --trained_bs 8 --batch_real 2 --model_train_steps 1
+    --fetch_net_num 1 --test_limit 20 --epoch_eval_train 1 --Iteration 12
+    --eval_interval 12""".split()
 
 
 def say(**values):
@@ -251,9 +252,9 @@ def waits_and_profile(train, steps):
 
 def run(script, folder, *flags, stop_at=None):
     """Run a script in `folder`, its output printed. stop_at: SIGTERM at that iteration's line."""
-    data = Path(tempfile.gettempdir()) / "rome_made_up"
-    if not (data / "cifar10.npz").exists():
-        write_cifar_like(data, 50000 if CUDA else 600, 10000 if CUDA else 200)
+    data, classes = Path(tempfile.gettempdir()) / "rome_made_up", 100 if "100" in script else 10
+    if not (data / f"cifar{classes}.npz").exists():
+        write_cifar_like(data, *((50000, 10000) if CUDA else (600, 200)), classes)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-u", str(ROOT / script), "--data_path", str(data), *map(str, flags)]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True,
@@ -266,10 +267,10 @@ def run(script, folder, *flags, stop_at=None):
     assert process.returncode == (0 if stop_at is None else 143), process.returncode
 
 
-def rome(*flags, name="tf32", ipc=10, iterations=41):
+def rome(*flags, name="tf32", ipc=10, iterations=41, script="ROME_cifar10.py"):
     """The published command, shortened: seconds an iteration, its losses."""
     with tempfile.TemporaryDirectory() as folder:
-        run("ROME_cifar10.py", Path(folder), *PUBLISHED, "--ipc", ipc, "--Iteration", iterations,
+        run(script, Path(folder), *PUBLISHED, "--ipc", ipc, "--Iteration", iterations,
             "--eval_interval", iterations, "--epoch_eval_train", "50", *flags,
             *([] if CUDA else SMALL))
         (metrics,) = Path(folder).glob("result/*/metrics.jsonl")
@@ -345,6 +346,8 @@ STEPS = {  # name: (seconds at most, what it runs)
     "resume": (150, resume),
     "bf16": (120, lambda: capture(True, "bf16")),
     "rome_ipc1": (120, lambda: rome("--batch_real", 5000, name="ipc 1", ipc=1, iterations=11)),
+    "rome_cifar100": (150, lambda: rome("--model_train_steps", 50, name="CIFAR-100, ipc 50", ipc=50,
+                                        iterations=11, script="ROME_cifar100.py")),
     "rome_no_graphs": (90, lambda: rome("--no_cuda_graphs", name="tf32, no graphs")),
     "rome_bf16_no_graphs": (90, lambda: rome("--precision", "bf16", "--no_cuda_graphs",
                                              name="bf16, no graphs")),

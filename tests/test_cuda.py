@@ -1,8 +1,10 @@
 """The scripts on a stand-in for a CUDA device (fake_cuda.py), interrupted and resumed too."""
 import contextlib
 import json
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,8 +93,8 @@ def test_an_interrupted_run_ends_as_a_whole_one(cuda, tmp_path, monkeypatch, scr
     evaluation and the result."""
     evaluate_network = utils.Evaluator._evaluate_network
 
-    def first_is_best(self, images, labels, model, key, select):
-        row = evaluate_network(self, images, labels, model, key, select)
+    def first_is_best(self, train_set, model, key, select):
+        row = evaluate_network(self, train_set, model, key, select)
         return {**row, "select_acc": 1 / key[2] if select else None}  # key: "evaluate", exp, it
     monkeypatch.setattr(utils.Evaluator, "_evaluate_network", first_is_best)
     main(monkeypatch, tmp_path / "a", script, *ROME, *flags)
@@ -147,7 +149,7 @@ def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
         if len(calls) == 6:
             raise KeyboardInterrupt
         return run_slice(*args)
-    monkeypatch.setattr(evaluate, "SLICE", 4)
+    monkeypatch.setattr(evaluate, "SLICE", 1)
     monkeypatch.setattr(evaluate, "run_slice", disturbed)
     with pytest.raises(KeyboardInterrupt):
         main(monkeypatch, tmp_path / "out", evaluate, *flags, "--device", "cuda")
@@ -245,3 +247,11 @@ def test_autoattack_seeds_the_device_of_its_images(cuda, monkeypatch):
         labels = net(x).argmax(1)
     x_adv = autoattack(net, x, labels, iterations=2, queries=5, generator=generator)
     assert isinstance(x_adv, CudaTensor) and seeded and all(at == [x.device] for at in seeded)
+
+
+def test_the_checks_for_a_gpu_run_without_one(tmp_path):
+    """tests/gpu.py, small, with a stand-in for graphs."""
+    steps = ["env", "capture", "failed", "training", "nccl"]
+    command = [sys.executable, Path(__file__).with_name("gpu.py"), *steps, "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert all(f"{step}: ok" in done.stdout for step in steps), done.stdout + done.stderr

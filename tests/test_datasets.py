@@ -8,7 +8,7 @@ import torchvision
 from conftest import random_dataset
 from PIL import Image
 
-from datasets import DATASETS, Dataset, dataset_name, load_dataset, random_indices
+from datasets import DATASETS, dataset_name, load_dataset, random_indices
 from runtime.safe_io import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
@@ -49,11 +49,9 @@ def test_normalisation():
 def test_zca():
     """Whitening of the pixels as numpy's eigenvectors have it, in place of the normalisation."""
     pytest.importorskip("kornia")
-    images = torch.randint(256, (400, 3, 4, 4), dtype=torch.uint8)
+    data = random_dataset(per_class=40)
+    images = data.images["train"] = data.images["train"][:, :, :4, :4]
     images[:, :, :, 1:] = images[:, :, :, :1] // 2 + images[:, :, :, 1:] // 2  # correlated
-    labels = torch.arange(400) % 4
-    data = Dataset("d", {"train": images, "test": images}, {"train": labels, "test": labels},
-                   "abcd", mean=(0.5,) * 3, std=(0.25,) * 3)
     data.fit_zca()
     x, _ = data.get_batch("train", slice(None))
     pixels = images.flatten(1).double().numpy() / 255
@@ -76,43 +74,24 @@ def test_random_indices(n, total):
         assert ((counts - expected) ** 2 / expected).sum() < 40  # chi-square of 11: p = 4e-5
 
 
-def test_sampling():
-    data, generator = random_dataset(per_class=8), torch.Generator()
-    for n in (5, 5000):  # some of a class, the whole class
-        indices = data.sample_class_indices(4, n, generator.manual_seed(0))
-        assert len(set(indices.tolist())) == min(n, 8) and (indices % 10 == 4).all()
-        x = data.sample_class(4, n, generator.manual_seed(0))
-        assert torch.equal(x, data.get_batch("train", indices)[0])
-    _, labels = data.sample(80, generator)
-    assert torch.bincount(labels).tolist() == [8] * 10
-
-
-def test_cifar_must_be_whole_and_of_its_size(tmp_path):
-    content = write_npz(tmp_path / "cifar10.npz").read_bytes()
-    with pytest.raises(InputError, match=r"cifar10.npz: .*\(8, 8, 3\); CIFAR10 has \(32, 32, 3\)"):
-        load_dataset("CIFAR10", tmp_path)
-    for damaged in content[:-1000], b"", content[:1000] + bytes(9) + content[1009:]:
-        (tmp_path / "cifar10.npz").write_bytes(damaged)
-        with pytest.raises(InputError, match="^[^\n]*cifar10.npz is damaged[^\n]*$"):
-            load_dataset("CIFAR10", tmp_path)
-
-
-def fake_cifar(root, train, download):
-    """As torchvision's class."""
-    images = np.random.default_rng(int(train)).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    return SimpleNamespace(data=images, targets=list(range(10)) * 2, classes=list("abcdefghij"))
-
-
 def test_download(tmp_path, monkeypatch):
     """torchvision's data set becomes the npz, which is then enough; without either, one line."""
     def no_network(*args, **kwargs):
         raise OSError("no network")
+
+    def fake_cifar(root, train, download):
+        images = np.random.default_rng(int(train)).integers(0, 256, (20, 32, 32, 3), np.uint8)
+        return SimpleNamespace(data=images, targets=list(range(10)) * 2,
+                               classes=list("abcdefghij"))
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake_cifar)
     first = load_dataset("CIFAR10", tmp_path)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     second = load_dataset("CIFAR10", tmp_path)
     assert first.fingerprint() == second.fingerprint() and second.classes == list("abcdefghij")
     assert torch.equal(first.images["train"], chw(fake_cifar("", True, True).data))
+    write_npz(tmp_path / "cifar10.npz")
+    with pytest.raises(InputError, match=r"cifar10.npz: .*\(8, 8, 3\); CIFAR10 has \(32, 32, 3\)"):
+        load_dataset("CIFAR10", tmp_path)
     (tmp_path / "cifar10.npz").unlink()
     with pytest.raises(InputError, match="^[^\n]*cifar10.npz [^\n]*no network[^\n]*internet.*$"):
         load_dataset("CIFAR10", tmp_path)
@@ -142,8 +121,6 @@ def test_own_images_in_any_form(tmp_path, images, expected, notes):
     assert np.allclose(data.std, (expected / 255).std((0, 1, 2)), atol=1e-4)
     assert (data.name, data.classes, data.num_classes) == ("myset", ["0", "1", "2"], 3)
     assert data.labels["train"].tolist() == [0, 1, 2] * 4
-    assert data.describe().startswith(f"myset: 12 training and 6 test images, {data.channel}x8x8, "
-                                      "3 classes, normalised with mean [0.")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -154,7 +131,6 @@ def test_own_images_in_any_form(tmp_path, images, expected, notes):
     ({"x_train": np.zeros((12, 5, 8, 8), np.uint8)}, r"\(12, 5, 8, 8\)"),
     ({"x_train": PIXELS[:, :4]}, r"training images are \(4, 8, 3\), test images \(8, 8, 3\)"),
     ({"y_train": np.eye(12, 3)}, r"\(12, 3\); expected \(12,\)"),
-    ({"y_train": np.zeros(11, int)}, r"\(11,\)"),
     ({"y_train": np.arange(12) / 2}, r"expected \(12,\) whole numbers"),
     ({"y_train": np.full(12, 1 + 1j)}, "complex128 .*; expected"),
     ({"y_train": np.zeros(12, int)}, "class 1 has no training image"),
@@ -167,15 +143,12 @@ def test_own_data_that_is_refused(tmp_path, changes, message):
         load_dataset(write_npz(tmp_path / "own.npz", **changes), "")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("MNIST", "'MNIST'.*CIFAR10, CIFAR100, Digits, or .* .npz file or folder"),
-    ("cifar10.npz", "cannot be called 'cifar10': .*--data_path"),
-    ("___.npz", "cannot be called ''"),
-])
-def test_names_of_data_sets(tmp_path, name, message):
+def test_names_of_data_sets(tmp_path):
     assert [dataset_name(name) for name in ("cifar10", "CIFAR-100", "digits")] == list(DATASETS)
-    with pytest.raises(InputError, match=message):
-        dataset_name(write_npz(tmp_path / name) if name.endswith("npz") else name)
+    for name in ("cifar10", "___"):
+        path = write_npz(tmp_path / f"{name}.npz")
+        with pytest.raises(InputError, match="cannot be called '(cifar10)?': .*--data_path"):
+            dataset_name(path)
 
 
 def test_own_folders_of_pictures(tmp_path):
@@ -189,4 +162,4 @@ def test_own_folders_of_pictures(tmp_path):
     assert (data.name, data.classes) == ("pets", ["cat", "dog", "eel"])
     assert torch.equal(data.images["train"], chw(PIXELS)) and len(data.labels["test"]) == 6
     with pytest.raises(InputError, match="has train/<class>/ and test/<class>/"):
-        load_dataset(tmp_path / "pets" / "train", "")
+        load_dataset(tmp_path, "")

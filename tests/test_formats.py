@@ -5,34 +5,27 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import sets_and_meta
+from conftest import sets_and_meta, write_set
 
 from formats.network_file import load_into
-from formats.synset_file import SyntheticSet, pack_of, save_synset
+from formats.synset_file import SyntheticSet, pack_of, read_synset, save_synset
 from networks import get_network
 from runtime.safe_io import InputError
+from synsets import TrainConfig
 
 IMAGES = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10).repeat_interleave(2)
-SOFT = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
-
-
-def dc_layout(meta=None):
-    accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.25)]}
-    sets = {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]], "accs_all_exps": accuracies}
-    return {**sets, "meta": meta} if meta else sets
-
-
-def small_network(seed=0, name="ConvNetBN"):
-    return get_network(name, 3, 10, (32, 32), seed)
+SOFT = 3 * torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("meta", [{}, {"packed": True, "mean": [0.1]}])
 def test_dc_layout_with_numpy_numbers(tmp_path, zipped, meta):
-    path = tmp_path / "res.pt"
-    torch.save(dc_layout(meta), path, _use_new_zipfile_serialization=zipped)
-    sets, read = sets_and_meta(path)
+    content = {"data": [[IMAGES, LABELS], [IMAGES + 1, LABELS]],
+               "accs_all_exps": {"ConvNet": [np.float64(0.5), np.float32(0.25)]}}
+    content |= {"meta": meta} if meta else {}
+    torch.save(content, tmp_path / "res.pt", _use_new_zipfile_serialization=zipped)
+    sets, read = sets_and_meta(tmp_path / "res.pt")
     assert read == meta and len(sets) == 2
     assert torch.equal(sets[1].images, IMAGES + 1) and torch.equal(sets[1].labels, LABELS)
 
@@ -48,23 +41,39 @@ def test_pickled_pair(tmp_path, monkeypatch, protocol, kind):
         pair = tuple(x.numpy() for x in pair) if kind == "numpy" else pair
         path.write_bytes(pickle.dumps(pair, protocol))
     assert kind != "cuda" or b"cuda:0" in path.read_bytes()
-    ((images, labels, soft),), meta = sets_and_meta(path)
+    ((images, labels, soft, *_),), meta = sets_and_meta(path)
     assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     assert images.device.type == "cpu" and meta == {} and soft is None
 
 
-@pytest.mark.parametrize("name", ["images.pt", "images_best.pt"])
-@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None], SOFT, SOFT.softmax(1)])
-def test_images_beside_labels(tmp_path, name, labels):
+@pytest.mark.parametrize("labels, kind, tolerance", [
+    (LABELS, "hard labels", None),
+    (LABELS[:, None], "hard labels", None),
+    (SOFT, "soft labels (logits)", 1e-6),
+    (SOFT.softmax(1), "soft labels (probabilities)", 1e-6),
+    (SOFT.softmax(1).bfloat16(), "soft labels (probabilities)", 0.01),
+])
+@pytest.mark.parametrize("end, rate", [(".pt", "lr.pt"), ("_best.pt", "lr_best.pt"),
+                                       ("_best.pt", "lr.pt")])
+def test_images_beside_labels(tmp_path, labels, kind, tolerance, end, rate):
     """MTT, DATM and DD-Ranking: classes, logits, or probabilities, which become logarithms."""
-    torch.save(IMAGES, tmp_path / name)
-    with pytest.raises(InputError, match=f"{name.replace('images', 'labels')} does not exist"):
-        sets_and_meta(tmp_path / name)
-    torch.save(labels, tmp_path / name.replace("images", "labels"))
-    ((images, hard, soft),), _ = sets_and_meta(tmp_path / name)
-    are_soft = labels.is_floating_point()
-    assert torch.equal(images, IMAGES) and torch.equal(hard, SOFT.argmax(1) if are_soft else LABELS)
-    assert not are_soft or torch.allclose(soft.softmax(1), SOFT.softmax(1), atol=1e-6)
+    path = tmp_path / f"images{end}"
+    torch.save(IMAGES, path)
+    with pytest.raises(InputError, match=f"labels{end} does not exist"):
+        read_synset(path)
+    torch.save(labels, tmp_path / f"labels{end}")
+    torch.save(torch.tensor(0.0123), tmp_path / rate)
+    file = read_synset(path)
+    images, hard, soft, *_ = file.sets[0]
+    assert file.notes == [kind, "recipe lr_net 0.0123"]
+    assert file.labels_from_soft == bool(tolerance) and torch.equal(images, IMAGES)
+    assert torch.equal(hard, labels.argmax(1) if tolerance else LABELS)
+    assert not tolerance or torch.allclose(soft.softmax(1), SOFT.softmax(1), atol=tolerance)
+    assert TrainConfig.from_meta(file.meta).lr_net == 0.0123
+    for wrong in (torch.tensor(-1.0), torch.zeros(3), {"lr": 1}):
+        torch.save(wrong, tmp_path / rate)
+        with pytest.raises(InputError, match=f"{rate} is no learning rate"):
+            read_synset(path)
 
 
 def dc(images=IMAGES, labels=LABELS, **more):
@@ -76,7 +85,6 @@ MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
 
 @pytest.mark.parametrize("content, message", [
     ({"dat": []}, "without a list 'data'.*'dat'"),
-    ({"data": []}, "without a list 'data'"),
     (dc(IMAGES[0]), r"\(3, 32, 32\)"),
     (dc(IMAGES.long()), "int64"),
     (dc(labels=LABELS[:-1]), r"labels torch.int64 \(19,\)"),
@@ -85,7 +93,7 @@ MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
     (dc(soft_labels=[SOFT], meta={"pack": 2}), r"floats \(80, classes\)"),
     (dc(soft_labels=[SOFT[:, :1]]), r"soft labels are torch.float32 \(20, 1\)"),
     (dc(soft_labels=[SOFT.long()]), "soft labels are torch.int64"),
-    (dc(soft_labels=[SOFT * float("nan")]), "200 values of the soft labels"),
+    (dc(soft_labels=[SOFT * float("nan")]), "2000 values of the soft labels"),
     (dc(soft_labels=["ten"]), "no pair .*str"),
     (dc(soft_labels=[]), "no list of all sets"),
     ({"data": [[IMAGES, LABELS], [IMAGES, SOFT]]}, r"hard labels and soft labels \(logits\)"),
@@ -99,7 +107,6 @@ MANY = torch.zeros(1).expand(1 << 20, 3, 32, 32), torch.zeros(1).expand(1 << 20)
     (dc(*MANY), "would take 12.0 GiB"),
     (dc(IMAGES.index_fill(0, torch.tensor(3), float("nan"))), "3072 values .* not finite"),
     (IMAGES, "no synthetic set"),
-    ([1, 2, 3], "no synthetic set"),
 ])
 def test_wrong_sets(tmp_path, content, message):
     torch.save(content, tmp_path / "set.pt")
@@ -109,30 +116,31 @@ def test_wrong_sets(tmp_path, content, message):
 
 def test_what_is_written_is_in_the_dc_layout(tmp_path):
     """Read as BEARD (data[0]) and others (data[-1]) do, and without executing anything."""
-    path, sets = tmp_path / "res.pt", [SyntheticSet(x, LABELS) for x in (IMAGES, 2 * IMAGES)]
+    path, soft = tmp_path / "res.pt", torch.randn(80, 10)
+    sets = [SyntheticSet(x, LABELS, soft) for x in (IMAGES, 2 * IMAGES)]
     row = {"model": "ConvNet", "n": 5, "clamp_acc": 0, "select_acc": None}
     rows = [{**row, "clean_acc": 0.5 + i, "robust_acc": 0.25 + i} for i in range(2)]
-    save_synset(path, sets, rows, {"packed": True, "mean": [0.1]})
+    save_synset(path, sets, rows, {"pack": 2, "mean": [0.1]})
     file = torch.load(path, weights_only=True)
-    assert set(file) == {"data", "accs_all_exps", "meta"}
+    assert set(file) == {"data", "soft_labels", "accs_all_exps", "meta"}
     (images, labels), (last, _) = file["data"]
     assert torch.equal(images, IMAGES) and torch.equal(last, 2 * IMAGES)
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
     assert file["accs_all_exps"] == {"ConvNet": [0.25, 1.25]}
-    assert file["meta"] == {"packed": True, "mean": [0.1], "clean_accs": {"ConvNet": [0.5, 1.5]}}
+    assert file["meta"] == {"pack": 2, "mean": [0.1], "clean_accs": {"ConvNet": [0.5, 1.5]}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["res.pt"]
+    read, meta = sets_and_meta(path)
+    assert torch.equal(read[1].soft_labels, soft) and torch.equal(read[1].images, 2 * IMAGES)
+    assert pack_of(meta) == 2 and pack_of({"packed": True}) == 2
+    save_synset(path, [one._replace(soft_labels=None) for one in sets], [], {})
+    assert "soft_labels" not in torch.load(path, weights_only=True)
 
 
-def test_soft_labels_are_written_and_read(tmp_path):
-    path, soft = tmp_path / "res.pt", torch.randn(40, 10)
-    save_synset(path, [SyntheticSet(IMAGES[:10], LABELS[:10], soft)], [], {"pack": 2})
-    ((images, _, read),), meta = sets_and_meta(path)
-    assert torch.equal(read, soft) and torch.equal(images, IMAGES[:10]) and pack_of(meta) == 2
-    file = torch.load(path, weights_only=True)
-    torch.save({key: file[key] for key in ("data", "soft_labels")}, path)
-    with pytest.raises(InputError, match=r"are .* \(40, 10\); expected floats \(10, classes\)"):
+def test_soft_labels_of_a_packed_set_by_flag(tmp_path):
+    path, soft = write_set(tmp_path / "res.pt", IMAGES[:10], SOFT.repeat(2, 1)), SOFT.repeat(2, 1)
+    with pytest.raises(InputError, match=r"are .* \(40, 100\); expected floats \(10, classes\)"):
         sets_and_meta(path)
-    assert torch.equal(sets_and_meta(path, packed=2)[0][0].soft_labels, soft)  # --packed 2
+    assert torch.equal(sets_and_meta(path, packed=2)[0][0].soft_labels, soft)
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -143,9 +151,10 @@ def test_soft_labels_are_written_and_read(tmp_path):
     (lambda d: {key: d[key] for key in d if "num_b" not in key}, "without num_batches_tracked"),
 ])
 def test_state_dicts_of_other_programs(tmp_path, wrap, note):
-    net, notes = small_network(1), []
+    net, other = (get_network("ConvNetBN", 3, 10, (32, 32), seed) for seed in (1, 2))
     torch.save(wrap(net.state_dict()), tmp_path / "net.pth")
-    loaded = load_into(small_network(2), tmp_path / "net.pth", notes)
+    notes = []
+    loaded = load_into(other, tmp_path / "net.pth", notes)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters()))
     assert len(notes) == 1 and note in notes[0]
 
@@ -160,11 +169,9 @@ def test_state_dicts_of_other_programs(tmp_path, wrap, note):
     (lambda d: d.clear(), "holds no state_dict"),
 ])
 def test_wrong_networks(tmp_path, change, message):
-    content = small_network(name="ConvNetW32").state_dict()
+    net = get_network("ConvNetW32", 3, 10, (32, 32), 0)
+    content = net.state_dict()
     change(content)
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(InputError, match=f"net.pth.*{message}"):
-        load_into(small_network(name="ConvNetW32"), tmp_path / "net.pth")
-    torch.save([1], tmp_path / "net.pth")
-    with pytest.raises(InputError, match="holds no state_dict"):
-        load_into(None, tmp_path / "net.pth")
+        load_into(net, tmp_path / "net.pth")

@@ -122,7 +122,8 @@ def flags(**changes):
     return argparse.Namespace(**{
         "eval_mode": "S", "model": "MLP", "num_eval": 2, "test_limit": 50, "seed": 0,
         "select": "train", "epoch_eval_train": 60, "lr_net": 0.02, "batch_train": 32,
-        "dsa_strategy": "none", "label_temperature": 1.0, "lr_schedule": "step", **changes})
+        "dsa_strategy": "none", "label_temperature": 1.0, "lr_schedule": "step", "mix": "none",
+        "noise": 0.0, "ema": 0.0, **changes})
 
 
 @pytest.fixture(scope="module")
