@@ -192,7 +192,8 @@ def test_what_is_wrong_only_in_bf16_is_attacked_again(digits_networks, digits, m
 def test_packed_sets_are_unpacked(digits_set, tmp_path, monkeypatch, run):
     """As the meta or a flag says."""
     seen = []
-    monkeypatch.setattr(utils, "train_on_set", lambda net, images, *rest: seen.append(images))
+    monkeypatch.setattr(utils, "train_on_set", lambda net, images, *rest, **options:
+                        seen.append(images))
     data = torch.load(digits_set, weights_only=True)["data"]
     for name, meta, flags in (("ours", {"dataset": "Digits", "packed": True}, []),
                               ("theirs", {}, ["--packed"])):
