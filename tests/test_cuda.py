@@ -159,6 +159,7 @@ def test_evaluation_resumed(cuda, digits, tmp_path, monkeypatch):
     content = json.loads((tmp_path / "out/result/evaluation/results.json").read_text())
     assert content["device"] == "Fake GPU" and content["sanity"]
     assert len(content["rows"]) == 2 + 2 * 6 + 2 + 2
+    assert {row["forward"] for row in content["rows"] if row["attack"] == "PGD"} == {10}
 
 
 # ----------------------------------------------------------------------------------- details
