@@ -23,16 +23,14 @@ EPOCHS_AHEAD = 50  # of which the random numbers are drawn at once
 
 
 # -------------------------------------------------------------- training on a set, and accuracy
-def train_on_set(net, images, labels, config=TrainConfig(), generator=None, attack=None,
-                 labellers=()):
+def train_on_set(net, images, labels, config=TrainConfig(), generator=None, labellers=()):
     """Train a fresh network on a (synthetic) set, in place. Source: SPEC 3.1.
 
     images: (N, C, H, W) normalised, already unpacked. labels: (N,), or soft ones as logits
     (N, num_classes). config: a TrainConfig. generator: CPU, for the order and the augmentation;
-    None: one of seed 0. attack: (augmented images, labels (n,)) -> attacked ones, for adversarial
-    training. labellers: networks whose mean logits label every batch as the network sees it, after
-    augmentation, mixing and noise; `labels` has no part then. Raises ValueError for an unknown
-    schedule.
+    None: one of seed 0. labellers: networks whose mean logits label every batch as the network
+    sees it, after augmentation, mixing and noise; `labels` has no part then. Raises ValueError for
+    an unknown schedule.
     """
     if config.lr_schedule not in LR_SCHEDULES:
         raise ValueError(f"unknown learning rate schedule {config.lr_schedule!r}; choose one of "
@@ -49,9 +47,6 @@ def train_on_set(net, images, labels, config=TrainConfig(), generator=None, atta
     epochs = augmented_batches(images, labels, config, generator, labellers)
     for epoch, batches in enumerate(epochs):
         for batch, batch_labels in batches:
-            if attack:
-                hard = batch_labels if batch_labels.dim() == 1 else batch_labels.argmax(1)
-                batch = attack(batch, hard)
             step_on_set(net, optimizer, batch, batch_labels, label_loss, config.temperature)
             if cosine:
                 cosine.step()

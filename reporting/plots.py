@@ -21,12 +21,6 @@ def new_figure(width, height, columns=1, **options):
 
 
 # ---- transfer
-def draw_results(content, folder):
-    """The transfer between networks, into folder/transfer_*.png. content: of results.json."""
-    for name, figure in figures_of_transfer("transfer", content["transfer"]):
-        save_figure(figure, folder / f"{name}.png")
-
-
 def figures_of_transfer(name, transfer, paper=None):
     """Heat maps of each setting of `transfer_of`, beside those of the paper (its Figure 3) where it
     has the same. Yields (name, figure)."""

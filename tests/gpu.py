@@ -89,7 +89,7 @@ def env():
 def capture(compiled=False, precision="tf32"):
     """CUDA graphs against eager calls: attacks, embedding, a training step; two networks each."""
     from networks import network_for
-    from runtime import compilation, cuda_graphs
+    from runtime import compilation
     stand_in()
     data, threat = random_data()
     model, big, small = ("ConvNet", 2560, 256) if CUDA else ("ConvNetW32", 40, 8)

@@ -2,7 +2,6 @@
 import time
 
 import pytest
-import torch
 from conftest import random_dataset
 
 import experiment

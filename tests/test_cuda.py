@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_dataset, sigterm_at
+from conftest import sigterm_at
 from fake_cuda import CudaTensor, fake_cuda, on_device
 
 import benchmark
@@ -19,10 +19,10 @@ import rome
 import ROME_cifar10
 import ROME_cifar100
 import utils
-from attacks import autoattack, get_threat_model
+from attacks import autoattack
 from augment import dsa_apply, dsa_draw
 from networks import get_network
-from runtime import compilation, cuda_graphs
+from runtime import cuda_graphs
 from runtime.checkpoint import Interrupted
 from runtime.command_line import run_script
 from runtime.device import choose_micro_batch
