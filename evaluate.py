@@ -27,7 +27,7 @@ from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
 from runtime.autoattack import pyautoattack
-from runtime.command_line import (add_computing_flags, add_switch, at_least, fraction,
+from runtime.command_line import (add_gpu_flags, add_switch, at_least, fraction,
                                   method_name, run_script)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.cuda_graphs import use_cuda_graphs
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
-    add_computing_flags(run)
+    add_gpu_flags(run)
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:

@@ -26,12 +26,12 @@ from runtime.device import choose_micro_batch, device_name, get_device, has_bf16
 from runtime.measures import COLUMNS, by_model, percent
 from runtime.perturbation import deferred_checks
 from runtime.progress import ProgressTimer
-from runtime.run_directory import open_run
+from runtime.run_directory import RunDirectory
 from runtime.safe_io import InputError
 from runtime.seeding import make_generator
 from runtime.training import require_finite
 from synsets import (INITS, baseline_packs, baseline_set, class_major, describe_pool_networks,
-                     describe_prior_networks, initial_set, load_initial_sets, pack_labellers,
+                     describe_prior_networks, initial_set, load_initial_sets, stored_labellers,
                      soft_labels)
 
 LOG_INTERVAL = 10  # outer iterations
@@ -152,17 +152,17 @@ class Distillation:
         if args.labels == "hard":
             return {"set": [images, self.label_syn, None], "baselines": {}, "teachers": []}
         networks = [member.net for member in self.pool.members]
-        if args.labels == "online":
-            labellers = pack_labellers(networks, args.model)
-            return {"set": [images, self.label_syn, None, labellers], "baselines": {},
-                    "teachers": describe_prior_networks(args.robust_prior)}
-
-        def label(images, pack_by):
-            return soft_labels(networks, unpack(images, pack_by), self.setup.micro_batch)
         if args.robust_prior:
             teachers = describe_prior_networks(args.robust_prior)
         else:
             teachers = describe_pool_networks(self.pool.members, args.model, args.threat_model)
+        if args.labels == "online":
+            labellers = stored_labellers(networks, args.model)
+            return {"set": [images, self.label_syn, None, labellers], "baselines": {},
+                    "teachers": teachers}
+
+        def label(images, pack_by):
+            return soft_labels(networks, unpack(images, pack_by), self.setup.micro_batch)
         return {"set": [images, self.label_syn, label(images, args.pack)], "teachers": teachers,
                 "baselines": {name: label(synset.images, pack_by) for name, synset, pack_by
                               in baselines(args, self.exp, data)}}
@@ -213,7 +213,7 @@ def run_experiments(args, distill):
         data.fit_zca()
     threat, lines = get_threat_model(args.threat_model, data), describe_inputs(args, data)
     prior, more_lines = load_prior_networks(args.robust_prior, args.model, data, threat.name)
-    with open_run(name=run_name(args, data), save_path=args.save_path,
+    with RunDirectory(name=run_name(args, data), save_path=args.save_path,
                   result_name=f"ROME_res_{args.method}_{data.name}_{args.model}_{args.ipc}ipc.pt",
                   checkpoint_path=args.checkpoint_path, data=data,
                   flags={**vars(args), "precision": precision},
@@ -328,12 +328,7 @@ def check_args(args, data):
         raise InputError(f"--pack {args.pack}: images of {data.size[0]}x{data.size[1]} cannot be "
                          "cut into so many")
     check_class_sizes(args, data)
-    untrained = 0 in (args.Iteration, args.fetch_net_num, args.model_train_steps)
     check_labels(args)
-    if args.labels == "stored" and untrained and not args.robust_prior:
-        raise InputError("--labels stored: no network to give the labels; with --Iteration, "
-                         "--fetch_net_num or --model_train_steps 0 the pool is not trained: name "
-                         "networks with --robust_prior")
     if args.test_limit > len(data.labels["test"]):
         raise InputError(f"--test_limit {args.test_limit} is more than the "
                          f"{len(data.labels['test'])} test images")
@@ -341,6 +336,11 @@ def check_args(args, data):
 
 
 def check_labels(args):
+    untrained = 0 in (args.Iteration, args.fetch_net_num, args.model_train_steps)
+    if args.labels == "stored" and untrained and not args.robust_prior:
+        raise InputError("--labels stored: no network to give the labels; with --Iteration, "
+                         "--fetch_net_num or --model_train_steps 0 the pool is not trained: name "
+                         "networks with --robust_prior")
     if args.labels == "online" and not 0 < len(args.robust_prior) <= MAX_LABELLERS:
         raise InputError(f"--labels online: give 1 to {MAX_LABELLERS} networks with --robust_prior")
     for name in ("mix", "noise"):

@@ -23,8 +23,7 @@ from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_
 from networks import NETWORKS
 from runtime.command_line import add_switch, at_least, method_name, run_script
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
-from synsets import TrainConfig, labellers_of, training_set
-from utils import online_labels
+from synsets import TrainConfig, build_labellers, soft_labels, training_set
 
 
 def parse_args(argv=None):
@@ -220,7 +219,7 @@ def read_set(args):
 def export(args, folder):
     """Write a set and its card into an empty folder. Returns (number of images, kind of labels)."""
     file, meta, description = read_set(args)
-    images, labels, soft_labels, labellers = file.sets[args.index]
+    images, labels, soft, labellers = file.sets[args.index]
     stored, pack = len(labels), file.pack
     if args.hard and file.labels_from_soft:
         raise InputError(f"--hard: {args.set} has soft labels only, no classes of its own")
@@ -233,10 +232,10 @@ def export(args, folder):
         meta["recipe"] = {**meta["recipe"], "pack": pack, "teachers": teachers}
     meta["flags"] = {**meta.get("flags", {}), "method": meta["method"], "model": meta["model"]}
     if labellers and not args.hard and args.to not in WITH_LABELLERS:
-        soft_labels = online_labels(labellers_of(file.sets[args.index]), images)
+        soft = soft_labels(build_labellers(file.sets[args.index]), images)
         description += ", soft labels of the images themselves in place of its labellers"
         labellers = []
-    synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft_labels, labellers)))
+    synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft, labellers)))
     name = LAYOUTS[args.to](folder, synset, meta)
     write_text(folder / "README.md", card(synset, meta, name, description))
     if synset.labellers:

@@ -86,7 +86,7 @@ def training_set(synset, pack):
     return unpack(synset.images, pack), labels
 
 
-def labellers_of(synset, device="cpu"):
+def build_labellers(synset, device="cpu"):
     """The networks of a SyntheticSet that label what a student sees, frozen, in eval mode.
 
     Raises InputError for an unknown architecture or parameters that do not fit it.
@@ -107,7 +107,7 @@ def labellers_of(synset, device="cpu"):
     return networks
 
 
-def pack_labellers(networks, model):
+def stored_labellers(networks, model):
     """Networks of one architecture, as a SyntheticSet holds them: float16, on the CPU."""
     def half(tensor):
         return tensor.detach().cpu().half() if tensor.is_floating_point() else tensor.cpu()
@@ -116,8 +116,8 @@ def pack_labellers(networks, model):
 
 
 def load_labellers(path, index=0):
-    """`labellers_of` set number `index` of a file, for `train_on_set`."""
-    return labellers_of(read_input(path, NETWORKS, is_set=True).synset.sets[index])
+    """The labellers of set number `index` of a file, for `train_on_set`."""
+    return build_labellers(read_input(path, NETWORKS, is_set=True).synset.sets[index])
 
 
 def label_loss(logits, labels, temperature=1.0):

@@ -18,7 +18,7 @@ from runtime.device import synchronise
 from runtime.safe_io import InputError, sha256, sha256_of_tensors, write_json, write_tensors
 from runtime.seeding import derive_seed
 from runtime.training import require_finite
-from synsets import TrainConfig, labellers_of, pack_labellers, training_set
+from synsets import TrainConfig, build_labellers, stored_labellers, training_set
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -55,7 +55,7 @@ def read_labellers(paths, data):
     labellers = []
     for path in paths:
         model = read_input(path, NETWORKS, is_set=False).model or "ConvNet"
-        labellers += pack_labellers([load_into(network_for(data, model, 0), path)], model)
+        labellers += stored_labellers([load_into(network_for(data, model, 0), path)], model)
     return labellers
 
 
@@ -148,7 +148,7 @@ def _train(target, synset, key, config, pack, data, plan, count):
     """Train one of `count` networks on a SyntheticSet and write it with its .json."""
     set_precision(plan.precision)
     images, labels = training_set(synset, pack)
-    labellers = labellers_of(synset, data.device)
+    labellers = build_labellers(synset, data.device)
     seeds = {f"seed_{what}": derive_seed(plan.seed, *key, what) for what in ("init", "train")}
     net = network_for(data, target.model, seeds["seed_init"])
     if plan.compile:

@@ -16,7 +16,7 @@ from runtime.cuda_graphs import graphed_call
 from runtime.device import MICRO_BATCH, copy_to_device
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import step_on_set
-from synsets import LR_SCHEDULES, TrainConfig, label_loss, labellers_of, training_set
+from synsets import LR_SCHEDULES, TrainConfig, label_loss, build_labellers, training_set
 
 SELECT_IMAGES = 2000  # real training images on which --select train measures
 EPOCHS_AHEAD = 50  # of which the random numbers are drawn at once
@@ -68,7 +68,7 @@ def augmented_batches(images, labels, config, generator, labellers=()):
     """For each epoch its batches, as a network sees them: [(images, labels), ...].
 
     Arguments of `train_on_set`. Random numbers are drawn for many epochs ahead, in the order of
-    the batches, and copied to the device of `images` at once: the host does not wait.
+    the batches, and copied without making the host wait for the device of `images`.
     """
     noise_rng = torch.Generator(images.device)
     if config.noise:
@@ -183,7 +183,7 @@ class Evaluator:
         images (test images with --select test or last), None unless `select`; seconds.
         """
         images, labels = (x.to(self.data.device) for x in training_set(synset, pack))
-        train_set = images, labels, labellers_of(synset, self.data.device)
+        train_set = images, labels, build_labellers(synset, self.data.device)
 
         def evaluate_one(k):
             key_of_network = ("evaluate", *key, *self.networks[k])

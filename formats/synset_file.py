@@ -214,7 +214,7 @@ def _checked(name, stored, pack):
 
 
 def _checked_labellers(name, given=()):
-    """The networks of a set; whether they are networks of ours, `synsets.labellers_of` sees."""
+    """The networks of a set; whether they are networks of ours, `synsets.build_labellers` sees."""
     if not isinstance(given, (list, tuple)) or len(given) > MAX_LABELLERS:
         raise InputError(f"{name}: expected a list of at most {MAX_LABELLERS} labellers")
     for labeller in given:

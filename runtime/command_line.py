@@ -32,12 +32,12 @@ def add_common_flags(parser):
         help="real images attacked at a time; 0: by the free memory")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add_switch(parser, "compile", True, "torch.compile for the batches that are worth it")
-    add_computing_flags(parser)
+    add_gpu_flags(parser)
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="tf32",
         help="bf16: in training, not in evaluation; auto: bf16 if the device has it, else tf32")
 
 
-def add_computing_flags(parser):
+def add_gpu_flags(parser):
     """What matters on a GPU only."""
     add_switch(parser, "cuda_graphs", True, "CUDA: capture and replay CUDA graphs")
     parser.add_argument("--deterministic", action="store_true",

@@ -14,7 +14,7 @@ from runtime.safe_io import InputError
 
 # A value is unequal if it differs by more than this share of the largest one.
 TOLERANCE = 1e-2
-MOST_UNEQUAL = 0.05  # values; one that the graph holds fast makes nearly all of them unequal
+MOST_UNEQUAL = 0.05  # share of values; a graph that ignores new inputs gets nearly all wrong
 
 _enabled = False
 _log = print

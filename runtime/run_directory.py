@@ -233,9 +233,6 @@ class RunDirectory:
             save_grid(self.folder / f"{name}.png", images, self.data)
 
 
-open_run = RunDirectory  # on every process
-
-
 def save_grid(path, images, data):
     """Write class-major normalised images (C*n, C, H, W) as one PNG, about 1000 pixels wide.
 

@@ -33,14 +33,14 @@ def pytest_fixture_setup():
 pytest_runtest_call = pytest_fixture_setup
 
 
-def random_dataset(num_classes=10, per_class=8, seed=0):
+def random_dataset(num_classes=10, per_class=8, seed=0, device="cpu"):
     """A Dataset of random images, with CIFAR's normalisation."""
     rng = np.random.default_rng(seed)
     labels = torch.arange(num_classes).repeat(per_class)
     images = {split: torch.from_numpy(rng.integers(0, 256, (len(labels), 3, 32, 32), np.uint8))
               for split in ("train", "test")}
     return Dataset("random", images, {"train": labels, "test": labels},
-                   [str(c) for c in range(num_classes)], **DATASETS["CIFAR10"])
+                   [str(c) for c in range(num_classes)], device=device, **DATASETS["CIFAR10"])
 
 
 def sets_and_meta(path, packed=1):

@@ -48,9 +48,7 @@ def random_data():
     """3000 random images on the device, and its threat model `pixel`."""
     from attacks import get_threat_model
     from conftest import random_dataset
-    data = random_dataset(per_class=300 if CUDA else 6)
-    data = type(data)("random", data.images, data.labels, data.classes, data.mean, data.std,
-                      torch.device("cuda:0" if CUDA else "cpu"))
+    data = random_dataset(per_class=300 if CUDA else 6, device="cuda:0" if CUDA else "cpu")
     return data, get_threat_model("pixel", data)
 
 

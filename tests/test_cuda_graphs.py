@@ -131,7 +131,7 @@ def test_a_failed_capture_ends_the_run_in_one_line(captures, monkeypatch, capsys
     assert stop.value.code == 1 and "--no_cuda_graphs" in line
 
 
-def test_a_graph_that_holds_a_value_fast_is_not_used(captures, monkeypatch):
+def test_a_graph_that_ignores_new_inputs_is_not_used(captures, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "capture", lambda f, device: (f(), lambda: None))
     data, lines = random_dataset(), []
     eager = trained(network(), data)
@@ -147,9 +147,7 @@ def test_real_graphs(precision, request):
     request.addfinalizer(lambda: compilation.set_precision("fp32"))
     request.addfinalizer(cuda_graphs.reset)
     compilation.set_precision(precision)
-    data = random_dataset()
-    data = type(data)("random", data.images, data.labels, data.classes, data.mean, data.std,
-                      torch.device("cuda"))
+    data = random_dataset(device="cuda")
     threat = get_threat_model("pixel", data)
 
     def run(seed):

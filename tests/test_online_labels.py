@@ -16,7 +16,7 @@ from formats.synset_file import MAX_LABELLERS, SyntheticSet, read_synset, save_s
 from networks import get_network
 from runtime.command_line import run_script
 from runtime.safe_io import InputError
-from synsets import TrainConfig, labellers_of, load_labellers, load_synset, pack_labellers
+from synsets import TrainConfig, build_labellers, load_labellers, load_synset, stored_labellers
 
 LABELS = torch.arange(10)
 META = {"dataset": "CIFAR10", "mean": [0.5] * 3, "std": [0.25] * 3, "pack": 2,
@@ -73,7 +73,7 @@ def test_noise_has_the_standard_deviation_asked_for():
 # --------------------------------------------------------------------------------------- files
 def set_file(folder, **changes):
     path = folder / "res_ROME_CIFAR10_MLP_1ipc.pt"
-    one = SyntheticSet(images(), LABELS, None, pack_labellers([teacher()], "MLP"))
+    one = SyntheticSet(images(), LABELS, None, stored_labellers([teacher()], "MLP"))
     save_synset(path, [one], [], META)
     if changes:
         content = torch.load(path, weights_only=True)
@@ -109,7 +109,7 @@ def test_classes_in_another_order(tmp_path, digits):
     """The labeller's scores are permuted with the classes."""
     names = [str(c) for c in range(9, -1, -1)]
     path = tmp_path / "set.pt"
-    one = SyntheticSet(images(), LABELS, None, pack_labellers([teacher()], "MLP"))
+    one = SyntheticSet(images(), LABELS, None, stored_labellers([teacher()], "MLP"))
     meta = {**META, "dataset": "Digits", "classes": names, "mean": list(digits.mean),
             "std": list(digits.std), "pack": 1}
     save_synset(path, [one], [], meta)
@@ -118,13 +118,13 @@ def test_classes_in_another_order(tmp_path, digits):
     (entry,) = read_inputs([path], [], NETWORKS)
     check_and_normalise(entry, digits)
     (synset,) = entry.synset.sets
-    (net,) = labellers_of(synset)
+    (net,) = build_labellers(synset)
     expected = teacher().half().float()(images()).flip(1)
     assert torch.allclose(net(synset.images), expected, atol=1e-5)
     assert synset.labels.tolist() == list(range(9, -1, -1))
 
 
-STATE = pack_labellers([teacher()], "MLP")[0]["state"]
+STATE = stored_labellers([teacher()], "MLP")[0]["state"]
 
 
 @pytest.mark.parametrize("labellers, problem", [
@@ -141,7 +141,7 @@ STATE = pack_labellers([teacher()], "MLP")[0]["state"]
 def test_labellers_that_are_none(tmp_path, labellers, problem):
     path = set_file(tmp_path, labellers=labellers)
     with pytest.raises(InputError, match=problem):
-        labellers_of(read_synset(path).sets[0])
+        build_labellers(read_synset(path).sets[0])
 
 
 # ------------------------------------------------------------------------------------- scripts
