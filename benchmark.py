@@ -27,7 +27,7 @@ from datasets import DATASETS, Dataset
 from networks import NETWORKS, network_for
 from runtime import compilation, distributed
 from runtime.command_line import add_switch, at_least, run_script
-from runtime.cost import TRAINING_STEP, forward_flops, training_batches
+from runtime.cost import TRAINING_STEP, forward_flops, least_values_moved, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import (choose_micro_batch, device_name, get_device, has_bf16, synchronise,
                             versions)
@@ -238,20 +238,37 @@ def measurements(args):
     return {"outer iteration": outer_iteration} if distributed.world_size() > 1 else found
 
 
+def bytes_a_second(bench, mebibytes=256):
+    """What the device's memory reads and writes a second when a large tensor is copied."""
+    source = torch.ones(mebibytes << 18, device=bench.device)
+    target, copies = torch.empty_like(source), 20
+    times = [bench.seconds(lambda: [target.copy_(source) for _ in range(copies)])
+             for _ in range(3)]
+    return 2 * copies * source.nbytes / min(times)
+
+
 def measure_rows(bench):
     """Measure every row and print it as a line of a Markdown table."""
-    flops, rows = 2 * forward_flops(bench.network(), 3, (32, 32)), []
+    net, rows, bandwidth = bench.network(), [], bytes_a_second(bench)
+    flops, values = 2 * forward_flops(net, 3, (32, 32)), least_values_moved(net, 3, (32, 32))
     say = distributed.print_rank0
-    say("| | plain s |" + "".join(f" {p} s | speed-up | GFLOP/s |" for p in bench.precisions))
-    say("|---|---|" + "---|---|---|" * len(bench.precisions))
+    head = "s | speed-up | images/s | GFLOP/s | of the traffic |"
+    say(f"A copy moves {bandwidth / 1e9:.0f} GB/s.\n\n| | plain s |"
+        + "".join(f" {precision} {head}" for precision in bench.precisions))
+    say("|---|---|" + "---|---|---|---|---|" * len(bench.precisions))
     for name, measure in measurements(bench.args).items():
         images, (plain, *fast), passes = measure(bench)
         row = {"what": name, "images": images, "plain_seconds": plain}
         cells = f"| {name} | {plain:.3g} |"
         for precision, seconds in zip(bench.precisions, fast):
+            moved = passes * values * (2 if precision == "bf16" else 4)
             row[precision] = {"seconds": seconds, "speed_up": plain / seconds,
-                              "gflops": passes * flops / seconds / 1e9}
-            cells += f" {seconds:.3g} | {plain / seconds:.2f} | {row[precision]['gflops']:.0f} |"
+                              "images_a_second": images / seconds,
+                              "gflops": passes * flops / seconds / 1e9,
+                              "traffic_share": moved / bandwidth / seconds}
+            cells += (f" {seconds:.3g} | {plain / seconds:.2f} | {images / seconds:.0f} | "
+                      f"{row[precision]['gflops']:.0f} | "
+                      f"{100 * row[precision]['traffic_share']:.0f} % |")
         rows.append(row)
         say(cells)
     return rows

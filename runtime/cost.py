@@ -22,14 +22,28 @@ def forward_flops(net, channel, size):
     A multiply-add counts as two. torch.utils.flop_counter says the same, after two seconds of
     imports.
     """
-    flops = []
+    return _sum_over_layers(net, channel, size, lambda layer, values_in, values_out:
+                            2 * values_out * layer.weight[0].numel())
 
-    def count(layer, inputs, output):
-        flops.append(2 * output.numel() * layer.weight[0].numel())
 
+def least_values_moved(net, channel, size):
+    """Values that one image forward and backward to the input must read from memory or write to it.
+
+    Norm, ReLU and pooling between two layers count as one reader and one writer. So a layer's
+    output is written once and read twice, in the norm and in its backward; its gradient, the
+    layer's input and that one's gradient are written and read once.
+    """
+    return _sum_over_layers(net, channel, size, lambda layer, values_in, values_out:
+                            5 * values_out + 4 * values_in)
+
+
+def _sum_over_layers(net, channel, size, count):
+    """Sum of count(layer, values of its input, of its output), for one image."""
+    counts = []
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [layer.register_forward_hook(count) for layer in net.modules()
-             if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: counts.append(
+        count(layer, inputs[0].numel(), output.numel())))
+        for layer in net.modules() if isinstance(layer, kinds)]
     was_training = net.training
     net.eval()
     with torch.no_grad():
@@ -37,7 +51,7 @@ def forward_flops(net, channel, size):
     net.train(was_training)
     for hook in hooks:
         hook.remove()
-    return sum(flops)
+    return sum(counts)
 
 
 def forward_backward_rate(net, data, count):

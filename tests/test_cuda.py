@@ -251,8 +251,11 @@ def test_autoattack_seeds_the_device_of_its_images(cuda, monkeypatch):
 
 
 def test_the_checks_for_a_gpu_run_without_one(tmp_path):
-    """tests/gpu.py, small, with a stand-in for graphs."""
-    steps = ["env", "capture", "failed", "training", "nccl"]
-    command = [sys.executable, Path(__file__).with_name("gpu.py"), *steps, "--out", tmp_path]
+    """`make test-gpu`, small, with a stand-in for graphs; and a step that fails."""
+    command = [sys.executable, Path(__file__).with_name("gpu.py"), "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert all(f"{step}: ok" in done.stdout for step in steps), done.stdout + done.stderr
+    assert done.returncode == 0 and "failed (" not in done.stdout, done.stdout + done.stderr
+    for step in ("env", "capture", "rome", "failed", "training", "nccl"):
+        assert f"{step}: ok" in done.stdout
+    done = subprocess.run([*command, "graphs"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "graphs: failed (1)" in done.stdout  # there is no driver

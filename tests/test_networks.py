@@ -11,7 +11,7 @@ import utils
 from datasets import load_dataset
 from formats.network_file import load_into
 from networks import EVAL_MODES, NETWORKS, eval_pool, get_network, network_for
-from runtime.cost import forward_flops
+from runtime.cost import forward_flops, least_values_moved
 from runtime.safe_io import InputError
 
 RELEASED = sorted((SHARED / "models").glob("*.pth"))
@@ -38,6 +38,9 @@ def test_every_network(model):
 def test_convnet_is_the_one_of_the_specification():
     net = get_network("ConvNet", 3, 10, (32, 32), seed=0)
     assert forward_flops(net, 3, (32, 32)) == pytest.approx(2 * 50.6e6, rel=0.005)
+    values_out = 128 * (32**2 + 16**2 + 8**2) + 10
+    values_in = 3 * 32**2 + 128 * (16**2 + 8**2 + 4**2)
+    assert least_values_moved(net, 3, (32, 32)) == 5 * values_out + 4 * values_in
     assert net.embed_and_classify(torch.zeros(1, 3, 32, 32))[0].shape == (1, 2048)
     layers = [*(f"features.{i}" for i in (0, 1, 4, 5, 8, 9)), "classifier"]
     names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
