@@ -10,6 +10,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from formats.inputs import choose_dataset, normalise_alone, read_input, take_fla
 from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
 from networks import NETWORKS
 from runtime.command_line import add_switch, at_least, method_name, run_script
+from runtime.measures import kilobytes
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
 from synsets import TrainConfig, build_labellers, soft_labels, training_set
 
@@ -109,6 +111,8 @@ LAYOUTS = {
 }
 
 WITH_LABELLERS = ("dc", "safetensors")  # the other layouts have no place for networks
+TRAIN_ONLINE = Path(__file__).parent / "formats" / "train_online.py"
+CONVNETS = ("ConvNet", "ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256")  # it knows these
 
 CARD = """\
 ---
@@ -127,6 +131,7 @@ tags:
 | stored as | {meta[stored]} images, each of {pack}x{pack} sub-images |
 | images | {description} |
 | training | {config}: SGD, momentum 0.9, weight decay 5e-4, one epoch more than `epochs` |
+| kB | {kilobytes}: images as bytes of pixels, labels, labellers |
 | threat model of the labels | {threat_model} |
 
 To train on it, with the project's folder on the path:
@@ -164,15 +169,28 @@ for epoch in augmented_batches(images, labels, config, generator, labellers):
         loss = label_loss(net(x), y, config.temperature)
 ```
 """
+ALONE = """
+Without the project, with PyTorch and `{script}` of this folder:
+
+```python
+from train_online import read_set, train
+
+images, labellers, recipe = read_set("{name}")
+train(net, images, labellers, **recipe)  # your network, for images normalised like these
+```
+"""
 
 
-def card(synset, meta, name, description):
-    """The data set card, as Markdown. name: what `load_synset` reads in its folder."""
+def card(synset, meta, name, description, has_script):
+    """The data set card, as Markdown. name: what `load_synset` reads in its folder. has_script:
+    that trains without the project."""
     labellers, own_loop, loaders = "", "", "load_synset"
     if synset.labellers:
         loaders = "load_labellers, load_synset"
         labellers = f', labellers=load_labellers("{name}")'
         own_loop = OWN_LOOP.format(name=name)
+        if has_script:
+            own_loop += ALONE.format(name=name, script=TRAIN_ONLINE.name)
     shape, num_classes = tuple(synset.images.shape[1:]), int(synset.labels.max()) + 1
     if synset.soft_labels is not None:
         num_classes = synset.soft_labels.shape[1]
@@ -181,6 +199,7 @@ def card(synset, meta, name, description):
         pack=meta["stored_pack"], description=description, config=TrainConfig.from_meta(meta),
         num_classes=num_classes, labellers=labellers, own_loop=own_loop, loaders=loaders,
         threat_model=meta.get("threat_model", "unknown"),
+        kilobytes=kilobytes(synset.stored_bytes()),
         teachers=json.dumps(meta.get("recipe", {}).get("teachers", []), indent=1))
 
 
@@ -237,7 +256,11 @@ def export(args, folder):
         labellers = []
     synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft, labellers)))
     name = LAYOUTS[args.to](folder, synset, meta)
-    write_text(folder / "README.md", card(synset, meta, name, description))
+    has_script = args.to == "dc" and pack == 1 and len(synset.labellers) > 0 and all(
+        labeller["model"] in CONVNETS for labeller in synset.labellers)
+    if has_script:
+        shutil.copy(TRAIN_ONLINE, folder)
+    write_text(folder / "README.md", card(synset, meta, name, description, has_script))
     if synset.labellers:
         return len(labels), "online"
     return len(labels), "hard" if synset.soft_labels is None else "soft"

@@ -103,11 +103,11 @@ def targets_from_synset(source, data, folder, plan):
     for target, _, _ in planned:
         target.net = load_into(network_for(data, source.model, 0), target.meta["file"]).eval()
         meta = {**asdict(TrainConfig()), **json.loads(_meta_path(target).read_text())}
-        for key in target.meta.keys() - {"file", "set", "set_index"}:
+        for key in target.meta.keys() - {"file", "set", "set_index", "bytes"}:
             if meta.get(key) != target.meta[key]:
                 raise InputError(f"{target.meta['file']} was trained with another {key} "
                                  f"({meta.get(key)}, not {target.meta[key]}); choose another --out")
-        target.meta = meta
+        target.meta = {**meta, "bytes": target.meta["bytes"]}
     return [target for target, _, _ in planned]
 
 
@@ -141,6 +141,7 @@ def _plan_set(source, index, data, folder, config, plan):
         if plan.images:
             meta["images"] = plan.images
         variant = synset if kind == own else synset._replace(soft_labels=None, labellers=[])
+        meta["bytes"] = variant.stored_bytes()
         yield TargetModel(name, method, ipc, source.model, None, meta), variant, key
 
 

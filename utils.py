@@ -178,16 +178,18 @@ class Evaluator:
     def __call__(self, synset, pack, *key, select=False):
         """One dict for each network. synset: a SyntheticSet. key: names the random generators.
 
-        Keys: model; clean_acc, clamp_acc (the clamp-only control) and those of `robust_accuracies`,
-        fractions of the n test images; select_acc, the mean of the robust ones on the selection
-        images (test images with --select test or last), None unless `select`; seconds.
+        Keys: model; bytes, of `SyntheticSet.stored_bytes`; clean_acc, clamp_acc (the clamp-only
+        control) and those of `robust_accuracies`, fractions of the n test images; select_acc, the
+        mean of the robust ones on the selection images (test images with --select test or last),
+        None unless `select`; seconds.
         """
         images, labels = (x.to(self.data.device) for x in training_set(synset, pack))
         train_set = images, labels, build_labellers(synset, self.data.device)
 
         def evaluate_one(k):
             key_of_network = ("evaluate", *key, *self.networks[k])
-            return self._evaluate_network(train_set, self.networks[k][0], key_of_network, select)
+            row = self._evaluate_network(train_set, self.networks[k][0], key_of_network, select)
+            return {**row, "bytes": synset.stored_bytes()}
         return self.map_dynamic(self.num_networks, evaluate_one)
 
     def _evaluate_network(self, train_set, model, key, select):

@@ -39,6 +39,15 @@ class SyntheticSet(NamedTuple):
         images, labels, soft_labels = (x if x is None else x.to(device) for x in self[:3])
         return self._replace(images=images, labels=labels, soft_labels=soft_labels)
 
+    def stored_bytes(self):
+        """{"images", "labels", "labellers"}: bytes of pixels; one for a class, four for a logit; of
+        the parameters of the networks."""
+        parameters = (x for labeller in self.labellers for x in labeller["state"].values())
+        soft = self.soft_labels
+        return {"images": self.images.numel(),
+                "labels": len(self.labels) if soft is None else 4 * soft.numel(),
+                "labellers": sum(x.numel() * x.element_size() for x in parameters)}
+
     def images_per_class(self):
         """Stored images of each class, at least 1, if the classes are balanced."""
         return max(1, len(self.labels) // max(1, int(self.labels.max()) + 1))

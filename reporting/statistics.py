@@ -10,12 +10,13 @@ from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
 from reporting.tables import Table, lay_out, mean_std, turned
-from runtime.measures import COLUMNS, FORMS, attack_label
+from runtime.measures import BYTES, COLUMNS, FORMS, attack_label, kilobytes
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 ROBUST = {"pixel: Clean": "clean",
           **{f"pixel: PGD20 untargeted {eps}/255": f"PGD-20 {eps}/255" for eps in (1, 2, 4, 8)},
           **{f"pixel: AA untargeted {eps}/255": f"AutoAttack {eps}/255" for eps in (1, 2, 4, 8)}}
+KILOBYTES = f"kB: {' + '.join(BYTES)}"
 
 
 # ---- accuracies
@@ -55,8 +56,7 @@ def accuracies_of_network(rows):
 def accuracies_of_run(run):
     """Yields the same of the last figures of a run."""
     flags, pixel = run.flags, run.flags["threat_model"] == "pixel"
-    method = flags["method"] + ("-pixel" if pixel else "")
-    names = {flags["method"]: method, f"{flags['method']}, hard labels": f"{method}-hard"}
+    names = names_of_run(run)
     where, judge = ("pixel", "PGD20 untargeted") if pixel else ("in the run", "PGD targeted")
     for event in run.events_of("final"):
         if event["set"] not in names or pixel and "robust_2_acc" not in event:
@@ -67,6 +67,26 @@ def accuracies_of_run(run):
             for k, values in enumerate(np.array_split(event[column], flags.get("num_exp", 1))):
                 name = f"{k} of seed {flags['seed']}" if flags.get("seed") else str(k)
                 yield group, measure, name, 100 * values, event["n"]
+
+
+def bytes_of_sets(rows, runs):
+    """{(method, network, ipc): what each of its sets stores}, where that is known."""
+    found = {}
+    for row in rows:
+        network = NETWORK_NAME.match(row["evaluated_on"])
+        if row.get("bytes") and network:
+            found[row["method"], network["model"], row["ipc"]] = row["bytes"]
+    for run in runs:
+        for event in run.events_of("final"):
+            if event.get("bytes") and event["set"] in (names := names_of_run(run)):
+                found[names[event["set"]], event["model"], run.flags["ipc"]] = event["bytes"]
+    return found
+
+
+def names_of_run(run):
+    """{set of a run: its name in tables}."""
+    method = run.flags["method"] + ("-pixel" if run.flags["threat_model"] == "pixel" else "")
+    return {run.flags["method"]: method, f"{run.flags['method']}, hard labels": f"{method}-hard"}
 
 
 def set_means(of_sets):
@@ -99,6 +119,9 @@ def table_robust(dataset, rows, runs):
     least = f"{chance(dataset, next(filter(None, sizes), None)):.1f}"
     cells = {group: cells_of_sets(accuracies[group], ROBUST) for group in groups}
     found = {name for row in cells.values() for name in row} - {"sets"}
+    for group, stored in bytes_of_sets(rows, runs).items():
+        if group in cells:
+            cells[group][KILOBYTES] = kilobytes(stored)
     cells = {("constant classifier", "", ""): dict.fromkeys(found, least), **cells}
     images = "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
                        for measure, name in ROBUST.items() if name in found)
@@ -106,7 +129,7 @@ def table_robust(dataset, rows, runs):
         f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} "
         "(accuracy in percent; mean +- standard deviation over sets of several seeds, of each the "
         "mean over its networks)",
-        *lay_out(("set", "network", "ipc"), cells, (*ROBUST.values(), "sets")),
+        *lay_out(("set", "network", "ipc"), cells, (*ROBUST.values(), "sets", KILOBYTES)),
         [f"test images: {images}. PGD-20: untargeted, with a random start. Where two numbers of "
          "sets stand, AutoAttack was made on the fewer."])
 

@@ -8,6 +8,7 @@ COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "rob
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
 HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
+BYTES = ("images", "labels", "labellers")  # what a set stores
 FORMS = {True: "targeted", False: "untargeted"}
 
 
@@ -17,11 +18,19 @@ def attack_label(attack, targeted, eps=None):
     return f"{attack}{form}" + ("" if eps is None else f" {255 * eps:g}/255")
 
 
+def kilobytes(stored):
+    """'307 + 0.1 + 49' of `SyntheticSet.stored_bytes()`; '' of None."""
+    values = [stored[key] / 1000 for key in BYTES] if stored else []
+    return " + ".join(f"{x:.0f}" if x >= 10 or x == 0 else f"{x:.1f}" for x in values)
+
+
 def by_model(rows):
-    """Rows -> {network name: {column: list, "n": int}}, without columns that were not measured."""
+    """Rows -> {network name: {column: list, "n": int, "bytes": of the set, where known}}, without
+    columns that were not measured."""
     models = {}
     for row in rows:
-        columns = models.setdefault(row["model"], {"n": row["n"]})
+        same = {key: row[key] for key in ("n", "bytes") if key in row}
+        columns = models.setdefault(row["model"], same)
         for key in (*COLUMNS, "select_acc"):
             if row.get(key) is not None:
                 columns.setdefault(key, []).append(row[key])

@@ -155,6 +155,7 @@ class Results:
             correct = sum(part["correct"][target.name] for part in slices)
             rows.append({
                 "dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
+                "bytes": target.meta.get("bytes"),
                 "evaluated_on": target.name, **vars(task), "n": n, "accuracy": correct / n,
                 "seconds": round(total("seconds"), 3), "forward": total("forward") / n,
                 "backward": total("backward") / n,

@@ -100,6 +100,34 @@ def test_what_an_export_carries(tmp_path, layout):
         assert torch.allclose(labels, expected(original), atol=1e-4)
 
 
+def test_training_without_the_project(tmp_path):
+    """The script that an export carries: its labellers are ours, and a network learns from them."""
+    path, out = tmp_path / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt", tmp_path / "out"
+    net = get_network("ConvNetW32", 3, 10, (32, 32), 1).eval().requires_grad_(False)
+    one = SyntheticSet(images(), LABELS, None, stored_labellers([net], "ConvNetW32"))
+    recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 10, "temperature": 2.0, "mix": "both"}
+    save_synset(path, [one], [], {**META, "pack": 1, "recipe": recipe})
+    export.export(export.parse_args([str(path), "-", "--to", "dc"]), _made(out))
+    code = (out / "train_online.py").read_text()
+    assert len(code.splitlines()) <= 84 and "train_online" in (out / "README.md").read_text()
+    alone = {}
+    exec(code, alone)
+    (name,) = (file.name for file in out.glob("*.pt"))
+    x, labellers, recipe = alone["read_set"](out / name)
+    assert torch.allclose(alone["scores"](labellers[0], x), net(x), atol=1e-2)  # float16
+    student, unseen = get_network("ConvNetW32", 3, 10, (32, 32), 2), images(200)[100:]
+
+    def distance():
+        with torch.no_grad():
+            return F.kl_div(student(unseen).log_softmax(1), net(unseen).softmax(1),
+                            reduction="batchmean")
+    torch.manual_seed(0)
+    alone["random"].seed(0)
+    before = distance()
+    alone["train"](student, x, labellers, **recipe)
+    assert distance() < before / 3
+
+
 def _made(folder):
     folder.mkdir()
     return folder
