@@ -16,6 +16,8 @@ BIN = $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python pretrain.py --seed 0 $(DEMO_PRIOR)
 	$(BIN)/python ROME_cifar10.py --seed 0 $(DEMO_FLAGS) --robust_prior checkpoints/$(DEMO_NETWORKS)_seed0-*.pth
+	$(BIN)/python evaluate.py --synset result/ROME_res_ROME_Digits_ConvNetW32_1ipc.pt --method ROME-labels-online \
+	  --labeller checkpoints/$(DEMO_NETWORKS)_seed0-0.pth $(DEMO_ONLINE)
 
 # Two runs at a time, one thread each. An input line of xargs is a capability and a seed.
 demo-table: $(VENV)/installed
@@ -66,3 +68,6 @@ DEMO_PRIOR = --dataset Digits --model ConvNetW32 --threat_model pixel --num_nets
 DEMO_FLAGS = --dataset Digits --model ConvNetW32 --ipc 1 --aug --threat_model pixel --Iteration 100 --eval_interval 100 \
 	--batch_real 16 --train_net_num 1 --lr_img 0.02 --embed_last 1000 --ce_weight 0.05 --select last --num_exp 1 \
 	--num_eval 3 --epoch_eval_train 100 --test_limit 200 --labels $(LABELS)
+# The same set, but the first robust network labels each augmented, mixed batch.
+DEMO_ONLINE = --mix both --labels own --num_eval 3 --epoch_eval_train 200 --limit 200 --threat_model pixel --untargeted \
+	--attacks PGD20 --eps 2 4 8 --no_sanity --out result/demo_online --resume

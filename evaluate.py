@@ -159,7 +159,8 @@ def main():
              "mix": args.mix, "noise": args.noise, "ema": args.ema}
     if labellers := read_labellers(args.labeller, data):
         for source in filter(lambda source: source.synset, inputs):
-            source.synset.sets = [one._replace(labellers=labellers) for one in source.synset.sets]
+            source.synset.sets = [one._replace(soft_labels=None, labellers=labellers)
+                                  for one in source.synset.sets]
     plan = TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
                         args.seed)
 

@@ -19,9 +19,9 @@ def attack_label(attack, targeted, eps=None):
 
 
 def kilobytes(stored):
-    """'307 + 0.1 + 49' of `SyntheticSet.stored_bytes()`; '' of None."""
+    """'307 + 0.1 + 49', in kB, of `SyntheticSet.stored_bytes()`; '' of None."""
     values = [stored[key] / 1000 for key in BYTES] if stored else []
-    return " + ".join(f"{x:.0f}" if x >= 10 or x == 0 else f"{x:.1f}" for x in values)
+    return " + ".join(f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in values)
 
 
 def by_model(rows):

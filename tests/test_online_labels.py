@@ -15,6 +15,7 @@ import utils
 from formats.synset_file import MAX_LABELLERS, SyntheticSet, read_synset, save_synset
 from networks import get_network
 from runtime.command_line import run_script
+from runtime.measures import kilobytes
 from runtime.safe_io import InputError
 from synsets import TrainConfig, build_labellers, load_labellers, load_synset, stored_labellers
 
@@ -126,6 +127,17 @@ def test_training_without_the_project(tmp_path):
     before = distance()
     alone["train"](student, x, labellers, **recipe)
     assert distance() < before / 3
+
+
+@pytest.mark.parametrize("soft, labellers, expected, text", [
+    (None, [], (30720, 10, 0), "31 + 0.01 + 0"),
+    (torch.zeros(40, 10), [], (30720, 1600, 0), "31 + 1.6 + 0"),
+    (None, [teacher()], (30720, 10, 2 * 411146), "31 + 0.01 + 822")])
+def test_the_bytes_of_a_set(soft, labellers, expected, text):
+    """The MLP has 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10 parameters, of two bytes."""
+    one = SyntheticSet(images(), LABELS, soft, stored_labellers(labellers, "MLP"))
+    assert tuple(one.stored_bytes().values()) == expected
+    assert kilobytes(one.stored_bytes()) == text and kilobytes(None) == ""
 
 
 def _made(folder):
