@@ -2,21 +2,25 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_in, sigterm_at
 
 import evaluate
 import export
 import pretrain
+import rome
 import ROME_cifar10
 import utils
 from formats.synset_file import MAX_LABELLERS, SyntheticSet, read_synset, save_synset
 from networks import get_network
+from runtime.checkpoint import Interrupted
 from runtime.command_line import run_script
 from runtime.measures import kilobytes
-from runtime.safe_io import InputError
+from runtime.safe_io import InputError, write_tensors
 from synsets import TrainConfig, build_labellers, load_labellers, load_synset, stored_labellers
 
 LABELS = torch.arange(10)
@@ -213,6 +217,34 @@ def test_from_a_teacher_to_a_table(tmp_path, monkeypatch, capsys):
     kinds = {path.parent.parent.name + " " + json.loads(path.read_text())["labels"]
              for path in tmp_path.glob("*/networks/*.json")}
     assert kinds == {"own online", "own hard", "other online"}
+
+
+def test_stopped_and_resumed_with_labellers(tmp_path, monkeypatch):
+    """Stopped in the second set: the same images, labellers and accuracies as in one piece."""
+    network = tmp_path / "full_MLP_Digits_142_PGD-pixel_seed0-0.pth"
+    write_tensors(network, teacher().state_dict())
+    Path(f"{network}.json").write_text(json.dumps({
+        "model": "MLP", "dataset": "Digits", "num_classes": 10, "threat_model": "pixel",
+        "train_robust_acc": 0.5}))
+    flags = ["--dataset", "Digits", "--model", "MLP", "--threat_model", "pixel", "--no_compile",
+             "--ipc", 1, "--robust_prior", network, "--Iteration", 2, "--num_exp", 2, "--num_eval",
+             1, "--epoch_eval_train", 3, "--batch_real", 4, "--embed_last", 1000, "--test_limit",
+             20, "--labels", "online", "--mix", "both", "--noise", 0.1, "--ema", 0.5,
+             "--no_baseline"]
+    run_in(monkeypatch, ROME_cifar10, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        sigterm_at(patch, rome, "pool_step", 4)
+        with pytest.raises(Interrupted):
+            run_in(patch, ROME_cifar10, tmp_path / "stopped", *flags)
+    run_in(monkeypatch, ROME_cifar10, tmp_path / "stopped", *flags)
+    whole, resumed = (torch.load(path, weights_only=True) for name in ("whole", "stopped")
+                      for path in (tmp_path / name / "result").glob("*.pt"))
+    for one, other in zip(whole["data"], resumed["data"]):
+        assert torch.equal(one[0], other[0])
+    for one, other in zip(whole["labellers"], resumed["labellers"]):
+        assert all(torch.equal(value, other[0]["state"][key])
+                   for key, value in one[0]["state"].items())
+    assert whole["accs_all_exps"] == resumed["accs_all_exps"]
 
 
 @pytest.mark.parametrize("flags, problem", [
