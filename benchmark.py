@@ -210,14 +210,14 @@ def outer_iteration(bench):
 
 def evaluation_training(bench, ipc, online=False):
     """100 epochs of training on a 2x2 packed set of `ipc` images a class; online: labelled by a
-    ConvNetW32 as the network sees them, mixed and with noise."""
+    ConvNetW32 as the network sees them, mixed."""
     count, epochs = 40 * ipc, bench.args.train_epochs
     images = torch.randn(count, 3, 32, 32, device=bench.device)
     labels = torch.arange(10, device=bench.device).repeat(4 * ipc)
 
     config, labellers = TrainConfig(epochs), []
     if online:
-        config = TrainConfig(epochs, mix="both", noise=0.3)
+        config = TrainConfig(epochs, mix="both")
         labellers = [labeller(bench.data)]
 
     def train():

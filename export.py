@@ -112,7 +112,9 @@ LAYOUTS = {
 
 WITH_LABELLERS = ("dc", "safetensors")  # the other layouts have no place for networks
 TRAIN_ONLINE = Path(__file__).parent / "formats" / "train_online.py"
-CONVNETS = ("ConvNet", "ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256")  # it knows these
+CONVNETS = {"ConvNet", "ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"}  # that it knows
+TRAIN_ONLINE_RECIPE = {"dsa_strategy": "crop_flip_scale_rotate", "lr_schedule": "cosine",
+                       "mix": "both", "noise": 0.0, "ema": 0.0}
 
 CARD = """\
 ---
@@ -203,6 +205,13 @@ def card(synset, meta, name, description, has_script):
         teachers=json.dumps(meta.get("recipe", {}).get("teachers", []), indent=1))
 
 
+def train_online_fits(synset, meta):
+    """Whether formats/train_online.py trains as the set's recipe says."""
+    models = [labeller["model"] for labeller in synset.labellers]
+    same = {key: getattr(TrainConfig.from_meta(meta), key) for key in TRAIN_ONLINE_RECIPE}
+    return len(models) > 0 and CONVNETS.issuperset(models) and same == TRAIN_ONLINE_RECIPE
+
+
 def read_set(args):
     """The normalised SynsetFile, its meta, completed by the flags, and its description."""
     given = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
@@ -256,8 +265,7 @@ def export(args, folder):
         labellers = []
     synset = SyntheticSet(images, labels, *((None, []) if args.hard else (soft, labellers)))
     name = LAYOUTS[args.to](folder, synset, meta)
-    has_script = args.to == "dc" and pack == 1 and len(synset.labellers) > 0 and all(
-        labeller["model"] in CONVNETS for labeller in synset.labellers)
+    has_script = args.to == "dc" and train_online_fits(synset, meta)
     if has_script:
         shutil.copy(TRAIN_ONLINE, folder)
     write_text(folder / "README.md", card(synset, meta, name, description, has_script))

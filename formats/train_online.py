@@ -4,8 +4,7 @@
     images, labellers, recipe = read_set("res_ROME_CIFAR10_ConvNet_10ipc.pt")
     train(net, images, labellers, **recipe)
 
-net: from images normalised like these, (N, 3, H, W), to scores of the classes. Every batch is
-augmented and mixed; the network learns what the labellers see in it. No attack is made.
+net: from images normalised like these, (N, 3, H, W), to scores of the classes. No attack is made.
 """
 import random
 
@@ -13,14 +12,17 @@ import torch
 import torch.nn.functional as F
 
 
-def read_set(path, index=0):
+def read_set(path, device="cpu", index=0):
     """One set of a file: images (N, 3, H, W), the labellers' parameters, and how to train."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location=device, weights_only=True)
+    images, pack = content["data"][index][0], content["meta"].get("pack", 1)
+    parts = [part for column in images.chunk(pack, 3) for part in column.chunk(pack, 2)]
+    images = F.interpolate(torch.cat(parts), scale_factor=pack, mode="bilinear")
     states = [{key: value.float() for key, value in labeller["state"].items()}
               for labeller in content["labellers"][index]]
     names = {"epochs", "lr_net", "batch_train", "temperature"}
     recipe = content["meta"].get("recipe", {})
-    return content["data"][index][0], states, {name: recipe[name] for name in names & recipe.keys()}
+    return images, states, {name: recipe[name] for name in names & recipe.keys()}
 
 
 def scores(state, x):
@@ -64,9 +66,7 @@ def mix(x):
 
 
 def train(net, images, labellers, epochs=3000, lr_net=0.1, batch_train=256, temperature=3.0):
-    """Train `net` in place, on the device of its parameters."""
-    images = images.to(device := next(net.parameters()).device)
-    labellers = [{key: value.to(device) for key, value in state.items()} for state in labellers]
+    """Train `net` in place, on the device of the images."""
     optimizer = torch.optim.SGD(net.parameters(), lr_net, momentum=0.9, weight_decay=5e-4)
     steps = (epochs + 1) * -(-len(images) // batch_train)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

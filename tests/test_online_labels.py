@@ -110,15 +110,18 @@ def test_training_without_the_project(tmp_path):
     path, out = tmp_path / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt", tmp_path / "out"
     net = get_network("ConvNetW32", 3, 10, (32, 32), 1).eval().requires_grad_(False)
     one = SyntheticSet(images(), LABELS, None, stored_labellers([net], "ConvNetW32"))
-    recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 10, "temperature": 2.0, "mix": "both"}
-    save_synset(path, [one], [], {**META, "pack": 1, "recipe": recipe})
-    export.export(export.parse_args([str(path), "-", "--to", "dc"]), _made(out))
+    recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 40, "temperature": 2.0, "mix": "both",
+              "lr_schedule": "cosine", "dsa_strategy": "crop_flip_scale_rotate"}
+    save_synset(path, [one], [], {**META, "recipe": recipe})
+    flags = [str(path), "-", "--to", "dc", "--keep_packed"]
+    export.export(export.parse_args(flags), _made(out))
     code = (out / "train_online.py").read_text()
     assert len(code.splitlines()) <= 84 and "train_online" in (out / "README.md").read_text()
     alone = {}
     exec(code, alone)
     (name,) = (file.name for file in out.glob("*.pt"))
     x, labellers, recipe = alone["read_set"](out / name)
+    assert torch.equal(x, load_synset(out)[0]) and len(x) == 40
     assert torch.allclose(alone["scores"](labellers[0], x), net(x), atol=1e-2)  # float16
     student, unseen = get_network("ConvNetW32", 3, 10, (32, 32), 2), images(200)[100:]
 
