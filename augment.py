@@ -155,20 +155,23 @@ def dsa_apply(x, draw):
 
 
 # ------------------------------------------------------------------- mixing images of one batch
-MIXES = {"none": (), "mixup": ("mixup",), "cutmix": ("cutmix",), "both": ("mixup", "cutmix")}
+# {name: what a batch goes through, each a choice at random of these}
+MIXES = {"none": (), "mixup": (("mixup",),), "cutmix": (("cutmix",),),
+         "both": (("mixup", "cutmix"),), "cutmix_mixup": (("cutmix",), ("mixup",))}
 
 
 def mix_draw(mix, size, generator, n):
-    """Draw with which images, and how, the n of a batch are mixed: (weight, order), or None.
+    """Draw how the n images of a batch are mixed: [(weight, order), ...], one after the other.
 
-    mix: of MIXES; "both" is one of the two for each batch. weight: of an image itself, (n, 1, 1, 1)
-    for mixup, or (1, 1, H, W), 0 inside a square of a quarter to three quarters of the image's
-    side, for CutMix. order: (n,) int64, whose rest it takes. Source: Zhang et al. 2018; Yun et al.
-    2019.
+    mix: of MIXES; "both" is mixup or CutMix, "cutmix_mixup" CutMix and then mixup. weight: of an
+    image itself, (n, 1, 1, 1) for mixup, or (1, 1, H, W), 0 inside a square of a quarter to three
+    quarters of the image's side, for CutMix. order: (n,) int64, whose rest it takes. Source: Zhang
+    et al. 2018; Yun et al. 2019.
     """
-    names = MIXES[mix]
-    if not names:
-        return None
+    return [_mix_draw(names, size, generator, n) for names in MIXES[mix]]
+
+
+def _mix_draw(names, size, generator, n):
     name = names[torch.randint(len(names), (), generator=generator).item()]
     order = torch.randperm(n, generator=generator)
     if name == "mixup":
@@ -183,12 +186,12 @@ def mix_draw(mix, size, generator, n):
     return weight, order
 
 
-def mix_apply(x, draw):
-    """Mix images x (N, C, H, W) by a draw of `mix_draw`."""
-    if draw is None:
-        return x
-    weight, order = (copy_to_device(part, x.device) for part in draw)
-    return x[order] + weight * (x - x[order])
+def mix_apply(x, draws):
+    """Mix images x (N, C, H, W) by what `mix_draw` drew."""
+    for draw in draws:
+        weight, order = (copy_to_device(part, x.device) for part in draw)
+        x = x[order] + weight * (x - x[order])
+    return x
 
 
 # --------------------------------------------------------------------------------------- packing

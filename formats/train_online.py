@@ -55,14 +55,12 @@ def augment(x):
 
 
 def mix(x):
-    """Mixup, or the same square of another image in each; the labels are asked for afterwards."""
-    other = x[torch.randperm(len(x))]
-    if random.random() < 0.5:
-        return other.lerp(x, torch.rand(len(x), 1, 1, 1).to(x))
+    """CutMix, a square of another image in each, and then mixup. The labels are asked for later."""
     side = round(random.uniform(0.25, 0.75) * x.shape[2])
     top, left = (random.randint(0, length - side) for length in x.shape[2:])
-    x[..., top:top + side, left:left + side] = other[..., top:top + side, left:left + side]
-    return x
+    square = ..., slice(top, top + side), slice(left, left + side)
+    x[square] = x[torch.randperm(len(x))][square]
+    return x[torch.randperm(len(x))].lerp(x, torch.rand(len(x), 1, 1, 1).to(x))
 
 
 def train(net, images, labellers, epochs=3000, lr_net=0.1, batch_train=256, temperature=3.0):

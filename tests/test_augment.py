@@ -124,9 +124,8 @@ def test_mixing(mix):
     """Every pixel is a mean of that of its own image and of one other's; the mean stays."""
     x = torch.rand(6, 3, 8, 8)
     for seed in range(5):
-        draw = mix_draw(mix, (8, 8), torch.Generator().manual_seed(seed), 6)
-        weight, order = draw
-        assert torch.allclose(mix_apply(x, draw), torch.lerp(x[order], x, weight), atol=1e-6)
+        ((weight, order),) = draws = mix_draw(mix, (8, 8), torch.Generator().manual_seed(seed), 6)
+        assert torch.allclose(mix_apply(x, draws), torch.lerp(x[order], x, weight), atol=1e-6)
         assert sorted(order.tolist()) == list(range(6))
         if weight.dim() == 4 and len(weight) == 1:  # CutMix: a square, 2 to 6 pixels wide
             cut = (weight[0, 0] == 0).nonzero()
@@ -134,4 +133,14 @@ def test_mixing(mix):
             assert 2 <= side <= 6 and len(cut) == side**2 and mix != "mixup"
         else:
             assert weight.shape == (6, 1, 1, 1) and mix != "cutmix"
-    assert mix_draw("none", (8, 8), None, 6) is None and mix_apply(x, None) is x
+    assert mix_draw("none", (8, 8), None, 6) == [] and mix_apply(x, []) is x
+
+
+def test_mixing_twice():
+    """CutMix, and then mixup of what came out."""
+    x = torch.rand(6, 3, 8, 8)
+    first, second = mix_draw("cutmix_mixup", (8, 8), torch.Generator().manual_seed(0), 6)
+    assert first[0].shape == (1, 1, 8, 8) and second[0].shape == (6, 1, 1, 1)
+    cut = torch.lerp(x[first[1]], x, first[0])
+    mixed = torch.lerp(cut[second[1]], cut, second[0])
+    assert torch.allclose(mix_apply(x, [first, second]), mixed, atol=1e-6)

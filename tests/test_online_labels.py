@@ -110,8 +110,9 @@ def test_training_without_the_project(tmp_path):
     path, out = tmp_path / "res_ROME_CIFAR10_ConvNetW32_1ipc.pt", tmp_path / "out"
     net = get_network("ConvNetW32", 3, 10, (32, 32), 1).eval().requires_grad_(False)
     one = SyntheticSet(images(), LABELS, None, stored_labellers([net], "ConvNetW32"))
-    recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 40, "temperature": 2.0, "mix": "both",
-              "lr_schedule": "cosine", "dsa_strategy": "crop_flip_scale_rotate"}
+    recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 40, "temperature": 2.0,
+              "mix": "cutmix_mixup", "lr_schedule": "cosine",
+              "dsa_strategy": "crop_flip_scale_rotate"}
     save_synset(path, [one], [], {**META, "recipe": recipe})
     flags = [str(path), "-", "--to", "dc", "--keep_packed"]
     export.export(export.parse_args(flags), _made(out))

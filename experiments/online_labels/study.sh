@@ -1,5 +1,5 @@
 #!/bin/sh
-# The study of labels at every input (docs/online_labels.md), from the root of the repository:
+# The study of labels at every input (docs/robust_labels.md), from the root of the repository:
 #
 #     sh experiments/online_labels/study.sh teachers        then sets, protocol, images, controls, ...
 #
@@ -77,4 +77,32 @@ controls)
     cell views-1 "$sets/views1.pt" --dsa_strategy none
     cell views-4 "$sets/views4.pt" --dsa_strategy none --epoch_eval_train 749
     cell views-16 "$sets/views16.pt" --dsa_strategy none --epoch_eval_train 187 ;;
+steps)
+    online steps-300 whole --epoch_eval_train 299
+    online steps-1000 whole --epoch_eval_train 999
+    online steps-10000 whole --epoch_eval_train 9999 ;;
+convnet)
+    best="$teachers"/full_${BEST:-ConvNet}_CIFAR10_$robust
+    online ConvNet-10000 whole --model ConvNet --lr_net 0.05 --epoch_eval_train 9999 --labeller "$best" ;;
+students)  # a learning rate for each kind, not tuned further
+    online whole-LeNet whole --model LeNet --lr_net 0.02
+    online whole-MLP whole --model MLP --lr_net 0.02
+    online whole-AlexNet whole --model AlexNet --lr_net 0.02
+    online whole-VGG11 whole --model VGG11 --lr_net 0.02
+    online whole-ResNet18 whole --model ResNet18 --lr_net 0.02 --epoch_eval_train 999 ;;
+cifar100)
+    pretrain --dataset CIFAR100 --model ConvNetW32 --attack_steps 3
+    make_sets cifar100 --dataset CIFAR100
+    cell CIFAR100-whole "$sets/cifar100.pt" --mix both --epoch_eval_train 299 \
+        --labeller "$teachers"/full_ConvNetW32_CIFAR100_500_PGD-pixel_seed0-0.pth
+    cell CIFAR100-hard "$sets/cifar100.pt" --epoch_eval_train 299 ;;
+judge)  # AutoAttack on the networks of the cells named
+    shift
+    for name in "$@"; do
+        [ -e "$out/$name-AA/done" ] && continue
+        $python evaluate.py --data_path "$data_path" --networks "$out/$name"/networks/*.pth --attacks AA --limit 500 \
+            --queries 1000 --attack_precision bf16 --threat_model pixel --untargeted --eps 2 4 8 --no_sanity \
+            --out "$out/$name-AA"
+        touch "$out/$name-AA/done"
+    done ;;
 esac

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The study of docs/robust_labels.md, step by step, from the root of the repository:
+# The study of docs/stored_labels.md, step by step, from the root of the repository:
 #
 #     sh experiments/robust_labels/study.sh teachers
 #     sh experiments/robust_labels/study.sh sets 10        then judge 10, ...
