@@ -109,6 +109,7 @@ def parse_args(argv=None):
     add("--epoch_eval_train", type=at_least(1), default=1000, help="epochs on the synthetic set")
     add("--batch_train", type=at_least(1), default=256, help="batch of that training")
     add("--lr_schedule", choices=LR_SCHEDULES, default="step", help="of --lr_net there")
+    add("--warm_up", type=fraction, default=0.0, help="of a cosine: share of the steps")
     add("--ema", type=fraction, default=0.0, help="decay of averaged weights; 0: the last ones")
     add("--eval_interval", type=at_least(1), default=100, help="outer iterations between two")
     add("--select", choices=("train", "test", "last"), default="train", help="the set that is "

@@ -110,6 +110,7 @@ def add_training_flags(group):
         help="networks of pretrain.py that label what is trained on, in place of a set's labels")
     add("--mix", choices=MIXES, help="of images of a batch, with labellers")
     add("--noise", type=at_least(0, float), help="on them, in normalised units")
+    add("--warm_up", type=fraction, help="of a cosine: share of the steps in which --lr_net rises")
     add("--ema", type=fraction, help="decay of averaged weights; 0: the last ones")
     add("--precision", choices=(*compilation.PRECISIONS, "auto"), default="fp32")
 
@@ -156,7 +157,8 @@ def main():
     given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
              "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
              "temperature": args.label_temperature, "lr_schedule": args.lr_schedule,
-             "mix": args.mix, "noise": args.noise, "ema": args.ema}
+             "mix": args.mix, "noise": args.noise, "ema": args.ema,
+             "warm_up": args.warm_up}
     if labellers := read_labellers(args.labeller, data):
         for source in filter(lambda source: source.synset, inputs):
             source.synset.sets = [one._replace(soft_labels=None, labellers=labellers)

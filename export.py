@@ -114,7 +114,7 @@ WITH_LABELLERS = ("dc", "safetensors")  # the other layouts have no place for ne
 TRAIN_ONLINE = Path(__file__).parent / "formats" / "train_online.py"
 CONVNETS = {"ConvNet", "ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"}  # that it knows
 TRAIN_ONLINE_RECIPE = {"dsa_strategy": "crop_flip_scale_rotate", "lr_schedule": "cosine",
-                       "mix": "cutmix_mixup", "noise": 0.0, "ema": 0.0}
+                       "mix": "cutmix_mixup", "noise": 0.0, "ema": 0.0, "warm_up": 0.1}
 
 CARD = """\
 ---

@@ -26,7 +26,7 @@ LR_SCHEDULES = ("step", "cosine")
 LABELS = ("hard", "stored", "online")
 # Of a TrainConfig; int: a whole number.
 LEAST = {"epochs": 1, "lr_net": 0.0, "batch_train": 1, "temperature": 0.01, "noise": 0.0,
-         "ema": 0.0}
+         "ema": 0.0, "warm_up": 0.0}
 
 
 # ------------------------------------------------------------------------- how to train on a set
@@ -36,10 +36,11 @@ class TrainConfig:
 
     epochs: `epochs` + 1 are run, as published. lr_net: of SGD, momentum 0.9, weight decay 5e-4.
     dsa_strategy: operations of augment.py joined by "_". temperature: of soft labels.
-    lr_schedule: "step", a tenth after half of the epochs; "cosine", to 0, step by step. mix, noise:
-    with labellers, how images of a batch are mixed (augment.MIXES), and the standard deviation of
-    the noise on them, in normalised units. ema: decay of the average of weights that is kept, step
-    by step; 0: the last weights.
+    lr_schedule: "step", a tenth after half of the epochs; "cosine", to 0, step by step. warm_up: of
+    the cosine, the share of the steps in which the learning rate rises. mix, noise: with labellers,
+    how images of a batch are mixed (augment.MIXES), and the standard deviation of the noise on
+    them, in normalised units. ema: decay of the average of weights that is kept, step by step; 0:
+    the last weights.
     """
 
     epochs: int = 1000
@@ -51,6 +52,7 @@ class TrainConfig:
     mix: str = "none"
     noise: float = 0.0
     ema: float = 0.0
+    warm_up: float = 0.0
 
     @classmethod
     def from_meta(cls, meta, **given):

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attacks import attack
@@ -40,7 +41,7 @@ def train_on_set(net, images, labels, config=TrainConfig(), generator=None, labe
     optimizer, cosine, average = _optimizer(net, config.lr_net), None, None
     if config.lr_schedule == "cosine":
         steps = (config.epochs + 1) * math.ceil(len(images) / config.batch_train)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        cosine = _warm_cosine(optimizer, steps, math.ceil(config.warm_up * steps))
     if config.ema:
         average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema),
                                 use_buffers=True)
@@ -62,6 +63,14 @@ def train_on_set(net, images, labels, config=TrainConfig(), generator=None, labe
 
 def _optimizer(net, lr):
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def _warm_cosine(optimizer, steps, warm):
+    """A learning rate that rises for `warm` steps, and falls to 0 in the others."""
+    cosine = CosineAnnealingLR(optimizer, max(steps - warm, 1))
+    if not warm:
+        return cosine
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / warm, 1, warm), cosine], [warm])
 
 
 def augmented_batches(images, labels, config, generator, labellers=()):
@@ -150,7 +159,8 @@ def wrong_only_in_bf16(net, images, labels, micro_batch=MICRO_BATCH):
 def train_config(args):
     """How the flags of a ROME script say that a set is trained on."""
     return TrainConfig(args.epoch_eval_train, args.lr_net, args.batch_train, args.dsa_strategy,
-                       args.label_temperature, args.lr_schedule, args.mix, args.noise, args.ema)
+                       args.label_temperature, args.lr_schedule, args.mix, args.noise, args.ema,
+                       args.warm_up)
 
 
 class Evaluator:

@@ -67,16 +67,18 @@ def train(net, images, labellers, epochs=3000, lr_net=0.1, batch_train=256, temp
     """Train `net` in place, on the device of the images."""
     optimizer = torch.optim.SGD(net.parameters(), lr_net, momentum=0.9, weight_decay=5e-4)
     steps = (epochs + 1) * -(-len(images) // batch_train)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    warm = -(-steps // 10)  # steps in which the learning rate rises
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1, warm)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - warm, 1))
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
     net.train()
     for _ in range(epochs + 1):
         for batch in images[torch.randperm(len(images))].split(batch_train):
-            with torch.no_grad():
-                x = mix(augment(batch))
-                labels = sum(scores(state, x) for state in labellers) / len(labellers)
+            x = mix(augment(batch))
+            labels = sum(scores(state, x) for state in labellers) / len(labellers)
             loss = F.cross_entropy(net(x) / temperature, (labels / temperature).softmax(1))
             optimizer.zero_grad()
             (loss * temperature**2).backward()
             optimizer.step()
-            cosine.step()
+            schedule.step()
     return net.eval()

@@ -111,7 +111,7 @@ def test_training_without_the_project(tmp_path):
     net = get_network("ConvNetW32", 3, 10, (32, 32), 1).eval().requires_grad_(False)
     one = SyntheticSet(images(), LABELS, None, stored_labellers([net], "ConvNetW32"))
     recipe = {"epochs": 60, "lr_net": 0.1, "batch_train": 40, "temperature": 2.0,
-              "mix": "cutmix_mixup", "lr_schedule": "cosine",
+              "mix": "cutmix_mixup", "lr_schedule": "cosine", "warm_up": 0.1,
               "dsa_strategy": "crop_flip_scale_rotate"}
     save_synset(path, [one], [], {**META, "recipe": recipe})
     flags = [str(path), "-", "--to", "dc", "--keep_packed"]

@@ -66,17 +66,23 @@ def test_training_against_a_literal_loop():
                    lambda epoch, step: (0.01 if epoch > 3 else 0.1, step in (0, 12)))
 
 
-def test_the_cosine_against_a_literal_loop():
-    """lr_net times half a cosine, step by step; soft labels, whose rows go with their images."""
+@pytest.mark.parametrize("warm", [0, 3])
+def test_the_cosine_against_a_literal_loop(warm):
+    """lr_net rises for 3 of 12 steps, or not, and falls by half a cosine; soft labels, whose rows
+    go with their images."""
     soft = torch.randn(10, 3, generator=torch.Generator().manual_seed(2))
     config = TrainConfig(epochs=3, lr_net=0.1, batch_train=4, dsa_strategy="none",
-                         temperature=2.0, lr_schedule="cosine")
+                         temperature=2.0, lr_schedule="cosine", warm_up=warm / 12)
+
+    def rate(step):
+        if step < warm:
+            return 0.1 * (1 + (warm - 1) * step / warm) / warm
+        return 0.1 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (12 - warm)))
 
     def loss_of(logits, index):
         p = (soft[index] / 2).exp() / (soft[index] / 2).exp().sum(1, keepdim=True)
         return 4 * -(p * (logits / 2).log_softmax(1)).sum(1).mean()
-    check_training(soft, config, loss_of, lambda epoch, step: (
-        0.1 * 0.5 * (1 + math.cos(math.pi * step / 12)), step == 0))
+    check_training(soft, config, loss_of, lambda epoch, step: (rate(step), step == 0))
     with pytest.raises(ValueError, match="'linear'.*step, cosine"):
         utils.train_on_set(torch.nn.Linear(1, 1), soft, soft,
                            dataclasses.replace(config, lr_schedule="linear"))
@@ -123,7 +129,7 @@ def flags(**changes):
         "eval_mode": "S", "model": "MLP", "num_eval": 2, "test_limit": 50, "seed": 0,
         "select": "train", "epoch_eval_train": 60, "lr_net": 0.02, "batch_train": 32,
         "dsa_strategy": "none", "label_temperature": 1.0, "lr_schedule": "step", "mix": "none",
-        "noise": 0.0, "ema": 0.0, **changes})
+        "noise": 0.0, "ema": 0.0, "warm_up": 0.0, **changes})
 
 
 @pytest.fixture(scope="module")
