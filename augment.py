@@ -155,7 +155,7 @@ def dsa_apply(x, draw):
 
 
 # ------------------------------------------------------------------- mixing images of one batch
-# {name: what a batch goes through, each a choice at random of these}
+# {name: how a batch is mixed, one way after the other; of each the alternatives, drawn by batch}
 MIXES = {"none": (), "mixup": (("mixup",),), "cutmix": (("cutmix",),),
          "both": (("mixup", "cutmix"),), "cutmix_mixup": (("cutmix",), ("mixup",))}
 
