@@ -86,7 +86,7 @@ def set_file(folder, **changes):
     return path
 
 
-@pytest.mark.parametrize("layout", ["dc", "safetensors", "mtt", "folder"])
+@pytest.mark.parametrize("layout", export.LAYOUTS)
 def test_what_an_export_carries(tmp_path, layout):
     """The networks in float16, or where a layout has no place for them, what they say of the
     images themselves. Other readers find images and classes where they were."""
