@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_in, sigterm_at
+from conftest import ROOT, run_in, sigterm_at
 
 import evaluate
 import export
@@ -15,13 +15,15 @@ import pretrain
 import rome
 import ROME_cifar10
 import utils
+from formats.network_file import load_into
 from formats.synset_file import MAX_LABELLERS, SyntheticSet, read_synset, save_synset
 from networks import get_network
 from runtime.checkpoint import Interrupted
 from runtime.command_line import run_script
 from runtime.measures import kilobytes
 from runtime.safe_io import InputError, write_tensors
-from synsets import TrainConfig, build_labellers, load_labellers, load_synset, stored_labellers
+from synsets import (TrainConfig, build_labellers, describe_prior_networks, load_labellers,
+                     load_synset, stored_labellers)
 
 LABELS = torch.arange(10)
 META = {"dataset": "CIFAR10", "mean": [0.5] * 3, "std": [0.25] * 3, "pack": 2,
@@ -135,6 +137,22 @@ def test_training_without_the_project(tmp_path):
     before = distance()
     alone["train"](student, x, labellers, **recipe)
     assert distance() < before / 3
+
+
+def test_the_set_that_is_here():
+    """Small, readable, with the network that lies beside it, and the script that trains alone."""
+    folder = ROOT / "experiments/online_labels"
+    images, labels, config = load_synset(folder / "ready")
+    assert images.shape == (400, 3, 32, 32) and config.mix == "cutmix_mixup"
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(10).repeat(4))
+    (net,), (one,) = load_labellers(folder / "ready"), folder.glob("ready/*.pt")
+    ((about,),) = read_synset(one).meta["recipe"]["teachers"]
+    file = folder / "teachers" / about["file"]
+    assert describe_prior_networks([file]) == [about]
+    original = load_into(get_network("ConvNetW64", 3, 10, (32, 32), 0), file).half().float()
+    assert torch.equal(net(images), original.eval()(images)) and one.stat().st_size < 2e6
+    alone = (folder / "ready" / "train_online.py").read_text()
+    assert alone == export.TRAIN_ONLINE.read_text()
 
 
 @pytest.mark.parametrize("soft, labellers, expected, text", [
