@@ -29,10 +29,11 @@ make_sets() {
 cell() {
     name=$1 set=$2; shift 2
     [ -e "$out/$name/done" ] && return
-    $python evaluate.py --data_path "$data_path" --synset "$sets/$set.pt" --method "$name" --labels own --num_eval 1 \
-        --lr_net 0.2 --lr_schedule cosine --warm_up 0.1 --dsa_strategy crop_flip_scale_rotate --label_temperature 3 \
-        --batch_train 100 --epoch_eval_train 2999 --precision bf16 --attack_precision bf16 \
-        --threat_model pixel --untargeted --attacks PGD20 --eps 2 4 8 --no_sanity --out "$out/$name" --resume "$@"
+    $python evaluate.py --data_path "$data_path" --synset "$sets/$set.pt" --method "$name" --model ConvNetW32 \
+        --labels own --num_eval 1 --lr_net 0.2 --lr_schedule cosine --warm_up 0.1 \
+        --dsa_strategy crop_flip_scale_rotate --label_temperature 3 --batch_train 100 --epoch_eval_train 2999 \
+        --precision bf16 --attack_precision bf16 --threat_model pixel --untargeted --attacks PGD20 --eps 2 4 8 \
+        --no_sanity --out "$out/$name" --resume "$@"
     touch "$out/$name/done"
 }
 
