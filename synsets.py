@@ -118,8 +118,16 @@ def stored_labellers(networks, model):
 
 
 def load_labellers(path, index=0):
-    """The labellers of set number `index` of a file, for `train_on_set`."""
-    return build_labellers(read_input(path, NETWORKS, is_set=True).synset.sets[index])
+    """The labellers of set number `index` of a file, for `train_on_set`; [] if it has none."""
+    return build_labellers(_read_sets(path, index).synset.sets[index])
+
+
+def _read_sets(path, index, packed=1):
+    """A file as an Input. Raises InputError where it has no set of this number."""
+    source = read_input(path, NETWORKS, is_set=True, packed=packed)
+    if index >= (count := len(source.synset.sets)):
+        raise InputError(f"{path} has {count} set(s); there is no {index}")
+    return source
 
 
 def label_loss(logits, labels, temperature=1.0):
@@ -142,10 +150,8 @@ def load_synset(path, index=0, *, packed=1, images=None):
     Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or logits
     (M, num_classes); and a TrainConfig. Raises InputError for what cannot be understood.
     """
-    source = read_input(path, NETWORKS, is_set=True, packed=packed)
+    source = _read_sets(path, index, packed)
     file = source.synset
-    if index >= len(file.sets):
-        raise InputError(f"{path} has {len(file.sets)} set(s); there is no {index}")
     normalise_alone(source, images=images)
     for warning in source.warnings:
         warnings.warn(warning, stacklevel=2)

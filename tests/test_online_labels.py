@@ -146,6 +146,8 @@ def test_the_set_that_is_here():
     assert images.shape == (400, 3, 32, 32) and config.mix == "cutmix_mixup"
     assert torch.equal(labels, torch.arange(10).repeat_interleave(10).repeat(4))
     (net,), (one,) = load_labellers(folder / "ready"), folder.glob("ready/*.pt")
+    with pytest.raises(InputError, match="1 set.*there is no 1"):
+        load_labellers(folder / "ready", 1)
     ((about,),) = read_synset(one).meta["recipe"]["teachers"]
     file = folder / "teachers" / about["file"]
     assert describe_prior_networks([file]) == [about]
