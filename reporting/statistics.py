@@ -44,9 +44,11 @@ def accuracies_of_network(rows):
     network, number = NETWORK_NAME.match(file), SET_NUMBER.search(file)
     group = method, network["model"] if network else "", ipc
     name = number[1] if number else file
-    for row in rows:
-        label = attack_label(row["attack"], row["targeted"], row["eps"])
-        yield group, f"{row['threat_model']}: {label}", name, [100 * row["accuracy"]], row["n"]
+    of_most_images = {(row["threat_model"], attack_label(row["attack"], row["targeted"],
+                                                         row["eps"])): row
+                      for row in sorted(rows, key=lambda row: row["n"])}
+    for (threat, label), row in of_most_images.items():
+        yield group, f"{threat}: {label}", name, [100 * row["accuracy"]], row["n"]
     for entry in metrics_of(rows):
         if entry["kind"] == "white-box":
             measure = f"{entry['threat_model']}: I-RR {FORMS[entry['targeted']]}"

@@ -224,6 +224,7 @@ def test_what_a_set_is_worth(tmp_path, run_report, lines_of):
         for attack, targeted, accuracy, threat, n in (
             ("Clean", None, 0.56, "pixel", 1000), ("PGD20", False, 0.38, "pixel", 1000),
             ("AA", False, 0.28, "pixel", 500), ("AA", True, 0.99, "pixel", 500),
+            ("Clean", None, 0.99, "pixel", 500),  # the same network on fewer images: not averaged
             ("AA", False, 0.99, "published", 500))])
     out = run_report("--table", "robust")
     assert "| constant classifier |  |  | 33.3 | 33.3 |" in out
