@@ -155,7 +155,7 @@ def dsa_apply(x, draw):
 
 
 # ------------------------------------------------------------------- mixing images of one batch
-# {name: how a batch is mixed, one way after the other; of each the alternatives, drawn by batch}
+# {name: the steps of mixing}. Of each step the alternatives, one of which is drawn for a batch.
 MIXES = {"none": (), "mixup": (("mixup",),), "cutmix": (("cutmix",),),
          "both": (("mixup", "cutmix"),), "cutmix_mixup": (("cutmix",), ("mixup",))}
 

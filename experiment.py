@@ -23,7 +23,7 @@ from runtime import cost, distributed
 from runtime.compilation import resolve_precision, set_precision
 from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, device_name, get_device, has_bf16, versions
-from runtime.measures import BYTES, COLUMNS, by_model, kilobytes, percent
+from runtime.measures import COLUMNS, KILOBYTES, by_model, kilobytes, percent
 from runtime.perturbation import deferred_checks
 from runtime.progress import ProgressTimer
 from runtime.run_directory import RunDirectory
@@ -537,8 +537,8 @@ def save_result(args, setup):
     header = " ".join(f"{COLUMNS[key]:>15}" for key in measured)
     run.log(f"\n{data.name}, {args.ipc} image(s) per class, threat model {args.threat_model}, "
             f"{args.num_exp} set(s) x {args.num_eval} network(s), {first['n']} test images; "
-            f"accuracy in percent, mean +- std\n{'set':<{width}} {'network':<12} {header}  "
-            f"kB: {' + '.join(BYTES)}")
+            "accuracy in percent, mean +- std\n"
+            f"{'set':<{width}} {'network':<12} {header}  {KILOBYTES}")
     for name, rows in {"constant classifier": setup.evaluator.constant(), **table}.items():
         for model, columns in by_model(rows).items():
             run.log_metrics("final", set=name, model=model, **columns)

@@ -10,13 +10,12 @@ from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
 from reporting.tables import Table, lay_out, mean_std, turned
-from runtime.measures import BYTES, COLUMNS, FORMS, attack_label, kilobytes
+from runtime.measures import COLUMNS, FORMS, KILOBYTES, attack_label, kilobytes
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 ROBUST = {"pixel: Clean": "clean",
           **{f"pixel: PGD20 untargeted {eps}/255": f"PGD-20 {eps}/255" for eps in (1, 2, 4, 8)},
           **{f"pixel: AA untargeted {eps}/255": f"AutoAttack {eps}/255" for eps in (1, 2, 4, 8)}}
-KILOBYTES = f"kB: {' + '.join(BYTES)}"
 
 
 # ---- accuracies
@@ -38,17 +37,22 @@ def accuracies_by_set(rows, runs):
     return accuracies, counts
 
 
+def group_of(row):
+    """(method, network, ipc) of a row of evaluate.py."""
+    network = NETWORK_NAME.match(row["evaluated_on"])
+    return row["method"], network["model"] if network else "", row["ipc"]
+
+
 def accuracies_of_network(rows):
     """Yields (group, measure, set, [percent], n) of the attacks on a network, and its I-RR."""
-    method, file, ipc = (rows[0][key] for key in ("method", "evaluated_on", "ipc"))
-    network, number = NETWORK_NAME.match(file), SET_NUMBER.search(file)
-    group = method, network["model"] if network else "", ipc
+    group, file, of_most_images = group_of(rows[0]), rows[0]["evaluated_on"], {}
+    number = SET_NUMBER.search(file)
     name = number[1] if number else file
-    of_most_images = {(row["threat_model"], attack_label(row["attack"], row["targeted"],
-                                                         row["eps"])): row
-                      for row in sorted(rows, key=lambda row: row["n"])}
-    for (threat, label), row in of_most_images.items():
-        yield group, f"{threat}: {label}", name, [100 * row["accuracy"]], row["n"]
+    for row in sorted(rows, key=lambda row: row["n"]):
+        label = attack_label(row["attack"], row["targeted"], row["eps"])
+        of_most_images[f"{row['threat_model']}: {label}"] = row
+    for measure, row in of_most_images.items():
+        yield group, measure, name, [100 * row["accuracy"]], row["n"]
     for entry in metrics_of(rows):
         if entry["kind"] == "white-box":
             measure = f"{entry['threat_model']}: I-RR {FORMS[entry['targeted']]}"
@@ -73,14 +77,11 @@ def accuracies_of_run(run):
 
 def bytes_of_sets(rows, runs):
     """{(method, network, ipc): what each of its sets stores}, where that is known."""
-    found = {}
-    for row in rows:
-        network = NETWORK_NAME.match(row["evaluated_on"])
-        if row.get("bytes") and network:
-            found[row["method"], network["model"], row["ipc"]] = row["bytes"]
+    found = {group_of(row): row["bytes"] for row in rows if row.get("bytes")}
     for run in runs:
+        names = names_of_run(run)
         for event in run.events_of("final"):
-            if event.get("bytes") and event["set"] in (names := names_of_run(run)):
+            if event.get("bytes") and event["set"] in names:
                 found[names[event["set"]], event["model"], run.flags["ipc"]] = event["bytes"]
     return found
 

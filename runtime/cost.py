@@ -22,8 +22,8 @@ def forward_flops(net, channel, size):
     A multiply-add counts as two. torch.utils.flop_counter says the same, after two seconds of
     imports.
     """
-    return _sum_over_layers(net, channel, size, lambda layer, values_in, values_out:
-                            2 * values_out * layer.weight[0].numel())
+    return sum(2 * values_out * layer.weight[0].numel()
+               for layer, _, values_out in _layers(net, channel, size))
 
 
 def least_values_moved(net, channel, size):
@@ -33,17 +33,20 @@ def least_values_moved(net, channel, size):
     output is written once and read twice, in the norm and in its backward; its gradient, the
     layer's input and that one's gradient are written and read once.
     """
-    return _sum_over_layers(net, channel, size, lambda layer, values_in, values_out:
-                            5 * values_out + 4 * values_in)
+    return sum(5 * values_out + 4 * values_in
+               for _, values_in, values_out in _layers(net, channel, size))
 
 
-def _sum_over_layers(net, channel, size, count):
-    """Sum of count(layer, values of its input, of its output), for one image."""
-    counts = []
+def _layers(net, channel, size):
+    """The convolutions and linear layers: [(layer, values of its input, of its output), ...]."""
+    found = []
+
+    def note(layer, inputs, output):
+        found.append((layer, inputs[0].numel(), output.numel()))
+
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: counts.append(
-        count(layer, inputs[0].numel(), output.numel())))
-        for layer in net.modules() if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(note) for layer in net.modules()
+             if isinstance(layer, kinds)]
     was_training = net.training
     net.eval()
     with torch.no_grad():
@@ -51,7 +54,7 @@ def _sum_over_layers(net, channel, size, count):
     net.train(was_training)
     for hook in hooks:
         hook.remove()
-    return sum(counts)
+    return found
 
 
 def forward_backward_rate(net, data, count):

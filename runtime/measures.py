@@ -8,7 +8,7 @@ COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "rob
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
 HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
-BYTES = ("images", "labels", "labellers")  # what a set stores
+KILOBYTES = "kB: images + labels + labellers"  # the heading of what `kilobytes` says
 FORMS = {True: "targeted", False: "untargeted"}
 
 
@@ -20,7 +20,7 @@ def attack_label(attack, targeted, eps=None):
 
 def kilobytes(stored):
     """'307 + 0.1 + 49', in kB, of `SyntheticSet.stored_bytes()`; '' of None."""
-    values = [stored[key] / 1000 for key in BYTES] if stored else []
+    values = [stored[key] / 1000 for key in ("images", "labels", "labellers")] if stored else []
     return " + ".join(f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in values)
 
 

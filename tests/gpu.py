@@ -369,16 +369,16 @@ def main():
     if args.inside:
         return STEPS[args.inside][1]()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    until, lines = time.perf_counter() + args.budget, []
+    until, results = time.perf_counter() + args.budget, []  # [(status, line), ...]
     started = [(name, *start(name, args.out)) for name in args.together]
-    lines += [finish(*one, args.out, until) for one in started]
+    results += [finish(*one, args.out, until) for one in started]
     for name in args.steps or ([] if args.together else STEPS if CUDA else WITHOUT_GPU):
         if until - time.perf_counter() < min(STEPS[name][0], 20):
-            lines.append(f"{name}: no time left")
+            results.append((0, f"{name}: no time left"))
             continue
-        lines.append(finish(name, *start(name, args.out), args.out, until))
-    print("\n".join(lines))
-    sys.exit(any(": failed" in line for line in lines))
+        results.append(finish(name, *start(name, args.out), args.out, until))
+    print("\n".join(line for _, line in results))
+    sys.exit(any(status != 0 for status, _ in results))
 
 
 def start(name, out):
@@ -399,7 +399,8 @@ def finish(name, process, began, out, until):
         status = "out of time"
     print(f"--- {name}\n{(Path(out) / f'{name}.log').read_text()[-4000:]}", flush=True)
     seconds = time.perf_counter() - began
-    return f"{name}: {'ok' if status == 0 else f'failed ({status})'} in {seconds:.0f} s"
+    end = "ok" if status == 0 else f"failed ({status})"
+    return status, f"{name}: {end} in {seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import pretrain
 import rome
 import ROME_cifar10
 import utils
+from formats.inputs import check_and_normalise, read_inputs
 from formats.network_file import load_into
 from formats.synset_file import MAX_LABELLERS, SyntheticSet, read_synset, save_synset
-from networks import get_network
+from networks import NETWORKS, get_network
 from runtime.checkpoint import Interrupted
 from runtime.command_line import run_script
 from runtime.measures import kilobytes
@@ -181,8 +182,6 @@ def test_classes_in_another_order(tmp_path, digits):
     meta = {**META, "dataset": "Digits", "classes": names, "mean": list(digits.mean),
             "std": list(digits.std), "pack": 1}
     save_synset(path, [one], [], meta)
-    from formats.inputs import check_and_normalise, read_inputs
-    from networks import NETWORKS
     (entry,) = read_inputs([path], [], NETWORKS)
     check_and_normalise(entry, digits)
     (synset,) = entry.synset.sets
@@ -213,21 +212,15 @@ def test_labellers_that_are_none(tmp_path, labellers, problem):
 
 
 # ------------------------------------------------------------------------------------- scripts
-def main(monkeypatch, script, *flags):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-    script.main()
-
-
 def test_from_a_teacher_to_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     common = ["--dataset", "Digits", "--model", "MLP", "--threat_model", "pixel", "--no_compile"]
-    main(monkeypatch, pretrain, *common, "--epochs", 1, "--attack_steps", 1, "--test_limit", 20,
-         "--aa_limit", 0)
+    run_in(monkeypatch, pretrain, tmp_path, *common, "--epochs", 1, "--attack_steps", 1,
+           "--test_limit", 20, "--aa_limit", 0)
     network = "checkpoints/full_MLP_Digits_142_PGD-pixel_seed0-0.pth"
     flags = [*common, "--ipc", 1, "--robust_prior", network, "--Iteration", 1, "--num_exp", 1,
              "--num_eval", 1, "--epoch_eval_train", 30, "--batch_real", 4, "--embed_last", 1000,
              "--labels", "online", "--mix", "both", "--noise", 0.1, "--lr_net", 0.05]
-    main(monkeypatch, ROME_cifar10, *flags)
+    run_in(monkeypatch, ROME_cifar10, tmp_path, *flags)
     rows = (tmp_path / "result/ROME_Digits_MLP_1ipc_pixel_seed0/metrics.jsonl").read_text()
     names = [row["set"] for row in map(json.loads, rows.splitlines()) if row["event"] == "final"]
     assert names == ["constant classifier", "random real", "random real, online labels",
@@ -235,9 +228,9 @@ def test_from_a_teacher_to_a_table(tmp_path, monkeypatch, capsys):
     synset = "result/ROME_res_ROME_Digits_MLP_1ipc.pt"
     common = [*common[:4], "--num_eval", 1, "--attacks", "FGSM", "--limit", 10, "--no_sanity",
               "--no_compile", "--untargeted"]
-    main(monkeypatch, evaluate, *common, "--synset", synset, "--out", "own")
-    main(monkeypatch, evaluate, *common, "--synset", synset, "--out", "other", "--labeller",
-         network, "--mix", "none", "--labels", "own")
+    run_in(monkeypatch, evaluate, tmp_path, *common, "--synset", synset, "--out", "own")
+    run_in(monkeypatch, evaluate, tmp_path, *common, "--synset", synset, "--out", "other",
+           "--labeller", network, "--mix", "none", "--labels", "own")
     kinds = {path.parent.parent.name + " " + json.loads(path.read_text())["labels"]
              for path in tmp_path.glob("*/networks/*.json")}
     assert kinds == {"own online", "own hard", "other online"}

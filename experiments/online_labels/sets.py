@@ -9,13 +9,12 @@ import argparse
 
 import torch
 
-from augment import pack
 from datasets import dataset_name, load_dataset
 from formats.network_file import load_into
 from formats.synset_file import SyntheticSet, save_synset
 from networks import network_for
 from runtime.seeding import make_generator
-from synsets import TrainConfig, class_major, initial_set, soft_labels
+from synsets import TrainConfig, initial_set
 from utils import augmented_batches
 
 
@@ -72,9 +71,8 @@ def main():
         images, classes = make_images(args, data, exp)
         sets.append(make_views(args, teachers, images, classes, exp) if args.views
                     else SyntheticSet(images, classes))
-    meta = {"dataset": data.name, "model": "ConvNetW32", "method": args.images, "pack": args.pack,
-            "packed": args.pack > 1, "threat_model": "pixel", "zca": False,
-            "mean": list(data.normalisation.mean), "std": list(data.normalisation.std)}
+    meta = {"dataset": data.name, "pack": args.pack, "packed": args.pack > 1, "zca": False,
+            "mean": list(data.mean), "std": list(data.std)}
     save_synset(args.out, sets, [], meta)
 
 
