@@ -61,7 +61,7 @@ def below_chance(rows, num_classes=None):
         if not clean:
             continue
         n, least = clean[0]["n"], chance(clean[0]["dataset"], num_classes)
-        if wilson(clean)[0] <= least:
+        if wilson(100 * mean_of(clean), n)[0] <= least:
             lines.append(f"{method}, ipc {ipc}: clean accuracy {100 * mean_of(clean):.1f} % of {n} "
                          "images is no better than that of a constant classifier "
                          f"({least:g} %): are the labels, the normalisation and the packing right?")

@@ -9,7 +9,7 @@ from scipy.stats import ttest_ind
 from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
-from reporting.tables import Table, lay_out, mean_std, turned
+from reporting.tables import Table, lay_out, mean_std, turned, with_interval
 from runtime.measures import COLUMNS, FORMS, KILOBYTES, attack_label, kilobytes
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
@@ -21,7 +21,7 @@ ROBUST = {"pixel: Clean": "clean",
 # ---- accuracies
 def accuracies_by_set(rows, runs):
     """{(method, network, ipc): {measure: {set: [percent of each network]}}}, and the numbers of
-    test images that they were measured on, {measure: {n, ...}}.
+    test images that they were measured on, {measure: {(method, network, ipc): {n, ...}}}.
 
     A measure: "pixel: PGD20 untargeted 2/255". rows: of evaluate.py. runs: RunRecords. Their last
     figures join the rows under `pixel`; under `published`, where a grid is to come from the same
@@ -33,7 +33,7 @@ def accuracies_by_set(rows, runs):
             *map(accuracies_of_network, networks.values()), *map(accuracies_of_run, runs)):
         of_sets = accuracies.setdefault(group, {}).setdefault(measure, {})
         of_sets.setdefault(name, []).extend(values)
-        counts.setdefault(measure, set()).add(n)
+        counts.setdefault(measure, {}).setdefault(group, set()).add(n)
     return accuracies, counts
 
 
@@ -110,6 +110,16 @@ def cells_of_sets(measured, titles):
     return cells and {**cells, "sets": count_text(found.values())}
 
 
+def robust_cells(group, measured, counts):
+    """`cells_of_sets` with the interval of AutoAttack, which is made on few images."""
+    cells = cells_of_sets(measured, ROBUST)
+    for measure, title in ROBUST.items():
+        if " AA " in measure and title in cells:
+            mean, n = set_means(measured[measure]).mean(), min(counts[measure][group])
+            cells[title] = with_interval(cells[title], mean, n)
+    return cells
+
+
 def table_robust(dataset, rows, runs):
     """What sets are worth under `pixel`, beside a constant classifier; None without attacks."""
     accuracies, counts = accuracies_by_set(rows, runs)
@@ -120,18 +130,19 @@ def table_robust(dataset, rows, runs):
         return None
     sizes = [row.get("num_classes") for row in rows] + [run.num_classes for run in runs]
     least = f"{chance(dataset, next(filter(None, sizes), None)):.1f}"
-    cells = {group: cells_of_sets(accuracies[group], ROBUST) for group in groups}
+    cells = {group: robust_cells(group, accuracies[group], counts) for group in groups}
     found = {name for row in cells.values() for name in row} - {"sets"}
     for group, stored in bytes_of_sets(rows, runs).items():
         if group in cells:
             cells[group][KILOBYTES] = kilobytes(stored)
     cells = {("constant classifier", "", ""): dict.fromkeys(found, least), **cells}
-    images = "; ".join(f"{name} {', '.join(map(str, sorted(counts[measure])))}"
-                       for measure, name in ROBUST.items() if name in found)
+    numbers = {name: sorted(set().union(*counts[measure].values()))
+               for measure, name in ROBUST.items() if name in found}
+    images = "; ".join(f"{name} {', '.join(map(str, ns))}" for name, ns in numbers.items())
     return Table(
         f"robust_{dataset}", f"Robustness under the valid threat model `pixel`, {dataset} "
         "(accuracy in percent; mean +- standard deviation over sets of several seeds, of each the "
-        "mean over its networks)",
+        "mean over its networks; of AutoAttack also the binomial 95 % interval)",
         *lay_out(("set", "network", "ipc"), cells, (*ROBUST.values(), "sets", KILOBYTES)),
         [f"test images: {images}. PGD-20: untargeted, with a random start. Where two numbers of "
          "sets stand, AutoAttack was made on the fewer."])

@@ -65,17 +65,22 @@ def mean_std(values, digits=2, ddof=0, scale=1, sign=""):
 
 
 # ---- accuracies of evaluate.py
-def wilson(rows):
-    """The binomial 95 % interval of the mean accuracy of rows: low, high, in percent."""
-    n = rows[0]["n"]
-    interval = binomtest(round(mean_of(rows) * n), n).proportion_ci(method="wilson")
+def wilson(accuracy, n):
+    """The binomial 95 % interval of an accuracy in percent, of n images: low, high, in percent."""
+    interval = binomtest(round(accuracy / 100 * n), n).proportion_ci(method="wilson")
     return 100 * interval.low, 100 * interval.high
 
 
+def with_interval(text, accuracy, n):
+    """'44.68 +- 0.31 [43.7, 45.7]' of the text before the bracket; the others as for `wilson`."""
+    low, high = wilson(accuracy, n)
+    return f"{text} [{low:.1f}, {high:.1f}]"
+
+
 def accuracy_text(rows):
-    """'44.68 +- 0.31 [43.7, 45.7]': percent, deviation over networks, binomial interval."""
-    low, high = wilson(rows)
-    return f"{mean_std([row['accuracy'] for row in rows], scale=100)} [{low:.1f}, {high:.1f}]"
+    """Percent, deviation over networks, binomial interval."""
+    text = mean_std([row["accuracy"] for row in rows], scale=100)
+    return with_interval(text, 100 * mean_of(rows), rows[0]["n"])
 
 
 def attack_name(attack):

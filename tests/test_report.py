@@ -232,7 +232,7 @@ def test_what_a_set_is_worth(tmp_path, run_report, lines_of):
     assert constant["clean"] == "10.0" and ours == {
         "set": "ROME-pixel", "network": "ConvNet", "ipc": "50", "sets": "1 to 2",
         "clean": f"51.5 +- {np.std([53, 50], ddof=1):.1f}", "PGD-20 2/255": "34.0 +- 0.0",
-        "PGD-20 8/255": "10.0 +- 0.0", "AutoAttack 2/255": "28.0"}
+        "PGD-20 8/255": "10.0 +- 0.0", "AutoAttack 2/255": "28.0 [24.2, 32.1]"}
     assert "clean 100, 1000; PGD-20 2/255 100, 1000; PGD-20 8/255 100; AutoAttack 2/255 5" in out
 
 

@@ -53,7 +53,7 @@ def make_views(args, teachers, images, classes, exp):
 
     A SyntheticSet; its classes have no meaning, since a view may show two images.
     """
-    config = TrainConfig(args.views - 1, batch_train=len(images), mix="both",
+    config = TrainConfig(args.views - 1, batch_train=len(images), mix="cutmix_mixup",
                          dsa_strategy="crop_flip_scale_rotate")
     generator = make_generator(0, "online_labels", "views", args.views, exp)
     batches = augmented_batches(images, classes, config, generator, teachers)

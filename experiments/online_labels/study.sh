@@ -43,16 +43,17 @@ taught() { name=$1 set=$2 by=$3; shift 3; cell "$name" "$set" --mix cutmix_mixup
 # online NAME SET FLAG...: of the first ConvNetW32
 online() { name=$1 set=$2; shift 2; taught "$name" "$set" $teacher "$@"; }
 
-# judge NAME...: AutoAttack on the networks of these cells
-judge() {
-    for name in "$@"; do
-        [ -e "$out/$name-AA/done" ] && continue
-        $python evaluate.py --data_path "$data_path" --networks "$out/$name"/networks/*.pth --attacks AA --limit 500 \
-            --queries 1000 --attack_precision bf16 --threat_model pixel --untargeted --eps 2 4 8 --no_sanity \
-            --out "$out/$name-AA" --resume
-        touch "$out/$name-AA/done"
-    done
+# attack NAME FILE... FLAG...: networks that are there already
+attack() {
+    name=$1; shift
+    [ -e "$out/$name/done" ] && return
+    $python evaluate.py --data_path "$data_path" --attack_precision bf16 --threat_model pixel --untargeted --eps 2 4 8 \
+        --queries 1000 --no_sanity --out "$out/$name" --resume --networks "$@"
+    touch "$out/$name/done"
 }
+
+# autoattack NAME FILE...: on 1 000 images
+autoattack() { attack "$@" --attacks AA --limit 1000; }
 
 case $1 in
 teachers)
@@ -69,6 +70,7 @@ sets)
     make_sets one --images repeated --distinct 1
     make_sets ipc12 --ipc 12
     make_sets ipc50 --ipc 50
+    for name in ROME ROME-4x4 Baseline; do cp experiments/robust_labels/ready/$name/*.pt "$sets/$name.pt"; done
     for views in 1 4 16; do make_sets views$views --views $views --teachers $teacher; done ;;
 protocol)
     online whole whole
@@ -91,6 +93,13 @@ steps)
 images)  # the same number of steps: 3 000
     online packed2 packed2 --epoch_eval_train 749
     online packed4 packed4 --epoch_eval_train 187
+    online ROME ROME --epoch_eval_train 749 --num_eval 3
+    online ROME-4x4 ROME-4x4 --epoch_eval_train 187 --num_eval 3
+    online Baseline Baseline --epoch_eval_train 749 --num_eval 3
+    online whole whole
+    [ -e "$sets/disagree.pt" ] || $python experiments/robust_labels/disagree.py "$sets/disagree.pt" $teacher --pack 1 \
+        --students "$out"/whole/networks/*.pth --data_path "$data_path"
+    online disagree disagree
     online ipc50 ipc50 --epoch_eval_train 599
     online ten-images ten
     online one-image one
@@ -113,7 +122,11 @@ cifar100)
     pretrain --dataset CIFAR100 --model ConvNetW32 --attack_steps 3
     make_sets cifar100 --dataset CIFAR100
     taught CIFAR100 cifar100 "$teachers/full_ConvNetW32_CIFAR100_500_PGD-pixel_seed0-0.pth" --epoch_eval_train 299 ;;
-judge)
+judge)  # NAME...: AutoAttack on the networks of these cells
     shift
-    judge "$@" ;;
+    for cell in "$@"; do autoattack "$cell-AA" "$out/$cell"/networks/*.pth; done ;;
+judge-teachers)
+    attack teachers-PGD20 $teacher "$w64" "$w128" --method teacher-W32 teacher-W64 teacher-ConvNet --attacks PGD20
+    autoattack teacher-W32-AA $teacher --method teacher-W32
+    autoattack teacher-W64-AA "$w64" --method teacher-W64 ;;
 esac

@@ -3,8 +3,8 @@
     PYTHONPATH=. python experiments/robust_labels/disagree.py OUT TEACHER... --students STUDENT...
 
 OUT is a file for `ROME_cifar10.py --init`. It holds one set for each student: 10 stored images a
-class, packed 4x4. A student is a network that learned the teachers' labels of random images. Images
-are compared as they will be stored, after packing and unpacking.
+class, packed 4x4 unless --pack says otherwise. A student is a network that learned the teachers' labels
+of random images. Images are compared as they will be stored, after packing and unpacking.
 """
 import argparse
 
@@ -19,7 +19,6 @@ from networks import network_for
 from synsets import soft_labels
 
 IPC = 10  # stored images a class
-PACK = 4  # sub-images on each side of a stored image
 TEMPERATURE = 3
 MICRO_BATCH = 512  # images that go through the networks at a time
 
@@ -29,6 +28,7 @@ def parse_args():
     parser.add_argument("out", help="the file to write")
     parser.add_argument("teachers", nargs="+", help="robust ConvNetW32 networks (.pth)")
     parser.add_argument("--students", nargs="+", required=True, help="ConvNetW32 networks (.pth)")
+    parser.add_argument("--pack", type=int, default=4, help="K x K real images in a stored one")
     parser.add_argument("--data_path", default="./data")
     return parser.parse_args()
 
@@ -41,15 +41,15 @@ def disagreement(teachers, student, images):
     return F.kl_div(learned, taught, reduction="none", log_target=True).sum(1)
 
 
-def chosen_images(data, teachers, student):
-    """The chosen images of each class, packed: (C * IPC, 3, H, W), class-major."""
+def chosen_images(data, teachers, student, side):
+    """The chosen images of each class, packed side x side: (C * IPC, 3, H, W), class-major."""
     stored = []
     for c in range(data.num_classes):
         images = data.get_batch("train", data.labels["train"] == c)[0]
-        images = images[:len(images) // PACK**2 * PACK**2]  # whole stored images
-        as_stored = unpack(pack(images, PACK), PACK)
-        most = disagreement(teachers, student, as_stored).topk(IPC * PACK**2).indices
-        stored.append(pack(images[most], PACK))
+        images = images[:len(images) // side**2 * side**2]  # whole stored images
+        as_stored = unpack(pack(images, side), side)
+        most = disagreement(teachers, student, as_stored).topk(IPC * side**2).indices
+        stored.append(pack(images[most], side))
     return torch.cat(stored)
 
 
@@ -64,9 +64,11 @@ def main():
     labels = torch.arange(data.num_classes).repeat_interleave(IPC)
     sets = []
     for path in args.students:
-        sets.append(SyntheticSet(chosen_images(data, teachers, load(path)), labels, None))
+        images = chosen_images(data, teachers, load(path), args.pack)
+        sets.append(SyntheticSet(images, labels, None))
     save_synset(args.out, sets, [], {"dataset": "CIFAR10", "model": "ConvNetW32",
-                                     "method": "Disagree", "pack": PACK, "packed": True})
+                                     "method": "Disagree", "pack": args.pack,
+                                     "packed": args.pack > 1})
 
 
 if __name__ == "__main__":
