@@ -3,8 +3,8 @@
     PYTHONPATH=. python experiments/robust_labels/disagree.py OUT TEACHER... --students STUDENT...
 
 OUT is a file for `ROME_cifar10.py --init`. It holds one set for each student: 10 stored images a
-class, packed 4x4 unless --pack says otherwise. A student is a network that learned the teachers' labels
-of random images. Images are compared as they will be stored, after packing and unpacking.
+class, packed 4x4 unless --pack says otherwise. A student is a network that learned the teachers'
+labels of random images. Images are compared as they will be stored, after packing and unpacking.
 """
 import argparse
 
@@ -42,7 +42,7 @@ def disagreement(teachers, student, images):
 
 
 def chosen_images(data, teachers, student, side):
-    """The chosen images of each class, packed side x side: (C * IPC, 3, H, W), class-major."""
+    """The chosen images of each class, packed side x side: (C * IPC, 3, H, W)."""
     stored = []
     for c in range(data.num_classes):
         images = data.get_batch("train", data.labels["train"] == c)[0]
