@@ -20,13 +20,12 @@ from PIL import Image
 
 from augment import unpack
 from datasets import DATASETS, Normalisation, add_dataset_flag, dataset_name, load_dataset
-from formats.inputs import choose_dataset, normalise_alone, read_input, take_flags
+from formats.inputs import choose_dataset, normalise_alone, take_flags
 from formats.synset_file import PACKS, SPACES, SyntheticSet, mean_and_std, save_synset
-from networks import NETWORKS
 from runtime.command_line import add_switch, at_least, method_name, run_script
 from runtime.measures import kilobytes
 from runtime.safe_io import InputError, write_json, write_tensors, write_text
-from synsets import TrainConfig, build_labellers, soft_labels, training_set
+from synsets import TrainConfig, build_labellers, read_sets, soft_labels, training_set
 
 
 def parse_args(argv=None):
@@ -133,7 +132,7 @@ tags:
 |---|---|
 | stored as | {meta[stored]} images, each of {pack}x{pack} sub-images |
 | images | {description} |
-| training | {config}: SGD, momentum 0.9, weight decay 5e-4, one epoch more than `epochs` |
+| training | {training}; SGD, momentum 0.9, weight decay 5e-4, one epoch more than `epochs` |
 | kB | {kilobytes}: images as bytes of pixels, labels, labellers |
 | threat model of the labels | {threat_model} |
 
@@ -197,9 +196,11 @@ def card(synset, meta, name, description, has_script):
     shape, num_classes = tuple(synset.images.shape[1:]), int(synset.labels.max()) + 1
     if synset.soft_labels is not None:
         num_classes = synset.soft_labels.shape[1]
+    config = dataclasses.asdict(TrainConfig.from_meta(meta))
     return CARD.format(
         name=name, meta=meta, count=len(synset.labels), shape=shape, size=shape[1:],
-        pack=meta["stored_pack"], description=description, config=TrainConfig.from_meta(meta),
+        pack=meta["stored_pack"], description=description,
+        training=", ".join(f"`{option}` {value}" for option, value in config.items()),
         num_classes=num_classes, labellers=labellers, own_loop=own_loop, loaders=loaders,
         threat_model=meta.get("threat_model", "unknown"),
         kilobytes=kilobytes(synset.stored_bytes()),
@@ -215,11 +216,9 @@ def train_online_fits(synset, meta):
 
 def read_set(args):
     """The normalised SynsetFile, its meta, completed by the flags, and its description."""
-    given = read_input(args.set, NETWORKS, is_set=True, packed=args.packed)
+    given = read_sets(args.set, args.index, args.packed)
     given.names["model"] = None  # any network may train on the set
     file, meta = given.synset, given.synset.meta
-    if args.index >= len(file.sets):
-        raise InputError(f"--index {args.index}: {args.set} has {len(file.sets)} set(s), from 0")
     has_constants = {"mean", "std"} <= meta.keys()
     if not has_constants:
         take_flags(given, args.dataset)

@@ -119,10 +119,10 @@ def stored_labellers(networks, model):
 
 def load_labellers(path, index=0):
     """The labellers of set number `index` of a file, for `train_on_set`; [] if it has none."""
-    return build_labellers(_read_sets(path, index).synset.sets[index])
+    return build_labellers(read_sets(path, index).synset.sets[index])
 
 
-def _read_sets(path, index, packed=1):
+def read_sets(path, index, packed=1):
     """A file as an Input. Raises InputError where it has no set of this number."""
     source = read_input(path, NETWORKS, is_set=True, packed=packed)
     if index >= (count := len(source.synset.sets)):
@@ -150,7 +150,7 @@ def load_synset(path, index=0, *, packed=1, images=None):
     Returns images (M, C, H, W), normalised and unpacked; labels, (M,) int64 or logits
     (M, num_classes); and a TrainConfig. Raises InputError for what cannot be understood.
     """
-    source = _read_sets(path, index, packed)
+    source = read_sets(path, index, packed)
     file = source.synset
     normalise_alone(source, images=images)
     for warning in source.warnings:

@@ -152,7 +152,7 @@ def test_a_whitened_set(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ([], "is unknown; .*--dataset"),
-    (["--dataset", "CIFAR10", "--index", "1"], "--index 1: .* has 1 set"),
+    (["--dataset", "CIFAR10", "--index", "1"], "has 1 set.*there is no 1"),
     (["--dataset", "grey.npz"], "its images have 3 channel"),
     (["--dataset", "CIFAR10", "--keep_packed"], "folder cannot"),
     (["--dataset", "CIFAR10", "--zca"], "no pixels"),
