@@ -8,6 +8,7 @@ is about 1.6/255 in pixels.
 """
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import torch
@@ -19,6 +20,7 @@ from runtime.cuda_graphs import graphed_call
 from runtime.device import MICRO_BATCH
 from runtime.perturbation import check_perturbation
 from runtime.safe_io import InputError
+from runtime.torchattacks_attack import radius_of, run_torchattacks, torchattacks_class
 
 EPS = 8 / 255  # L-inf radius in attack space
 EPS_L2, STEP_SIZE_L2 = 128 / 255, 15 / 255
@@ -349,6 +351,23 @@ ATTACKS = {  # Source of the settings: SPEC 3.2
     "SPSA": Attack(spsa, query=True),
 }
 
+TORCHATTACKS = "torchattacks:"  # before the name of an attack of that package
+
+
+def find_attack(name):
+    """The Attack of a name: of ATTACKS, or "torchattacks:VMIFGSM" for any attack of torchattacks
+    with the settings it has there. Raises InputError."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    if not name.startswith(TORCHATTACKS):
+        raise InputError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}, or "
+                         f"{TORCHATTACKS}NAME")
+    made = torchattacks_class(name.removeprefix(TORCHATTACKS))
+    norm, radius = ("L2", EPS_L2) if "L2" in name else ("Linf", EPS)
+    eps = (lambda threat: radius) if radius_of(made) else None
+    return Attack(partial(run_torchattacks, made), norm, eps, targetable=False,
+                  keeps_failed_input=True)
+
 
 def attack(net, x, labels, threat, name="PGD", **options):
     """The x_adv of `attack_with_norms`, which has the same arguments."""
@@ -365,11 +384,10 @@ def attack_with_norms(net, x, labels, threat, name="PGD", *, targeted=True, eps=
     in images. options: of the attack; random_start=False starts PGD at x.
 
     Returns x_adv, normalised, and the L-inf and L2 change of each image in attack space, (N,).
-    Raises ValueError for an unknown attack, form or eps, and what `check_perturbation` raises.
+    Raises InputError for an unknown attack, ValueError for a form or eps it does not have, and what
+    `check_perturbation` raises.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
-    spec = ATTACKS[name]
+    spec = find_attack(name)
     random_start = options.pop("random_start", spec.takes("noise"))
     options = _attack_options(spec, name, threat, targeted, eps, generator, options)
     tensors = [x, threat.target_labels(labels) if targeted else labels]

@@ -15,8 +15,8 @@ from contextlib import closing
 import torch
 
 from attacks import (
-    ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, attack_with_norms, check_threat_model,
-    get_threat_model)
+    ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, TORCHATTACKS, attack_with_norms,
+    check_threat_model, find_attack, get_threat_model)
 from augment import MIXES, dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
@@ -49,6 +49,14 @@ MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "u
               "query", "transfer", "craft_on", "sanity", "compile", "cuda_graphs", "deterministic")
 
 
+GRIDS = {  # flags of the grids of others
+    "beard": {"threat_model": ["published"], "attacks": list(WHITE_BOX), "aa_iterations": 10},
+    "ddrobustbench": {  # 10 steps of 2/255, as torchattacks has them
+        "threat_model": ["pixel"], "untargeted": True, "eps": [2.0],
+        "attacks": [TORCHATTACKS + name for name in ("FGSM", "PGD", "CW", "VMIFGSM", "Jitter")]},
+}
+
+
 # ------------------------------------------------------------------------------------------ flags
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -65,6 +73,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
     add_gpu_flags(run)
+    parser.set_defaults(**GRIDS.get(parser.parse_known_args(argv)[0].grid, {}))
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
@@ -119,8 +128,9 @@ def add_attack_flags(group):
     add = group.add_argument
     add("--threat_model", nargs="+", choices=THREAT_MODELS, default=[],
         help=f"default: both; only pixel below {PUBLISHED_CLASSES} classes")
-    add("--attacks", nargs="+", choices=ATTACKS, default=list(WHITE_BOX), metavar="ATTACK",
-        help=f"of {', '.join(ATTACKS)}")
+    add("--grid", choices=GRIDS, help="the attacks of another benchmark (docs/evaluate.md)")
+    add("--attacks", nargs="+", default=list(WHITE_BOX), metavar="ATTACK",
+        help=f"of {', '.join(ATTACKS)}, or {TORCHATTACKS}NAME of any attack of that package")
     add("--query", action="store_true", help=f"also {', '.join(QUERY)}")
     add("--untargeted", action="store_true", help="no targeted attacks")
     add("--eps", nargs="+", type=at_least(0, float), default=[],
@@ -153,6 +163,7 @@ def main():
         raise InputError(f"--craft_on {' '.join(args.craft_on)}: the methods here are "
                          f"{', '.join(sorted(methods))}")
     threats = choose_threats(args.threat_model, data)
+    check_attacks(args.attacks, threats)
     targets = check_inputs(args, inputs, data)
     given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
              "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
@@ -187,6 +198,14 @@ def choose_threats(names, data):
     for name in names:
         check_threat_model(name, data)
     return {name: get_threat_model(name, data) for name in names}
+
+
+def check_attacks(names, threats):
+    """Raises InputError for an attack that is not known or not possible."""
+    for name in names:
+        find_attack(name)
+        if name.startswith(TORCHATTACKS) and "published" in threats:
+            raise InputError(f"{name} attacks images in [0, 1]: add --threat_model pixel")
 
 
 def check_inputs(args, inputs, data):
@@ -248,8 +267,9 @@ def plan_tasks(args, targets, attacked, threats):
     plan = {}
     for control, threat, target in itertools.product(CONTROLS, threats, targets):
         plan[Task(target.name, threat, control)] = [target]
-    for name in sorted(set(args.attacks), key=list(ATTACKS).index):
-        forms = [True, False] if ATTACKS[name].targetable and not args.untargeted else [False]
+    order = [*ATTACKS, *args.attacks]
+    for name in sorted(set(args.attacks), key=order.index):
+        forms = [True, False] if find_attack(name).targetable and not args.untargeted else [False]
         for threat, targeted in itertools.product(threats, forms):
             for eps, target in itertools.product(radii(args, name, threats[threat]), attacked):
                 others = [other for other in targets if args.transfer and other is not target]
@@ -259,13 +279,14 @@ def plan_tasks(args, targets, attacked, threats):
 
 def radii(args, attack, threat):
     """The radii of an attack, in attack space; [None] if it has none."""
-    if not ATTACKS[attack].eps:
+    spec = find_attack(attack)
+    if not spec.eps:
         return [None]
     if args.eps:
         return [eps / 255 for eps in args.eps]
     if attack == "AA" and threat.name == "pixel":
         return HEADLINE_EPS
-    return [ATTACKS[attack].eps(threat)]
+    return [spec.eps(threat)]
 
 
 def attack_options(args, attack):
@@ -279,7 +300,7 @@ def typical_cost(args, attack):
     square = 0.5 * FORWARD * args.queries
     return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
             "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
-            "SPSA": 256 * FORWARD}.get(attack, FORWARD)
+            "SPSA": 256 * FORWARD}.get(attack, 30 if attack.startswith(TORCHATTACKS) else FORWARD)
 
 
 def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):

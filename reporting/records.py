@@ -3,6 +3,7 @@
 A file is checked when it is read: all keys are there, of the right kind, in their range.
 """
 import json
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attacks import ATTACKS, THREAT_MODELS
+from attacks import ATTACKS, THREAT_MODELS, TORCHATTACKS
 from datasets import NUM_CLASSES
 from runtime.measures import ACCURACIES, COLUMNS, CONTROLS
 from runtime.safe_io import InputError
@@ -90,12 +91,13 @@ def are_fractions(values):
     return len(values) > 0 and all(is_number(value, 0, 1) for value in values)
 
 
+FOREIGN_ATTACK = re.compile(TORCHATTACKS + r"\w{1,40}")
 ROW_CHECKS = {
     "dataset": lambda v: is_text(v) and v.isalnum(),
     "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
     **dict.fromkeys(("method", "crafted_on", "evaluated_on"), is_text),
     "threat_model": lambda v: v in THREAT_MODELS,
-    "attack": lambda v: v in (*CONTROLS, *ATTACKS),
+    "attack": lambda v: v in (*CONTROLS, *ATTACKS) or FOREIGN_ATTACK.fullmatch(v),
     "targeted": lambda v: v is None or isinstance(v, bool),
     "eps": lambda v: v is None or is_number(v),
     "n": lambda v: is_number(v, 1, kinds=[int]),
