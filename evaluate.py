@@ -39,22 +39,29 @@ from runtime.seeding import make_generator
 from runtime.tasks import Results, Task, run_tasks, warm_up
 from sanity import run_sanity
 from synsets import LR_SCHEDULES
-from target_models import (TrainingPlan, read_labellers, target_from_network,
-                           targets_from_synset)
+from target_models import (TrainingPlan, control_of, read_labellers, read_networks,
+                           target_from_network, targets_from_synset)
 from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "untargeted", "eps",
-              "query", "transfer", "craft_on", "sanity", "compile", "cuda_graphs", "deterministic")
+              "grid", "control", "query", "transfer", "craft_on", "sanity", "compile",
+              "cuda_graphs", "deterministic")
 
 
-GRIDS = {  # flags of the grids of others
-    "beard": {"threat_model": ["published"], "attacks": list(WHITE_BOX), "aa_iterations": 10},
+GRIDS = {  # what flags are where they are not given
+    "headline": {"threat_model": ["pixel"], "untargeted": True, "attacks": ["PGD20", "AA"],
+                 "eps": [1.0, 2.0, 4.0, 8.0], "labels": ["own"], "control": True},
+    "white-box": {"attacks": list(WHITE_BOX)},
+    "beard": {"attacks": list(WHITE_BOX), "threat_model": ["published"], "aa_iterations": 10},
     "ddrobustbench": {  # 10 steps of 2/255, as torchattacks has them
         "threat_model": ["pixel"], "untargeted": True, "eps": [2.0],
         "attacks": [TORCHATTACKS + name for name in ("FGSM", "PGD", "CW", "VMIFGSM", "Jitter")]},
 }
+
+QUICK = {"num_eval": 1, "limit": 200, "queries": 500, "eps": [2.0, 8.0], "sanity": False}
+QUICK_TRAINING = 50_000  # images that a network sees with --quick
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -69,11 +76,16 @@ def parse_args(argv=None):
     add = run.add_argument
     add("--out", default="./result/evaluation", metavar="DIR", help="folder for the results")
     add("--resume", action="store_true", help="go on with the results in --out")
+    add("--quick", action="store_true",
+        help=f"minutes: one network, {QUICK['limit']} images, trained on {QUICK_TRAINING} images")
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_switch(run, "compile", True, "torch.compile where it pays")
     add_gpu_flags(run)
-    parser.set_defaults(**GRIDS.get(parser.parse_known_args(argv)[0].grid, {}))
+    first, _ = parser.parse_known_args(argv)
+    defaults = GRIDS[first.grid or ("white-box" if first.attacks or first.threat_model else
+                                    "headline")]
+    parser.set_defaults(**{**defaults, **(QUICK if first.quick else {})})
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
@@ -115,6 +127,10 @@ def add_training_flags(group):
     add("--dsa_strategy", type=dsa_strategy_flag)
     add("--lr_schedule", choices=LR_SCHEDULES)
     add("--label_temperature", type=at_least(0.01, float))
+    add_switch(group, "control", False,
+               "also random real images of the same number, with the same labels and training")
+    add("--control_labels", nargs="+", default=[], metavar="FILE",
+        help="networks that label the control of a set with stored labels")
     add("--labeller", nargs="+", default=[], metavar="FILE",
         help="networks of pretrain.py that label what is trained on, in place of a set's labels")
     add("--mix", choices=MIXES, help="of images of a batch, with labellers")
@@ -128,8 +144,10 @@ def add_attack_flags(group):
     add = group.add_argument
     add("--threat_model", nargs="+", choices=THREAT_MODELS, default=[],
         help=f"default: both; only pixel below {PUBLISHED_CLASSES} classes")
-    add("--grid", choices=GRIDS, help="the attacks of another benchmark (docs/evaluate.md)")
-    add("--attacks", nargs="+", default=list(WHITE_BOX), metavar="ATTACK",
+    add("--grid", choices=GRIDS,
+        help="what is measured (docs/evaluate.md); default: headline, with --attacks or "
+             "--threat_model white-box")
+    add("--attacks", nargs="+", metavar="ATTACK",
         help=f"of {', '.join(ATTACKS)}, or {TORCHATTACKS}NAME of any attack of that package")
     add("--query", action="store_true", help=f"also {', '.join(QUERY)}")
     add("--untargeted", action="store_true", help="no targeted attacks")
@@ -165,17 +183,14 @@ def main():
     threats = choose_threats(args.threat_model, data)
     check_attacks(args.attacks, threats)
     targets = check_inputs(args, inputs, data)
-    given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
-             "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
-             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule,
-             "mix": args.mix, "noise": args.noise, "ema": args.ema,
-             "warm_up": args.warm_up}
     if labellers := read_labellers(args.labeller, data):
         for source in filter(lambda source: source.synset, inputs):
             source.synset.sets = [one._replace(soft_labels=None, labellers=labellers)
                                   for one in source.synset.sets]
-    plan = TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
-                        args.seed)
+    if args.control:
+        teachers = [net for net, _ in read_networks(args.control_labels, data)]
+        inputs += [control_of(source, data, teachers, args.seed)
+                   for source in inputs if source.synset]
 
     flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
              "precision": precision}
@@ -184,11 +199,22 @@ def main():
                                  check_rows)) as results:
         results.content |= {"num_classes": data.num_classes, "data": data.describe(), "inputs": {
             str(source.path): {"taken_as": source.description, "warnings": source.warnings}
-            for source in inputs}}
+            for source in inputs if not source.control}}
         for source in inputs:
             if source.synset:
-                targets += targets_from_synset(source, data, results.folder / "networks", plan)
+                targets += targets_from_synset(source, data, results.folder / "networks",
+                                               training_plan(args, precision))
         evaluate(args, targets, threats, data, micro_batch, results)
+
+
+def training_plan(args, precision):
+    given = {"epochs": args.epoch_eval_train, "lr_net": args.lr_net,
+             "batch_train": args.batch_train, "dsa_strategy": args.dsa_strategy,
+             "temperature": args.label_temperature, "lr_schedule": args.lr_schedule,
+             "mix": args.mix, "noise": args.noise, "ema": args.ema,
+             "warm_up": args.warm_up}
+    return TrainingPlan(given, args.num_eval, args.labels, args.images, precision, args.compile,
+                        args.seed, QUICK_TRAINING if args.quick else None)
 
 
 def choose_threats(names, data):

@@ -2,23 +2,27 @@
 import itertools
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 import utils
+from augment import unpack
 from formats.inputs import read_input
 from formats.network_file import load_into
+from formats.synset_file import SyntheticSet
 from networks import NETWORKS, network_for
 from runtime import distributed
 from runtime.compilation import set_precision
 from runtime.cost import FORWARD, TRAINING_STEP, compile_planned, training_batches
 from runtime.device import synchronise
+from runtime.measures import RANDOM
 from runtime.safe_io import InputError, sha256, sha256_of_tensors, write_json, write_tensors
-from runtime.seeding import derive_seed
+from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite
-from synsets import TrainConfig, build_labellers, stored_labellers, training_set
+from synsets import (TrainConfig, build_labellers, initial_set, soft_labels, stored_labellers,
+                     training_set)
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -48,15 +52,39 @@ class TrainingPlan:
     precision: str
     compile: bool
     seed: int
+    most_images: int = None  # that a network sees
+
+
+def read_networks(paths, data):
+    """[(network in eval mode, its architecture)] of files whose names say the architecture."""
+    models = [read_input(path, NETWORKS, is_set=False).model or "ConvNet" for path in paths]
+    return [(load_into(network_for(data, model, 0), path).eval(), model)
+            for path, model in zip(paths, models)]
 
 
 def read_labellers(paths, data):
-    """Networks of files whose names say the architecture, as a SyntheticSet holds them."""
-    labellers = []
-    for path in paths:
-        model = read_input(path, NETWORKS, is_set=False).model or "ConvNet"
-        labellers += stored_labellers([load_into(network_for(data, model, 0), path)], model)
-    return labellers
+    """Networks of files, as a SyntheticSet holds them."""
+    return [stored for net, model in read_networks(paths, data)
+            for stored in stored_labellers([net], model)]
+
+
+def control_of(source, data, teachers, seed):
+    """An Input of random real images, as many as in the sets of an Input, packed, labelled and
+    trained on alike. teachers: networks that give the labels where the sets store logits; without
+    them the control has its classes alone, and a warning of the Input says so."""
+    file, sets = source.synset, []
+    for index, synset in enumerate(file.sets):
+        generator = make_generator(seed, "control", index)
+        images, classes = initial_set(data, synset.images_per_class(), file.pack, "real", generator)
+        soft = None
+        if synset.soft_labels is not None and teachers:
+            soft = soft_labels(teachers, unpack(images, file.pack))
+        sets.append(SyntheticSet(images, classes, soft, synset.labellers))
+    if file.sets[0].soft_labels is not None and not teachers:
+        source.warnings.append(f"{source.path} stores labels; its control has the classes alone: "
+                               "name the networks that gave them with --control_labels")
+    return replace(source, method=f"{source.method}{RANDOM}", control=True, warnings=[],
+                   synset=replace(file, sets=sets, labels_from_soft=False))
 
 
 def target_from_network(source, data):
@@ -92,6 +120,9 @@ def targets_from_synset(source, data, folder, plan):
     Raises InputError if one in `folder` was trained otherwise."""
     folder.mkdir(exist_ok=True)
     config = TrainConfig.from_meta(source.synset.meta, **plan.given)
+    if plan.most_images:
+        images = len(source.synset.sets[0].images) * source.synset.pack**2
+        config = replace(config, epochs=max(1, min(config.epochs, plan.most_images // images)))
     planned = [part for index in range(len(source.synset.sets))
                for part in _plan_set(source, index, data, folder, config, plan)]
     untrained = [part for part in planned if not _meta_path(part[0]).exists()]

@@ -30,6 +30,7 @@ class Input:
 
     names: {"dataset", "model": what the file or a flag says, or None}; dataset, model: that, if it
     is one of ours. trained: how a network was, by its name. notes: how a network was read.
+    control: whether the set holds random images in place of those of the file.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Input:
     ipc: int = None
     trained: str = None
     synset: SynsetFile = None
+    control: bool = False
     notes: list = field(default_factory=list)
     description: str = ""
     warnings: list = field(default_factory=list)

@@ -1,6 +1,7 @@
 """Sets of several seeds: their accuracies, and the differences between them with intervals."""
 import itertools
 import json
+import math
 import re
 
 import numpy as np
@@ -9,8 +10,8 @@ from scipy.stats import ttest_ind
 from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
-from reporting.tables import Table, lay_out, mean_std, turned, with_interval
-from runtime.measures import COLUMNS, FORMS, KILOBYTES, attack_label, kilobytes
+from reporting.tables import Table, lay_out, mean_std, turned, wilson, with_interval
+from runtime.measures import COLUMNS, FORMS, KILOBYTES, RANDOM, attack_label, kilobytes
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 ROBUST = {"pixel: Clean": "clean",
@@ -146,6 +147,39 @@ def table_robust(dataset, rows, runs):
         *lay_out(("set", "network", "ipc"), cells, (*ROBUST.values(), "sets", KILOBYTES)),
         [f"test images: {images}. PGD-20: untargeted, with a random start. Where two numbers of "
          "sets stand, AutoAttack was made on the fewer."])
+
+
+def table_control(dataset, rows):
+    """How much better sets are than random images with the same labels and training; None where
+    no random images were evaluated."""
+    accuracies, counts = accuracies_by_set(rows, [])
+    cells = {}
+    for group, measured in accuracies.items():
+        of_random, row = (group[0] + RANDOM, *group[1:]), {}
+        random = accuracies.get(of_random, {})
+        for measure in ROBUST.keys() & measured.keys() & random.keys():
+            row[ROBUST[measure]] = above_text(
+                set_means(measured[measure]).mean(), min(counts[measure][group]),
+                set_means(random[measure]).mean(), min(counts[measure][of_random]))
+        if row:
+            cells[group] = row
+    return Table(
+        f"control_{dataset}", "Above random real images of the same number, with the same labels "
+        "and training (percentage points: DD-Ranking's IOR; in brackets the 95 % interval of that "
+        "many images)", *lay_out(("set", "network", "ipc"), cells, ROBUST.values())
+    ) if cells else None
+
+
+def above_text(one, n, other, other_n):
+    """'+2.1 [-0.3, 4.5]': the difference of two accuracies in percent, of n and other_n images.
+
+    Interval: Newcombe 1998, method 10, for independent images; those here are the same, so it is
+    rather too wide.
+    """
+    (low, high), (other_low, other_high) = wilson(one, n), wilson(other, other_n)
+    below = math.hypot(one - low, other_high - other)
+    above = math.hypot(high - one, other - other_low)
+    return f"{one - other:+.1f} [{one - other - below:.1f}, {one - other + above:.1f}]"
 
 
 # ---- comparisons

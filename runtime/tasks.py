@@ -18,7 +18,8 @@ from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_json
 
 # Flags of evaluate.py that older files lack, and one that is gone.
-OLDER = {"attack_precision": "fp32", "zca": False, "adv_train": False}
+OLDER = {"attack_precision": "fp32", "zca": False, "adv_train": False, "quick": False,
+         "control_labels": []}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ from conftest import call_before, run_in
 
 import evaluate
 import sanity
+import target_models
 import utils
 from attacks import ATTACKS, attack, get_threat_model
 from augment import unpack
+from formats.inputs import Input
+from formats.synset_file import SynsetFile, SyntheticSet
 from networks import get_network
 from reporting.results_md import warnings_of
 from runtime import compilation
@@ -44,6 +47,46 @@ def refused(run):
         with pytest.raises(InputError, match=message):
             run(*arguments)
     return refused
+
+
+def test_the_headline(digits, digits_set, run, tmp_path):
+    """Without flags of attacks: AutoAttack and PGD-20 under `pixel`, and the same of random images
+    with the same training, which --quick shortens."""
+    content = run("--synset", digits_set, "--model", "MLP", "--quick", "--limit", 20, "--queries",
+                  10, "--aa_iterations", 2)
+    rows = content["rows"]
+    assert {(row["method"], row["attack"], row["eps"]) for row in rows if row["eps"]} == {
+        (method, attack, eps / 255) for method in ("ROME", "ROME-random")
+        for attack in ("PGD20", "AA") for eps in (2, 8)}
+    assert {(row["threat_model"], row["n"]) for row in rows} == {("pixel", 20)}
+    ours, random = (json.loads(path.read_text())
+                    for path in sorted((tmp_path / "out" / "networks").glob("*.json")))
+    assert ours["epochs"] == random["epochs"] == 500  # times 100 images
+    assert ours["bytes"] == random["bytes"] and ours["sha256"] != random["sha256"]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| ROME-random | MLP | 10 |" in text and "Above random real images" in text
+
+
+def test_a_control_is_like_the_set(digits):
+    """As many images, packed alike; the same labellers; logits of the teachers, or none and a
+    warning."""
+    images, net = torch.zeros(20, 3, 32, 32), get_network("MLP", 3, 10, (32, 32), 0).eval()
+    stored = SyntheticSet(images, torch.arange(10).repeat_interleave(2), torch.zeros(80, 10))
+    labelled = stored._replace(soft_labels=None, labellers=[{"model": "MLP", "state": {}}])
+
+    def control(one, teachers):
+        file = SynsetFile("set.pt", [one], {}, [], 2, False, [])
+        source = Input("set.pt", "ROME", {}, synset=file)
+        made = target_models.control_of(source, digits, teachers, 0)
+        assert (made.method, made.control, made.synset.pack) == ("ROME-random", True, 2)
+        return made.synset.sets[0], source.warnings
+    made, warnings = control(stored, [net])
+    assert made.images.shape == images.shape and torch.equal(made.labels, stored.labels)
+    assert torch.equal(made.soft_labels, net(unpack(made.images, 2))) and not warnings
+    made, warnings = control(stored, [])
+    assert made.soft_labels is None and "--control_labels" in warnings[0]
+    made, warnings = control(labelled, [])
+    assert made.labellers == labelled.labellers and not warnings
 
 
 def network(path):

@@ -198,7 +198,8 @@ def test_own_data_through_all_scripts(tmp_path, monkeypatch, capsys, num_classes
     assert (meta["dataset"], meta["mean"]) == ("own", about["mean"])
 
     run_in(monkeypatch, evaluate, tmp_path, *own, "--synset", synset, *"""--limit 10 --num_eval 1
-             --query --queries 5 --aa_iterations 2 --no_sanity --labels own --out out""".split())
+             --grid white-box --query --queries 5 --aa_iterations 2 --no_sanity --labels own
+             --out out""".split())
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["num_classes"] == num_classes
     assert {row["threat_model"] for row in content["rows"]} == {"pixel"}

@@ -13,6 +13,7 @@ from conftest import ROOT, SHARED, run_main, write_set
 from scipy.stats import t as student
 
 import report
+from reporting import statistics
 from reporting.metrics import THREATS, transfer_of
 from runtime.safe_io import InputError
 
@@ -242,6 +243,11 @@ PAIRS = [{"of": of, "than": than, "network": "ConvNet", "ipc": ipc, "claim": cla
          for of, than, ipc, claim in (("A", "B", [50, 1], "s"), ("B", "A", [50], "s"),
                                       ("A", "C", [50], "s"), ("E", "A", [50], "s"),
                                       ("D", "A", [50], ""))]
+
+
+def test_the_interval_of_a_difference():
+    """The first example of Newcombe 1998, table II, method 10."""
+    assert statistics.above_text(100 * 56 / 70, 70, 100 * 48 / 80, 80) == "+20.0 [5.2, 33.4]"
 
 
 def test_differences_between_sets(tmp_path, run_report, lines_of):
