@@ -5,13 +5,14 @@
 # make test-slow       the tests marked slow: ten kills of a real run, a full pool saved
 # make test-gpu        what only a GPU can show, in ten minutes, with python3 as it is: no installation, no network
 # make benchmark-gpu   seconds at the published sizes on a GPU, likewise
+# make verify-row      recompute a folder of results on a sample: ROW=experiments/... FILES="networks that are not in it"
 # make test-machines   the tests on each kind of processor, with two threads, with the lowest and the newest torch (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 LABELS ?= stored
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-table test test-slow test-gpu benchmark-gpu test-machines clean
+.PHONY: demo demo-table test test-slow test-gpu benchmark-gpu verify-row test-machines clean
 
 demo: $(VENV)/installed
 	$(BIN)/python pretrain.py --seed 0 $(DEMO_PRIOR)
@@ -41,6 +42,9 @@ test-gpu:
 
 benchmark-gpu:
 	$(PYTHON) benchmark.py --batch_real 256 --trained_bs 256 --model_train_steps 10 --repeats 3
+
+verify-row: $(VENV)/installed
+	$(BIN)/python verify.py $(ROW) $(if $(FILES),--files $(FILES)) $(VERIFY_FLAGS)
 
 test-machines: $(VENV)/installed-test
 	$(BIN)/python tests/machines.py $(if $(MACHINES),--machines $(MACHINES)) -- $(PYTEST_FLAGS)

@@ -8,21 +8,18 @@ Source: BEARD (arXiv 2411.09265); SPEC 3. MIT licence.
 """
 import argparse
 import itertools
-import time
-from collections import Counter
 from contextlib import closing
 
-import torch
-
-from attacks import (
-    ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, TORCHATTACKS, attack_with_norms,
-    check_threat_model, find_attack, get_threat_model)
+from attack_grid import (GRIDS, QUERY, QUICK, QUICK_TRAINING, attack_options, radii, run_slice,
+                         typical_cost)
+from attacks import (ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, TORCHATTACKS, check_threat_model,
+                     find_attack, get_threat_model)
 from augment import MIXES, dsa_strategy_flag
 from datasets import add_dataset_flag, dataset_name, load_dataset
 from formats.inputs import check_and_normalise, choose_dataset, choose_normalisation, read_inputs
 from formats.synset_file import PACKS, SPACES
 from networks import NETWORKS, network_for
-from reporting.metrics import QUERY, WHITE_BOX, metrics_of, transfer_of
+from reporting.metrics import metrics_of, transfer_of
 from reporting.records import check_rows
 from reporting.results_md import results_markdown
 from runtime import compilation, distributed
@@ -31,37 +28,21 @@ from runtime.command_line import (add_gpu_flags, add_switch, at_least, fraction,
                                   method_name, run_script)
 from runtime.cost import FORWARD, compile_planned, forward_backward_rate
 from runtime.cuda_graphs import use_cuda_graphs
-from runtime.device import choose_micro_batch, get_device, synchronise
-from runtime.measures import CONTROLS, HEADLINE_EPS
+from runtime.device import choose_micro_batch, get_device
+from runtime.measures import CONTROLS
 from runtime.progress import format_duration
 from runtime.safe_io import InputError, write_text
-from runtime.seeding import make_generator
 from runtime.tasks import Results, Task, run_tasks, warm_up
 from sanity import run_sanity
 from synsets import LR_SCHEDULES
 from target_models import (TrainingPlan, control_of, read_labellers, read_networks,
                            target_from_network, targets_from_synset)
-from utils import wrong_only_in_bf16
 
 SLICE = 256  # images between two saves; 4 * SLICE for attacks that refill their batches
 # A resumed run may change these: they add work and leave finished work as it is.
 MAY_CHANGE = ("out", "resume", "device", "labels", "attacks", "threat_model", "untargeted", "eps",
               "grid", "control", "query", "transfer", "craft_on", "sanity", "compile",
               "cuda_graphs", "deterministic")
-
-
-GRIDS = {  # what flags are where they are not given
-    "headline": {"threat_model": ["pixel"], "untargeted": True, "attacks": ["PGD20", "AA"],
-                 "eps": [1.0, 2.0, 4.0, 8.0], "labels": ["own"], "control": True},
-    "white-box": {"attacks": list(WHITE_BOX)},
-    "beard": {"attacks": list(WHITE_BOX), "threat_model": ["published"], "aa_iterations": 10},
-    "ddrobustbench": {  # 10 steps of 2/255, as torchattacks has them
-        "threat_model": ["pixel"], "untargeted": True, "eps": [2.0],
-        "attacks": [TORCHATTACKS + name for name in ("FGSM", "PGD", "CW", "VMIFGSM", "Jitter")]},
-}
-
-QUICK = {"num_eval": 1, "limit": 200, "queries": 500, "eps": [2.0, 8.0], "sanity": False}
-QUICK_TRAINING = 50_000  # images that a network sees with --quick
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -297,36 +278,10 @@ def plan_tasks(args, targets, attacked, threats):
     for name in sorted(set(args.attacks), key=order.index):
         forms = [True, False] if find_attack(name).targetable and not args.untargeted else [False]
         for threat, targeted in itertools.product(threats, forms):
-            for eps, target in itertools.product(radii(args, name, threats[threat]), attacked):
+            for eps, target in itertools.product(radii(name, threats[threat], args.eps), attacked):
                 others = [other for other in targets if args.transfer and other is not target]
                 plan[Task(target.name, threat, name, targeted, eps)] = [target, *others]
     return plan
-
-
-def radii(args, attack, threat):
-    """The radii of an attack, in attack space; [None] if it has none."""
-    spec = find_attack(attack)
-    if not spec.eps:
-        return [None]
-    if args.eps:
-        return [eps / 255 for eps in args.eps]
-    if attack == "AA" and threat.name == "pixel":
-        return HEADLINE_EPS
-    return [spec.eps(threat)]
-
-
-def attack_options(args, attack):
-    """Options of an attack. PGD has no random start in the grid (SPEC 3.2)."""
-    return {"PGD": {"random_start": False}, "Square": {"queries": args.queries},
-            "AA": {"iterations": args.aa_iterations, "queries": args.queries}}.get(attack, {})
-
-
-def typical_cost(args, attack):
-    """Forward-backward passes an image; a guess where the attack stops early."""
-    square = 0.5 * FORWARD * args.queries
-    return {"FGSM": 1, "PGD": 10, "PGD20": 20, "PGD_L2": 10, "CW": 60, "Deepfool": 12,
-            "AA": 10 * args.aa_iterations + 0.4 * square, "Square": square,
-            "SPSA": 256 * FORWARD}.get(attack, 30 if attack.startswith(TORCHATTACKS) else FORWARD)
 
 
 def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
@@ -336,7 +291,8 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
     sizes = {task: [len(labels) for _, labels in parts] for task, parts in slices.items()}
     if args.compile:
         compile_attacks(args, waiting, targets, len(test[1]), data, micro_batch)
-    passes = sum(typical_cost(args, task.attack) * sum(sizes[task]) for task in waiting)
+    effort = args.aa_iterations, args.queries
+    passes = sum(typical_cost(task.attack, *effort) * sum(sizes[task]) for task in waiting)
     rate = forward_backward_rate(targets[0].net, data, micro_batch) * distributed.world_size()
     distributed.print_rank0(
         f"{len(targets)} network(s), {len(test[1])} test images of {data.name}: {len(waiting)} of "
@@ -348,7 +304,7 @@ def run_attacks(args, plan, targets, threats, test, data, micro_batch, results):
     def work(task, number):
         return run_slice(task, number, *slices[task][number], plan[task],
                          threats[task.threat_model], micro_batch, args.seed,
-                         attack_options(args, task.attack))
+                         attack_options(task.attack, args.aa_iterations, args.queries))
 
     run_tasks(waiting, sizes, work, results)
 
@@ -369,53 +325,15 @@ def slice_size(device):
 
 def compile_attacks(args, tasks, targets, n, data, micro_batch):
     """Compile for the attacks that take whole batches, if there are enough of them."""
-    batch = min(micro_batch, slice_size(data.device))
+    batch, effort = min(micro_batch, slice_size(data.device)), (args.aa_iterations, args.queries)
     for model in dict.fromkeys(target.model for target in targets):
         nets = {target.name: target.net for target in targets if target.model == model}
         names = [task.attack for task in tasks if task.crafted_on in nets]
-        attacked = sum(typical_cost(args, name) for name in names if name not in QUERY)
+        attacked = sum(typical_cost(name, *effort) for name in names if name not in QUERY)
         scored = sum(0.2 * args.queries + (3 * args.aa_iterations if name == "AA" else 0)
                      for name in names if name in ("AA", "Square"))
         planned = {"attacked": {batch: n * attacked}, "scored": {batch: n * FORWARD * scored}}
         compile_planned(next(iter(nets.values())), data, planned, distributed.print_rank0)
-
-
-def run_slice(task, number, x, labels, targets, threat, micro_batch, seed, options):
-    """Attack one slice of the test images and evaluate it.
-
-    targets: the networks to evaluate on, the attacked one first. options: of the attack.
-    Returns numbers, for `Results.add`; seconds are those of the attacked network.
-    """
-    attacked, passes = targets[0], Counter(forward=0, backward=0)
-    rng = make_generator(seed, *map(str, vars(task).values()), number, device=x.device)
-
-    def run_attack(x, labels):
-        return attack_with_norms(
-            attacked.net, x, labels, threat, task.attack, targeted=task.targeted, eps=task.eps,
-            generator=rng, micro_batch=micro_batch, passes=passes, **options)
-
-    def count_correct(target):  # by the network itself, not `forward`: in fp32
-        return int((target.net(x_adv).argmax(1) == labels).sum())  # int waits for the device
-
-    synchronise(x.device)
-    start = time.perf_counter()
-    linf = l2 = torch.zeros(1)
-    if task.attack == "Clean":
-        x_adv = x
-    elif task.attack == "Clamp-only":
-        x_adv = threat.clamp_only(x)
-    else:
-        x_adv, linf, l2 = run_attack(x, labels)
-        again = wrong_only_in_bf16(attacked.net, x_adv, labels, micro_batch)
-        if again.any():
-            with compilation.disable_bf16():
-                x_adv[again], linf[again], l2[again] = run_attack(x[again], labels[again])
-    with torch.no_grad():
-        correct = {attacked.name: count_correct(attacked)}
-        seconds = time.perf_counter() - start
-        correct |= {target.name: count_correct(target) for target in targets[1:]}
-    return {"correct": correct, "n": len(labels), "seconds": seconds, **passes,
-            "max_linf": float(linf.max()), "max_l2": float(l2.max())}
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ import itertools
 
 import numpy as np
 
+from attack_grid import QUERY, WHITE_BOX
 from attacks import ATTACKS, THREAT_MODELS, get_threat_model
 from reporting.records import CLEAN, attacked_itself, group_by, mean_of, white_box_groups
 from runtime.measures import FORMS
 from utils import robustness_metrics
 
-WHITE_BOX = ("FGSM", "PGD", "PGD_L2", "CW", "Deepfool", "AA")  # the grid of the paper's Table 1
-QUERY = tuple(name for name, attack in ATTACKS.items() if attack.query)
 GRIDS = {"white-box": WHITE_BOX, "query": QUERY}
 THREATS = {name: get_threat_model(name) for name in THREAT_MODELS}  # for their eps
 

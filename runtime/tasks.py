@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,6 +40,19 @@ class Task:
     def matches(self, row):
         """Whether a row of results.json is of this task."""
         return all(row[key] == value for key, value in vars(self).items())
+
+
+def pack_bits(right):
+    """(N,) bool -> hexadecimal digits, eight images in two of them."""
+    return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex()
+
+
+def unpack_bits(text, n):
+    """The (N,) bool array of `pack_bits`. Raises ValueError for another length."""
+    found = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(found) != -(-n // 8):
+        raise ValueError(f"{len(found)} bytes for {n} images")
+    return np.unpackbits(found, count=n).astype(bool)
 
 
 def warm_up(net, images):
@@ -140,7 +154,7 @@ class Results:
         """The finished slices of a task that have these networks and sizes: a list to extend."""
         names = {target.name for target in targets}
         slices = self.content["unfinished"].get(repr(task), [])
-        if not all(names <= part["correct"].keys() and part["n"] == n
+        if not all(names <= part.get("right", {}).keys() and part["n"] == n
                    for part, n in zip(slices, sizes)):
             slices = []
         self.content["unfinished"][repr(task)] = slices
@@ -153,15 +167,17 @@ class Results:
 
         n, rows = total("n"), []
         for target in targets:
-            correct = sum(part["correct"][target.name] for part in slices)
+            right = np.concatenate([unpack_bits(part["right"][target.name], part["n"])
+                                    for part in slices])
             rows.append({
                 "dataset": self.flags["dataset"], "ipc": target.ipc, "method": target.method,
                 "bytes": target.meta.get("bytes"),
-                "evaluated_on": target.name, **vars(task), "n": n, "accuracy": correct / n,
+                "evaluated_on": target.name, **vars(task), "n": n, "accuracy": int(right.sum()) / n,
                 "seconds": round(total("seconds"), 3), "forward": total("forward") / n,
                 "backward": total("backward") / n,
                 "max_linf": max(part["max_linf"] for part in slices),
-                "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"]})
+                "max_l2": max(part["max_l2"] for part in slices), "seed": self.flags["seed"],
+                "right": pack_bits(right)})
         others = [row for row in self.content["rows"] if not task.matches(row)]
         self.content["rows"] = others + rows
         del self.content["unfinished"][repr(task)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, SEED
 
-SCRIPTS = {"ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "export", "report", "benchmark"}
+SCRIPTS = {"ROME_cifar10", "ROME_cifar100", "pretrain", "evaluate", "verify", "export", "report",
+           "benchmark"}
 MODULES = {"rome", "experiment", "utils", "synsets", "network_pool", "datasets", "networks",
-           "augment", "attacks", "target_models", "sanity"}
+           "augment", "attacks", "attack_grid", "target_models", "sanity"}
 TAKE_ARGS = SCRIPTS | {"rome", "experiment"}  # and the Evaluator of utils
 PACKAGES = ("runtime", "formats", "reporting")
 PATHS = sorted((*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))))

@@ -89,6 +89,7 @@ steps)
     online steps-300 whole --epoch_eval_train 299
     online steps-1000 whole --epoch_eval_train 999
     online steps-10000 whole --epoch_eval_train 9999
+    online two-labellers-10000 whole --labeller $teacher "$w64" --epoch_eval_train 9999
     online steps-10000-ema whole --epoch_eval_train 9999 --ema 0.999 ;;
 images)  # the same number of steps: 3 000
     online packed2 packed2 --epoch_eval_train 749
