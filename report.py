@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from reporting import plots, statistics, tables
+from reporting import leaderboard, plots, statistics, tables
 from reporting.metrics import metrics_of, transfer_means, transfer_of
 from reporting.records import read_results
 from runtime.command_line import run_script
@@ -27,7 +27,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("results", nargs="+", metavar="PATH",
+    add("results", nargs="*", metavar="PATH",
         help="results.json, metrics.jsonl, or folders with them somewhere inside")
     add("--table", nargs="+", choices=TABLES, default=[],
         help="metrics: Tables 1, 2 and 4 of the paper; robust: accuracies under a valid attack; "
@@ -36,21 +36,31 @@ def parse_args(argv=None):
         help="of the paper, or training curves; default: all")
     add("--compare", type=Path, metavar="FILE",
         help="also the sets and differences that a JSON file asks for (docs/evaluate.md)")
+    add("--leaderboard", type=Path, metavar="FILE",
+        help="also the table and plot of the sets that a leaderboard.json lists")
     add("--out", default="./result/report", metavar="DIR", help="folder for the report")
     add("--readme", type=Path, metavar="PAGE",
         help="put tables between <!-- report: begin NAME ... --> and <!-- report: end --> in it")
     add("--show", nargs="+", default=[], metavar="SET",
         help="draw the first images of each class of these sets (.pt), side by side")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.results and not args.leaderboard:
+        parser.error("nothing to report: give results or --leaderboard")
+    if args.results and not (args.table or args.figure or args.compare):
+        args.table, args.figure = TABLES, FIGURES
+    return args
 
 
 def main():
     args = parse_args()
     published = json.loads((HERE / "published.json").read_text(encoding="utf-8"))
-    pools, runs, refused = read_results(args.results)
-    if not (args.table or args.figure or args.compare):
-        args.table, args.figure = TABLES, FIGURES
+    pools, runs, refused = read_results(args.results) if args.results else ({}, [], [])
     made = make_tables(args.table, args.compare, pools, runs, published)
+    figures = make_figures(args.figure, args.show, pools, runs, published)
+    if args.leaderboard:
+        measured, printed = leaderboard.read_leaderboard(args.leaderboard)
+        made += [leaderboard.table_measured(measured), leaderboard.table_printed(printed)]
+        figures = [*figures, ("leaderboard", leaderboard.figure_leaderboard(measured))]
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +68,7 @@ def main():
         write_text(out / f"{table.name}.md", table.markdown())
         write_text(out / f"{table.name}.csv", table.csv())
     names = [table.name for table in made]
-    for name, figure in make_figures(args.figure, args.show, pools, runs, published):
+    for name, figure in figures:
         plots.save_figure(figure, out / f"{name}.png")
         plots.save_figure(figure, out / f"{name}.pdf")
         names.append(name)

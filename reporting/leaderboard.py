@@ -1,0 +1,100 @@
+"""The leaderboard: distilled sets side by side under AutoAttack, of the file that lists them."""
+import json
+from pathlib import Path
+
+from reporting.plots import new_figure
+from reporting.records import check, is_number, is_text, read_results, refuse_damaged
+from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, cells_of_sets,
+                                  set_means, with_interval_of_images)
+from reporting.tables import Table, lay_out
+from runtime.measures import KILOBYTES, kilobytes
+
+CLEAN, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
+MEASURED = {**dict.fromkeys(("name", "labels", "set", "network", "folder"), is_text),
+            "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
+            "results": lambda v: len(v) > 0 and all(map(is_text, v))}
+PRINTED = {**dict.fromkeys(("name", "network", "training", "source"), is_text),
+           "ipc": lambda v: is_number(v, 1, kinds=[int]),
+           "figures": lambda v: all(is_text(k) and is_number(x, 0, 100) for k, x in v.items())}
+
+
+def read_leaderboard(path):
+    """(measured entries, printed ones) of a leaderboard.json; docs/leaderboard.md says what they
+    hold. A measured one gets `accuracies`, {measure: {set: [percent]}}, `counts` and `bytes`, from
+    its results; they are ordered by AutoAttack at 2/255. Raises InputError."""
+    path = Path(path)
+    with refuse_damaged(path, "leaderboard"):
+        content = json.loads(path.read_text())
+        for entry in content["measured"]:
+            check(entry, MEASURED)
+        for entry in content["printed"]:
+            check(entry, PRINTED)
+    for entry in content["measured"]:
+        add_accuracies(entry, path.parent)
+    return (sorted(content["measured"], key=lambda entry: -mean_of(entry, HEADLINE)),
+            content["printed"])
+
+
+def add_accuracies(entry, root):
+    """Read the results of an entry, below `root`. Raises InputError where its figures are missing.
+    """
+    folders = [str(folder) for pattern in entry["results"] for folder in sorted(root.glob(pattern))]
+    pools, runs, _ = read_results(folders)
+    rows = [row for pool in pools.values() for row in pool]
+    group = entry["set"], entry["network"], entry["ipc"]
+    with refuse_damaged(f"{root / entry['folder']}", f"result of {' '.join(map(str, group))}"):
+        accuracies, counts = accuracies_by_set(rows, runs)
+        entry["accuracies"] = {name: accuracies[group][name] for name in ROBUST
+                               if name in accuracies[group]}
+        entry["counts"] = {name: counts[name][group] for name in entry["accuracies"]}
+        entry["bytes"] = bytes_of_sets(rows, runs).get(group, entry.get("bytes"))  # older results
+        mean_of(entry, CLEAN), mean_of(entry, HEADLINE)
+
+
+def mean_of(entry, measure):
+    """Percent, over the sets."""
+    return set_means(entry["accuracies"][measure]).mean()
+
+
+def table_measured(entries):
+    cells = {}
+    for rank, entry in enumerate(entries, 1):
+        row = cells_of_sets(entry["accuracies"], ROBUST)
+        row |= with_interval_of_images(row, entry["accuracies"], entry["counts"])
+        row["kB"] = kilobytes(entry["bytes"])
+        row["results"] = f"[{entry['folder']}](../experiments/{entry['folder']})"
+        cells[rank, entry["name"], entry["labels"], entry["network"], entry["ipc"] or ""] = row
+    return Table(
+        "leaderboard", "Distilled sets of CIFAR-10 under the valid threat model `pixel` (percent; "
+        "mean +- standard deviation over sets; of AutoAttack the binomial 95 % interval)",
+        *lay_out(("#", "set", "labels", "network", "ipc"), cells,
+                 (*ROBUST.values(), "sets", "kB", "results")),
+        [f"kB: {KILOBYTES.removeprefix('kB: ')}. A constant classifier has 10 % everywhere."])
+
+
+def table_printed(entries):
+    cells = {tuple(entry[key] for key in ("name", "network", "ipc", "training")):
+             {**entry["figures"], "source": entry["source"]} for entry in entries}
+    return Table("printed", "Printed by others and not measured here (percent)",
+                 *lay_out(("set", "network", "ipc", "training"), cells))
+
+
+def figure_leaderboard(entries):
+    """AutoAttack at 2/255 against clean accuracy; the area of a point goes with the set's kB."""
+    figure, (ax,) = new_figure(7, 5)
+    marks = {"none": "s", "hard": "o", "stored": "^", "online": "D"}
+    for labels, marker in marks.items():
+        same = [(rank, entry) for rank, entry in enumerate(entries, 1) if entry["labels"] == labels]
+        if same:
+            sizes = [20 + sum(entry["bytes"].values()) / 5e3 if entry["bytes"] else 20
+                     for _, entry in same]
+            ax.scatter([mean_of(entry, CLEAN) for _, entry in same],
+                       [mean_of(entry, HEADLINE) for _, entry in same], sizes, marker=marker,
+                       alpha=0.6, label=f"labels: {labels}")
+        for rank, entry in same:
+            ax.annotate(str(rank), (mean_of(entry, CLEAN), mean_of(entry, HEADLINE)),
+                        xytext=(5, 4), textcoords="offset points", fontsize=8)
+    ax.axhline(10, color="grey", linestyle=":", label="constant classifier")
+    ax.set(xlabel="clean accuracy (%)", ylabel="AutoAttack at 2/255 (%)", ylim=(0, None))
+    ax.legend()
+    return figure
