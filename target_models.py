@@ -186,7 +186,7 @@ def _train(target, synset, key, config, pack, data, plan, count):
     if plan.compile:
         batches = training_batches(len(labels), config.batch_train, (config.epochs + 1) * count)
         compile_planned(net, data, {"trained": batches}, distributed.print_rank0)
-        for labeller in labellers[:1]:
+        for labeller in {one.architecture: one for one in labellers}.values():
             scored = {size: work * FORWARD / TRAINING_STEP for size, work in batches.items()}
             compile_planned(labeller, data, {"scored": scored}, distributed.print_rank0)
     start = time.perf_counter()
