@@ -33,6 +33,7 @@ from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
 
+OLDER = {"attack_eps": 8.0}  # flags that older files lack
 MAY_CHANGE = ("data_path", "fresh", "num_nets", "chunk", "cuda_graphs", "device")
 
 
@@ -45,6 +46,7 @@ def parse_args(argv=None):
     add("--num_nets", type=at_least(1), default=1, help="networks to train")
     add("--threat_model", choices=THREAT_MODELS, default="published")
     add_switch(parser, "targeted", False, "attacks in training aim at the next class")
+    add("--attack_eps", type=at_least(0, float), default=8.0, help="L-inf radius in 1/255")
     add("--attack_steps", type=at_least(0), default=10, help="PGD steps; 0: clean images")
     add("--epochs", type=at_least(1), default=50)
     add("--batch_train", type=at_least(1), default=256, help="images in a step")
@@ -89,7 +91,8 @@ class Training:
 
     def load_state_dict(self, saved, where):
         """Raises InputError if `saved`, which the message calls `where`, is of another run."""
-        require_same_flags(saved["flags"], self.flags, MAY_CHANGE, where, "--fresh to start over")
+        require_same_flags({**OLDER, **saved["flags"]}, self.flags, MAY_CHANGE, where,
+                           "--fresh to start over")
         if saved["data"] != self.fingerprint:
             raise InputError(f"{where} began with other data than --data_path holds")
         self.net.load_state_dict(saved["net"])
@@ -113,8 +116,8 @@ class Training:
                                                 n=len(images)))
             if args.attack_steps:
                 images = attack(self.net, images, labels, self.threat, targeted=args.targeted,
-                                steps=args.attack_steps, generator=self.rng["attack"],
-                                micro_batch=self.micro_batch)
+                                eps=args.attack_eps / 255, steps=args.attack_steps,
+                                generator=self.rng["attack"], micro_batch=self.micro_batch)
             rate = learning_rate(args, step, args.epochs * len(batches))
             self.optimizer.param_groups[0]["lr"] = rate
             loss, correct = training_step(self.net, self.optimizer, images, labels, len(labels))
@@ -149,7 +152,7 @@ def make_network(training, path, folder):
     """Train a network, test it and write it to `path`, unless it is there. folder: of states."""
     about_path = Path(f"{path}.json")
     if about_path.exists():
-        saved = json.loads(about_path.read_text())["flags"]
+        saved = {**OLDER, **json.loads(about_path.read_text())["flags"]}
         require_same_flags(saved, training.flags, MAY_CHANGE, path, "--fresh to start over")
         distributed.write_line(f"{path} is there already")
         return
@@ -205,7 +208,8 @@ def main():
     if args.compile:
         compile_training(args, data, micro_batch)
 
-    attacks = f"PGD-{args.threat_model}" + "-targeted" * args.targeted
+    eps = "" if args.attack_eps == 8 else f"{args.attack_eps:g}"
+    attacks = f"PGD{eps}-{args.threat_model}" + "-targeted" * args.targeted
     name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
             f"{attacks if args.attack_steps else None}_seed{args.seed}")
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"

@@ -88,6 +88,27 @@ def test_stopped_and_resumed_is_bit_identical(pretrained, tmp_path, monkeypatch)
         assert (tmp_path / "checkpoints" / name).read_bytes() == (pretrained / name).read_bytes()
 
 
+def test_the_radius_of_the_attack(pretrained, tmp_path, monkeypatch):
+    """It is another network; files from before the flag are of 8/255."""
+    seen = []
+
+    def noted(*arguments, eps=None, **options):
+        seen.append(eps)
+        return attack(*arguments, eps=eps, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "attack", noted)
+        main(patch, tmp_path, "--attack_eps 2 --num_nets 1 --epochs 1 --aa_limit 0")
+    assert set(seen) == {2 / 255}
+    assert (tmp_path / "checkpoints" / "full_MLP_Digits_142_PGD2-pixel_seed0-0.pth").exists()
+    for name in NETWORKS:
+        about = said_of(pretrained / name)
+        del about["flags"]["attack_eps"]
+        (tmp_path / "checkpoints" / f"{name}.json").write_text(json.dumps(about))
+        (tmp_path / "checkpoints" / name).write_bytes(b"")
+    main(monkeypatch, tmp_path)
+    assert (tmp_path / "checkpoints" / NETWORKS[0]).read_bytes() == b""  # not trained again
+
+
 def test_a_finished_network_is_not_trained_again(pretrained, tmp_path, monkeypatch, capsys):
     """Unless --fresh says so."""
     with monkeypatch.context() as patch:
