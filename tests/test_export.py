@@ -51,8 +51,9 @@ def exported(digits, tmp_path_factory):
     for layout, hard in itertools.product(export.LAYOUTS, ([], ["--hard"])):
         out = folder / "".join([layout, *hard]).replace("--", "-")
         run_main(export, path, out, "--to", layout, "--index", 1, *hard)
-    flags = "--threat_model pixel --attacks FGSM --untargeted --no_sanity --limit 100 --num_eval 1"
-    flags = [*flags.split(), "--method", *export.LAYOUTS, "--out", folder / "evaluated"]
+    flags = ("--threat_model pixel --attacks FGSM --untargeted --control --no_sanity --limit 100 "
+             "--num_eval 1").split()
+    flags = [*flags, "--method", *export.LAYOUTS, "--out", folder / "evaluated"]
     run_main(evaluate, "--synset", *(folder / layout for layout in export.LAYOUTS), *flags)
     return one, folder
 
@@ -67,6 +68,7 @@ def test_every_export_is_read_back(exported, monkeypatch, layout):
     taken = content["inputs"][str(folder / layout)]["taken_as"]
     assert "soft labels (logits)" in taken and "epochs 12" in taken
     methods = {row["method"] for row in content["rows"] if row["method"].startswith(layout)}
+    methods.remove(f"{layout}-random")  # the control of each
     soft_alone = layout in ("mtt", "ddranking")  # no classes of their own there
     assert methods == ({layout} if soft_alone else {layout, f"{layout}-hard"})
     for about in content["networks"].values():
