@@ -1,9 +1,9 @@
 """results.md: what evaluate.py found, for a reader."""
 from reporting.metrics import transfer_means
 from reporting.records import CLEAN, chance, mean_of, white_box_groups
-from reporting.statistics import table_control, table_robust
+from reporting.statistics import ROBUST, table_control, table_robust
 from reporting.tables import table_accuracy, table_metrics, wilson
-from runtime.measures import FORMS
+from runtime.measures import FORMS, attack_label
 
 
 def results_markdown(content):
@@ -13,8 +13,9 @@ def results_markdown(content):
     rows = [{**row, "num_classes": content.get("num_classes")} for row in content["rows"]]
     dataset, n = rows[0]["dataset"], rows[0]["n"]
     entries = content["metrics"] + transfer_means(content["transfer"])
-    tables = [table_robust(dataset, rows, []), table_control(dataset, rows),
-              table_accuracy(dataset, n, rows), table_metrics(dataset, n, entries)]
+    tables = [table_robust(dataset, rows, []), table_control(dataset, rows)]
+    if not all(in_table_robust(row) for row in rows):
+        tables += [table_accuracy(dataset, n, rows), table_metrics(dataset, n, entries)]
     lines = ["# Robustness", "", *introduction(content), ""]
     if not any((row["attack"], row["threat_model"]) == ("AA", "pixel") for row in rows):
         lines += ["AutoAttack under the valid threat model, the figure to quote, was not measured: "
@@ -22,6 +23,13 @@ def results_markdown(content):
     lines += [table.markdown() for table in tables if table]
     warnings = warnings_of(content) or ["none"]
     return "\n".join([*lines, "## Warnings", "", *(f"- {text}" for text in warnings), ""])
+
+
+def in_table_robust(row):
+    """Whether a row stands in the table of robust accuracies; the clamp of `pixel` does nothing."""
+    label = attack_label(row["attack"], row["targeted"], row["eps"])
+    own = row["crafted_on"] == row["evaluated_on"]
+    return own and (f"{row['threat_model']}: {label}" in (*ROBUST, "pixel: Clamp-only"))
 
 
 def introduction(content):
