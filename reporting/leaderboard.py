@@ -9,6 +9,7 @@ from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, cell
 from reporting.tables import Table, lay_out
 from runtime.measures import KILOBYTES, kilobytes
 
+BYTES = ("images", "labels", "labellers")
 CLEAN, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
 MEASURED = {**dict.fromkeys(("name", "labels", "set", "network", "folder"), is_text),
             "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
@@ -27,6 +28,7 @@ def read_leaderboard(path):
         content = json.loads(path.read_text())
         for entry in content["measured"]:
             check(entry, MEASURED)
+            check(entry.get("bytes", dict.fromkeys(BYTES, 0)), dict.fromkeys(BYTES, is_number))
         for entry in content["printed"]:
             check(entry, PRINTED)
     for entry in content["measured"]:

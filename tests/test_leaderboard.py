@@ -44,7 +44,7 @@ def test_rows_are_the_results_best_first(listed, tmp_path, capsys):
 
 @pytest.mark.parametrize("change", [
     {"set": "no such set"}, {"ipc": "50"}, {"results": []}, {"results": ["nowhere"]},
-    {"name": None}])
+    {"name": None}, {"bytes": {"images": 1}}])
 def test_an_entry_without_results_is_refused(listed, change):
     with pytest.raises(InputError):
         read_leaderboard(listed(entry(**change)))
