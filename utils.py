@@ -41,7 +41,7 @@ def train_on_set(net, images, labels, config=TrainConfig(), generator=None, labe
     optimizer, cosine, average = _optimizer(net, config.lr_net), None, None
     if config.lr_schedule == "cosine":
         steps = (config.epochs + 1) * math.ceil(len(images) / config.batch_train)
-        cosine = _warm_cosine(optimizer, steps, math.ceil(config.warm_up * steps))
+        cosine = warm_cosine(optimizer, steps, math.ceil(config.warm_up * steps))
     if config.ema:
         average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema),
                                 use_buffers=True)
@@ -65,7 +65,7 @@ def _optimizer(net, lr):
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-def _warm_cosine(optimizer, steps, warm):
+def warm_cosine(optimizer, steps, warm):
     """A learning rate that rises for `warm` steps, and falls to 0 in the others."""
     cosine = CosineAnnealingLR(optimizer, max(steps - warm, 1))
     if not warm:

@@ -63,6 +63,7 @@ teachers)
 sets)
     mkdir -p "$sets"
     make_sets whole
+    make_sets whole1 --sets 1
     make_sets packed2 --pack 2
     make_sets packed4 --pack 4
     make_sets noise --images noise
@@ -116,9 +117,9 @@ convnet)
 students)  # a learning rate for each kind, not tuned further
     online whole-LeNet whole --model LeNet --lr_net 0.05
     online whole-MLP whole --model MLP --lr_net 0.05
-    online whole-AlexNet whole --model AlexNet --lr_net 0.05
-    online whole-VGG11 whole --model VGG11 --lr_net 0.05
-    online whole-ResNet18 whole --model ResNet18 --lr_net 0.05 --epoch_eval_train 999 ;;
+    for model in AlexNet VGG11 ResNet18; do  # one set, 1 000 steps, 1 000 test images
+        online whole-$model whole1 --model $model --lr_net 0.05 --epoch_eval_train 999 --limit 1000
+    done ;;
 cifar100)
     pretrain --dataset CIFAR100 --model ConvNetW32 --attack_steps 3
     make_sets cifar100 --dataset CIFAR100
