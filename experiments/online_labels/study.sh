@@ -48,12 +48,12 @@ attack() {
     name=$1; shift
     [ -e "$out/$name/done" ] && return
     $python evaluate.py --data_path "$data_path" --attack_precision bf16 --threat_model pixel --untargeted --eps 2 4 8 \
-        --queries 1000 --no_sanity --out "$out/$name" --resume --networks "$@"
+        --queries 1000 --out "$out/$name" --resume --networks "$@"
     touch "$out/$name/done"
 }
 
 # autoattack NAME FILE...: on 1 000 images
-autoattack() { attack "$@" --attacks AA --limit 1000; }
+autoattack() { attack "$@" --attacks AA --limit 1000 --no_sanity; }
 
 case $1 in
 teachers)
@@ -127,8 +127,12 @@ cifar100)
 judge)  # NAME...: AutoAttack on the networks of these cells
     shift
     for cell in "$@"; do autoattack "$cell-AA" "$out/$cell"/networks/*.pth; done ;;
+checks)  # signs of masked gradients, and attacks of each network on the other
+    attack checks "$out"/two-labellers-10000/networks/*_0-0.pth "$out"/ConvNet/networks/*_0-0.pth --attacks PGD20 Square \
+        --eps 2 8 --transfer --limit 500 ;;
 judge-teachers)
-    attack teachers-PGD20 $teacher "$w64" "$w128" --method teacher-W32 teacher-W64 teacher-ConvNet --attacks PGD20
+    attack teachers-PGD20 $teacher "$w64" "$w128" --method teacher-W32 teacher-W64 teacher-ConvNet --attacks PGD20 \
+        --no_sanity
     autoattack teacher-W32-AA $teacher --method teacher-W32
     autoattack teacher-W64-AA "$w64" --method teacher-W64 ;;
 esac
