@@ -91,9 +91,20 @@ def target_from_network(source, data):
     """The network of an Input (formats.inputs)."""
     net = load_into(network_for(data, source.model, 0), source.path, source.notes).eval()
     meta = {"file": str(source.path), "sha256": sha256(source.path)}
+    meta["bytes"] = bytes_of_training(source.path, meta["sha256"])
     target = TargetModel(source.path.name, source.method, source.ipc, source.model, net, meta)
     source.warnings += check_normalisation(target, data)
     return target
+
+
+def bytes_of_training(path, digest):
+    """What the set stores that a network of evaluate.py was trained on, of the file beside it; None
+    where there is none, or not of this network."""
+    try:
+        about = json.loads(Path(f"{path}.json").read_text())
+        return about["bytes"] if about["sha256"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -68,6 +68,12 @@ def test_the_headline(digits_set, run, tmp_path, monkeypatch):
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| ROME-random | MLP | 10 |" in text and "Above random real images" in text
 
+    network = next((tmp_path / "out" / "networks").glob("ROME_*.pth"))  # judged again by itself
+    again = ["--networks", network, *PIXEL, "--attacks", "FGSM"]
+    assert run(*again, out="again")["rows"][0]["bytes"] == ours["bytes"]
+    network.with_name(f"{network.name}.json").write_text('{"bytes": {}, "sha256": "of another"}')
+    assert run(*again, out="foreign")["rows"][0]["bytes"] is None
+
 
 def test_a_control_is_like_the_set(digits):
     """As many images, packed alike; the same labellers; logits of the teachers, or none and a
