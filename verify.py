@@ -57,7 +57,9 @@ def main():
     device = get_device(args.device)
     data = load_dataset(recorded.dataset, args.data_path, device)
     found = find_networks([*args.folder.glob("networks/*.pth"), *args.files], files)
-    print(f"sample: {args.sample} images of seed {choose_seed(args)}; networks: "
+    if args.seed is None:
+        args.seed = torch.seed() % 2**31
+    print(f"sample: {args.sample} images of seed {args.seed}; networks: "
           f"{len(found)} of {len(files)}")
     rows = [row for row in filter(attacked_itself, content["rows"])
             if row["evaluated_on"] in found]
@@ -66,12 +68,6 @@ def main():
     print(f"{len(rows)} rows, {len(failed)} that do not hold")
     if failed or not rows:
         sys.exit(1)
-
-
-def choose_seed(args):
-    if args.seed is None:
-        args.seed = torch.seed() % 2**31
-    return args.seed
 
 
 def find_networks(paths, wanted):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from reporting.plots import new_figure
 from reporting.records import check, is_number, is_text, read_results, refuse_damaged
-from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, cells_of_sets,
-                                  set_means, with_interval_of_images)
+from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, robust_cells,
+                                  set_means)
 from reporting.tables import Table, lay_out
 from runtime.measures import KILOBYTES, kilobytes
 
@@ -61,8 +61,7 @@ def mean_of(entry, measure):
 def table_measured(entries):
     cells = {}
     for rank, entry in enumerate(entries, 1):
-        row = cells_of_sets(entry["accuracies"], ROBUST)
-        row |= with_interval_of_images(row, entry["accuracies"], entry["counts"])
+        row = robust_cells(entry["accuracies"], entry["counts"])
         row["kB"] = kilobytes(entry["bytes"])
         row["results"] = f"[{entry['folder']}](../experiments/{entry['folder']})"
         cells[rank, entry["name"], entry["labels"], entry["network"], entry["ipc"] or ""] = row

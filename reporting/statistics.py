@@ -111,12 +111,15 @@ def cells_of_sets(measured, titles):
     return cells and {**cells, "sets": count_text(found.values())}
 
 
-def with_interval_of_images(cells, measured, counts):
-    """{column: text with the binomial interval} of the cells of AutoAttack, which is made on few
-    images. measured: {measure: {set: [percent]}}; counts: {measure: {n, ...}}."""
-    return {title: with_interval(cells[title], set_means(measured[measure]).mean(),
-                                 min(counts[measure]))
-            for measure, title in ROBUST.items() if " AA " in measure and title in cells}
+def robust_cells(measured, counts):
+    """`cells_of_sets` of ROBUST; those of AutoAttack, which is made on few images, with their
+    binomial interval. measured: {measure: {set: [percent]}}; counts: {measure: {n, ...}}."""
+    cells = cells_of_sets(measured, ROBUST)
+    for measure, title in ROBUST.items():
+        if " AA " in measure and title in cells:
+            mean, n = set_means(measured[measure]).mean(), min(counts[measure])
+            cells[title] = with_interval(cells[title], mean, n)
+    return cells
 
 
 def table_robust(dataset, rows, runs):
@@ -129,10 +132,9 @@ def table_robust(dataset, rows, runs):
         return None
     sizes = [row.get("num_classes") for row in rows] + [run.num_classes for run in runs]
     least = f"{chance(dataset, next(filter(None, sizes), None)):.1f}"
-    cells = {group: cells_of_sets(accuracies[group], ROBUST) for group in groups}
-    for group, row in cells.items():
-        of_group = {measure: found.get(group) for measure, found in counts.items()}
-        row |= with_interval_of_images(row, accuracies[group], of_group)
+    cells = {group: robust_cells(accuracies[group],
+                                 {measure: found.get(group) for measure, found in counts.items()})
+             for group in groups}
     found = {name for row in cells.values() for name in row} - {"sets"}
     for group, stored in bytes_of_sets(rows, runs).items():
         if group in cells:
