@@ -169,7 +169,7 @@ def main():
             source.synset.sets = [one._replace(soft_labels=None, labellers=labellers)
                                   for one in source.synset.sets]
     if args.control:
-        teachers = [net for net, _ in read_networks(args.control_labels, data)]
+        teachers = read_networks(args.control_labels, data)
         inputs += [control_of(source, data, teachers, args.seed)
                    for source in inputs if source.synset]
 

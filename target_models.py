@@ -56,16 +56,16 @@ class TrainingPlan:
 
 
 def read_networks(paths, data):
-    """[(network in eval mode, its architecture)] of files whose names say the architecture."""
+    """The networks, in eval mode, of files whose names say the architecture."""
     models = [read_input(path, NETWORKS, is_set=False).model or "ConvNet" for path in paths]
-    return [(load_into(network_for(data, model, 0), path).eval(), model)
+    return [load_into(network_for(data, model, 0), path).eval()
             for path, model in zip(paths, models)]
 
 
 def read_labellers(paths, data):
     """Networks of files, as a SyntheticSet holds them."""
-    return [stored for net, model in read_networks(paths, data)
-            for stored in stored_labellers([net], model)]
+    return [stored for net in read_networks(paths, data)
+            for stored in stored_labellers([net], net.architecture[0])]
 
 
 def control_of(source, data, teachers, seed):
