@@ -10,8 +10,10 @@ from reporting.tables import Table, lay_out
 from runtime.measures import KILOBYTES, kilobytes
 
 BYTES = ("images", "labels", "labellers")
+MARKS = {"none": "s", "hard": "o", "stored": "^", "online": "D"}  # of labels, in the figure
 CLEAN, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
-MEASURED = {**dict.fromkeys(("name", "labels", "set", "network", "folder"), is_text),
+MEASURED = {**dict.fromkeys(("name", "set", "network", "folder"), is_text),
+            "labels": lambda v: v in MARKS,
             "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
             "results": lambda v: len(v) > 0 and all(map(is_text, v))}
 PRINTED = {**dict.fromkeys(("name", "network", "training", "source"), is_text),
@@ -73,6 +75,11 @@ def table_measured(entries):
         [f"kB: {KILOBYTES.removeprefix('kB: ')}. A constant classifier has 10 % everywhere."])
 
 
+def leaderboard_json(measured, printed):
+    """What the table shows, as text; accuracies in percent, of each network of each set."""
+    return json.dumps({"measured": measured, "printed": printed}, indent=1, default=sorted) + "\n"
+
+
 def table_printed(entries):
     cells = {tuple(entry[key] for key in ("name", "network", "ipc", "training")):
              {**entry["figures"], "source": entry["source"]} for entry in entries}
@@ -83,8 +90,7 @@ def table_printed(entries):
 def figure_leaderboard(entries):
     """AutoAttack at 2/255 against clean accuracy; the area of a point goes with the set's kB."""
     figure, (ax,) = new_figure(7, 5)
-    marks = {"none": "s", "hard": "o", "stored": "^", "online": "D"}
-    for labels, marker in marks.items():
+    for labels, marker in MARKS.items():
         same = [(rank, entry) for rank, entry in enumerate(entries, 1) if entry["labels"] == labels]
         if same:
             sizes = [20 + sum(entry["bytes"].values()) / 5e3 if entry["bytes"] else 20

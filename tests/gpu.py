@@ -275,7 +275,7 @@ def rome(*flags, name="tf32", ipc=10, iterations=41, script="ROME_cifar10.py"):
         (metrics,) = Path(folder).glob("result/*/metrics.jsonl")
         events = list(map(json.loads, metrics.read_text().splitlines()))
     times = [(e["iteration"], e["seconds"]) for e in events if e["event"] == "iteration"]
-    (first, began), (last, ended) = times[1], times[-1]
+    (first, began), (last, ended) = times[1 if len(times) > 2 else 0], times[-1]
     say(run=name, seconds_an_iteration=round((ended - began) / max(last - first, 1), 4),
         losses=[e["loss_pool"] for e in events if e["event"] == "iteration"])
 

@@ -40,11 +40,14 @@ def test_rows_are_the_results_best_first(listed, tmp_path, capsys):
     assert f"| {100 * accuracy:.1f} [" in lines[1] and "307 + 0.1 + 0" in lines[1]
     assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 5000
     assert "better" in (tmp_path / "out" / "leaderboard.csv").read_text()
+    listed_best = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["measured"][0]
+    (values,) = listed_best["accuracies"]["pixel: AA untargeted 2/255"].values()
+    assert values == pytest.approx([100 * accuracy])
 
 
 @pytest.mark.parametrize("change", [
     {"set": "no such set"}, {"ipc": "50"}, {"results": []}, {"results": ["nowhere"]},
-    {"name": None}, {"bytes": {"images": 1}}])
+    {"name": None}, {"labels": "guessed"}, {"bytes": {"images": 1}}])
 def test_an_entry_without_results_is_refused(listed, change):
     with pytest.raises(InputError):
         read_leaderboard(listed(entry(**change)))

@@ -37,27 +37,24 @@ def parse_args():
 
 
 class Rounded(nn.Module):
-    """A network that sees rounded images, whose gradient is zero."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
+    """Rounds to multiples of a quarter: the gradient is zero."""
 
     def forward(self, x):
-        return self.net((4 * x).round() / 4)
+        return (4 * x).round() / 4
 
 
-class Steep(Rounded):
-    """A network with logits so large that the cross-entropy has no gradient left."""
+class Steep(nn.Module):
+    """Logits so large that the cross-entropy has no gradient left."""
 
-    def forward(self, x):
-        return 1e4 * self.net(x)
+    def forward(self, logits):
+        return 1e4 * logits
 
 
 def load_targets(paths, data):
     nets = {Path(path).stem: load_into(network_for(data, MODEL, 0), path).eval() for path in paths}
     natural = next(iter(nets.values()))
-    nets |= {"rounded": Rounded(natural).eval(), "logits-x-10000": Steep(natural).eval()}
+    nets |= {"rounded": nn.Sequential(Rounded(), natural).eval(),
+             "logits-x-10000": nn.Sequential(natural, Steep()).eval()}
     return [TargetModel(f"{name}_{MODEL}_{data.name}_5000_None.pth", name, None, MODEL, net,
                         {"sha256": name}) for name, net in nets.items()]
 
