@@ -29,6 +29,7 @@ from runtime.compilation import disable_bf16, resolve_precision, set_precision
 from runtime.cost import TRAINING_STEP, compile_planned, training_batches
 from runtime.cuda_graphs import use_cuda_graphs
 from runtime.device import choose_micro_batch, device_name, get_device, versions
+from runtime.measures import FULL
 from runtime.safe_io import InputError, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite, training_step
@@ -210,7 +211,7 @@ def main():
 
     eps = "" if args.attack_eps == 8 else f"{args.attack_eps:g}"
     attacks = f"PGD{eps}-{args.threat_model}" + "-targeted" * args.targeted
-    name = (f"full_{args.model}_{data.name}_{data.class_size(0)}_"
+    name = (f"{FULL}_{args.model}_{data.name}_{data.class_size(0)}_"
             f"{attacks if args.attack_steps else None}_seed{args.seed}")
     folder = Path(args.checkpoint_path) / f"pretrain_{name}"
     paths = [folder.with_name(f"{name}-{k}.pth") for k in range(args.num_nets)]

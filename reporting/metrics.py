@@ -12,7 +12,7 @@ from reporting.records import CLEAN, attacked_itself, group_by, mean_of, white_b
 from runtime.measures import FORMS
 from utils import robustness_metrics
 
-GRIDS = {"white-box": WHITE_BOX, "query": QUERY}
+KINDS = {"white-box": WHITE_BOX, "query": QUERY}  # of attacks
 THREATS = {name: get_threat_model(name) for name in THREAT_MODELS}  # for their eps
 
 
@@ -38,7 +38,7 @@ def metrics_of(rows, threats=THREATS, crei_weight=0.5):
         if CLEAN in cells:
             methods.setdefault((threat, method), {})[ipc] = cells  # {ipc: {attack key: rows}}
     for ((threat, method), settings), (kind, grid), targeted in itertools.product(
-            methods.items(), GRIDS.items(), FORMS):
+            methods.items(), KINDS.items(), FORMS):
         keys = [(attack, targeted, default_eps(attack, threats[threat])) for attack in grid
                 if not targeted or ATTACKS[attack].targetable]
         pooled = pool_settings(settings, keys, crei_weight)

@@ -1,7 +1,7 @@
 """results.md: what evaluate.py found, for a reader."""
 from reporting.metrics import transfer_means
 from reporting.records import CLEAN, chance, mean_of, white_box_groups
-from reporting.statistics import ROBUST, table_control, table_robust
+from reporting.statistics import ROBUST, table_robust, tables_of_references
 from reporting.tables import table_accuracy, table_metrics, wilson
 from runtime.measures import FORMS, attack_label
 
@@ -13,7 +13,7 @@ def results_markdown(content):
     rows = [{**row, "num_classes": content.get("num_classes")} for row in content["rows"]]
     dataset, n = rows[0]["dataset"], rows[0]["n"]
     entries = content["metrics"] + transfer_means(content["transfer"])
-    tables = [table_robust(dataset, rows, []), table_control(dataset, rows)]
+    tables = [table_robust(dataset, rows, []), *tables_of_references(dataset, rows)]
     if not all(in_table_robust(row) for row in rows):
         tables += [table_accuracy(dataset, n, rows), table_metrics(dataset, n, entries)]
     lines = ["# Robustness", "", *introduction(content), ""]

@@ -11,7 +11,7 @@ from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
 from reporting.tables import Table, lay_out, mean_std, turned, wilson, with_interval
-from runtime.measures import COLUMNS, FORMS, KILOBYTES, RANDOM, attack_label, kilobytes
+from runtime.measures import COLUMNS, FORMS, FULL, KILOBYTES, RANDOM, attack_label, kilobytes
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 ROBUST = {"pixel: Clean": "clean",
@@ -152,25 +152,42 @@ def table_robust(dataset, rows, runs):
          "sets stand, AutoAttack was made on the fewer."])
 
 
-def table_control(dataset, rows):
-    """How much better sets are than random images with the same labels and training; None where
-    no random images were evaluated."""
+def tables_of_references(dataset, rows):
+    """How far sets are above random images, and above real ones: a Table for each of the two that
+    was evaluated with them."""
     accuracies, counts = accuracies_by_set(rows, [])
+    full = {group_of(row)[1]: group_of(row) for row in rows
+            if row["method"] == FULL and trained_without_attack(row["evaluated_on"])}
+    random = {group: (group[0] + RANDOM, *group[1:]) for group in accuracies}
+    real = {group: full.get(group[1]) for group in accuracies if group[0] != FULL}
+    tables = [
+        table_above(f"control_{dataset}", "Above random real images of the same number, with the "
+                    "same labels and training (percentage points: DD-Ranking's IOR; in brackets "
+                    "the 95 % interval of that many images)", random, accuracies, counts),
+        table_above(f"full_{dataset}", "Above training on all real images with hard labels "
+                    "(percentage points: DD-Ranking's HLR with the other sign; likewise)", real,
+                    accuracies, counts)]
+    return list(filter(None, tables))
+
+
+def trained_without_attack(file):
+    network = NETWORK_NAME.match(file)
+    return network and network["trained"] == "None"
+
+
+def table_above(name, title, references, accuracies, counts):
+    """references: {group: the one that it is compared with}. None where there is none of them."""
     cells = {}
-    for group, measured in accuracies.items():
-        of_random, row = (group[0] + RANDOM, *group[1:]), {}
-        random = accuracies.get(of_random, {})
-        for measure in ROBUST.keys() & measured.keys() & random.keys():
-            row[ROBUST[measure]] = above_text(
-                set_means(measured[measure]).mean(), min(counts[measure][group]),
-                set_means(random[measure]).mean(), min(counts[measure][of_random]))
+    for group, reference in references.items():
+        measured, other = accuracies[group], accuracies.get(reference, {})
+        row = {ROBUST[measure]: above_text(
+            set_means(measured[measure]).mean(), min(counts[measure][group]),
+            set_means(other[measure]).mean(), min(counts[measure][reference]))
+            for measure in ROBUST if measure in measured and measure in other}
         if row:
             cells[group] = row
-    return Table(
-        f"control_{dataset}", "Above random real images of the same number, with the same labels "
-        "and training (percentage points: DD-Ranking's IOR; in brackets the 95 % interval of that "
-        "many images)", *lay_out(("set", "network", "ipc"), cells, ROBUST.values())
-    ) if cells else None
+    return Table(name, title, *lay_out(("set", "network", "ipc"), cells, ROBUST.values())
+                 ) if cells else None
 
 
 def above_text(one, n, other, other_n):

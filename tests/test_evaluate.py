@@ -52,13 +52,15 @@ def refused(run):
 
 def test_the_headline(digits_set, run, tmp_path, monkeypatch):
     """Without flags of attacks: AutoAttack and PGD-20 under `pixel`, and the same of random images
-    with the same training, which --quick shortens."""
+    with the same training, which --quick shortens; beside a network of all real images."""
     monkeypatch.setattr(evaluate, "QUICK_TRAINING", 3000)
-    content = run("--synset", digits_set, "--model", "MLP", "--quick", "--limit", 20, "--queries",
-                  10, "--aa_iterations", 2)
+    full = tmp_path / "full_MLP_Digits_100_None_seed0-0.pth"
+    torch.save(get_network("MLP", 3, 10, (32, 32), 0).state_dict(), full)
+    content = run("--synset", digits_set, "--networks", full, "--model", "MLP", "--quick",
+                  "--limit", 20, "--queries", 10, "--aa_iterations", 2)
     rows = content["rows"]
     assert {(row["method"], row["attack"], row["eps"]) for row in rows if row["eps"]} == {
-        (method, attack, eps / 255) for method in ("ROME", "ROME-random")
+        (method, attack, eps / 255) for method in ("ROME", "ROME-random", "full")
         for attack in ("PGD20", "AA") for eps in (2, 8)}
     assert {(row["threat_model"], row["n"]) for row in rows} == {("pixel", 20)}
     ours, random = (json.loads(path.read_text())
@@ -67,6 +69,10 @@ def test_the_headline(digits_set, run, tmp_path, monkeypatch):
     assert ours["bytes"] == random["bytes"] and ours["sha256"] != random["sha256"]
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| ROME-random | MLP | 10 |" in text and "Above random real images" in text
+    above = text.split("Above training on all real images")[1].split("Warnings")[0]
+    clean = {row["method"]: row["accuracy"] for row in rows if row["attack"] == "Clean"}
+    assert f"| ROME | MLP | 10 | {100 * (clean['ROME'] - clean['full']):+.1f} [" in above
+    assert "| ROME-random | MLP | 10 |" in above and "| full " not in above
 
     network = next((tmp_path / "out" / "networks").glob("ROME_*.pth"))  # judged again by itself
     again = ["--networks", network, *PIXEL, "--attacks", "FGSM"]
