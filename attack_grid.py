@@ -25,7 +25,8 @@ GRIDS = {  # what flags are where they are not given
         "threat_model": ["pixel"], "untargeted": True, "eps": [2.0],
         "attacks": [TORCHATTACKS + name for name in ("FGSM", "PGD", "CW", "VMIFGSM", "Jitter")]},
 }
-QUICK = {"num_eval": 1, "limit": 200, "queries": 500, "eps": [2.0, 8.0], "sanity": False}
+QUICK = {"num_eval": 1, "limit": 200, "queries": 500, "sanity": False}
+QUICK_EPS = {"headline": {"eps": [2.0, 8.0]}}
 QUICK_TRAINING = 50_000  # images that a network sees with --quick
 
 

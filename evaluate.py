@@ -10,8 +10,8 @@ import argparse
 import itertools
 from contextlib import closing
 
-from attack_grid import (GRIDS, QUERY, QUICK, QUICK_TRAINING, attack_options, radii, run_slice,
-                         typical_cost)
+from attack_grid import (GRIDS, QUERY, QUICK, QUICK_EPS, QUICK_TRAINING, attack_options, radii,
+                         run_slice, typical_cost)
 from attacks import (ATTACKS, PUBLISHED_CLASSES, THREAT_MODELS, TORCHATTACKS, check_threat_model,
                      find_attack, get_threat_model)
 from augment import MIXES, dsa_strategy_flag
@@ -64,16 +64,17 @@ def parse_args(argv=None):
     add_switch(run, "compile", True, "torch.compile where it pays")
     add_gpu_flags(run)
     first, _ = parser.parse_known_args(argv)
-    defaults = GRIDS[first.grid or ("white-box" if first.attacks or first.threat_model else
-                                    "headline")]
-    parser.set_defaults(**{**defaults, **(QUICK if first.quick else {})})
+    grid = first.grid or ("white-box" if first.attacks or first.threat_model else "headline")
+    parser.set_defaults(**GRIDS[grid])
+    if first.quick:
+        parser.set_defaults(**QUICK, **QUICK_EPS.get(grid, {}))
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:
         parser.error("nothing to attack: give --synset or --networks")
     if len(args.method) not in (0, len(files)):
         parser.error(f"--method has {len(args.method)} name(s) for {len(files)} file(s)")
-    args.attacks += QUERY if args.query else ()
+    args.attacks = [*args.attacks, *(QUERY if args.query else ())]
     return args
 
 
@@ -170,8 +171,12 @@ def main():
                                   for one in source.synset.sets]
     if args.control:
         teachers = read_networks(args.control_labels, data)
-        inputs += [control_of(source, data, teachers, args.seed)
-                   for source in inputs if source.synset]
+        controls = [control_of(source, data, teachers, args.seed)
+                    for source in inputs if source.synset]
+        if taken := {one.method for one in inputs} & {one.method for one in controls}:
+            raise InputError(f"{', '.join(taken)} is the name of a control too: give --method "
+                             "other names, or --no_control")
+        inputs += controls
 
     flags = {**vars(args), "dataset": data.name, "threat_model": list(threats),
              "precision": precision}

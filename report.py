@@ -65,7 +65,7 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.leaderboard:
-        write_text(out / "leaderboard.json", leaderboard.leaderboard_json(measured, printed))
+        write_text(out / "accuracies.json", leaderboard.leaderboard_json(measured, printed))
     for table in made:
         write_text(out / f"{table.name}.md", table.markdown())
         write_text(out / f"{table.name}.csv", table.csv())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import utils
+from augment import pack as pack_images
 from augment import unpack
 from formats.inputs import read_input
 from formats.network_file import load_into
@@ -17,12 +18,11 @@ from runtime import distributed
 from runtime.compilation import set_precision
 from runtime.cost import FORWARD, TRAINING_STEP, compile_planned, training_batches
 from runtime.device import synchronise
-from runtime.measures import RANDOM
+from runtime.measures import HARD, RANDOM
 from runtime.safe_io import InputError, sha256, sha256_of_tensors, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite
-from synsets import (TrainConfig, build_labellers, initial_set, soft_labels, stored_labellers,
-                     training_set)
+from synsets import TrainConfig, build_labellers, soft_labels, stored_labellers, training_set
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -69,22 +69,41 @@ def read_labellers(paths, data):
 
 
 def control_of(source, data, teachers, seed):
-    """An Input of random real images, as many as in the sets of an Input, packed, labelled and
-    trained on alike. teachers: networks that give the labels where the sets store logits; without
-    them the control has its classes alone, and a warning of the Input says so."""
+    """An Input of random real images, of each class as many as in the sets of an Input, packed,
+    labelled and trained on alike. teachers: networks that give the labels where the sets store
+    logits; without them the control has its classes alone, like `<method>-hard`, and a warning of
+    the Input says so. Raises InputError if a class of `data` has too few images."""
     file, sets = source.synset, []
     for index, synset in enumerate(file.sets):
         generator = make_generator(seed, "control", index)
-        images, classes = initial_set(data, synset.images_per_class(), file.pack, "real", generator)
+        images, classes = random_images(data, synset.labels, file.pack, generator)
         soft = None
         if synset.soft_labels is not None and teachers:
             soft = soft_labels(teachers, unpack(images, file.pack))
         sets.append(SyntheticSet(images, classes, soft, synset.labellers))
+    method = f"{source.method}{RANDOM}"
     if file.sets[0].soft_labels is not None and not teachers:
+        method += HARD
         source.warnings.append(f"{source.path} stores labels; its control has the classes alone: "
                                "name the networks that gave them with --control_labels")
-    return replace(source, method=f"{source.method}{RANDOM}", control=True, warnings=[],
+        distributed.print_rank0(f"warning: {source.warnings[-1]}")
+    return replace(source, method=method, control=True, warnings=[],
                    synset=replace(file, sets=sets, labels_from_soft=False))
+
+
+def random_images(data, classes, pack, generator):
+    """Random real images of these classes, (N,), each of pack x pack: (N, C, H, W) and `classes`.
+    """
+    found = torch.empty(len(classes), data.channel, *data.size, device=data.device)
+    for c, count in enumerate(torch.bincount(classes.cpu(), minlength=data.num_classes).tolist()):
+        images = data.sample_class(c, count * pack**2, generator)
+        if len(images) < count * pack**2:
+            raise InputError(f"random images in place of the set's: {count * pack**2} of class {c} "
+                             f"are needed, {data.name} has {len(images)}: leave out --control, or "
+                             "give --no_control")
+        if count:
+            found[classes == c] = pack_images(images, pack)
+    return found, classes
 
 
 def target_from_network(source, data):
@@ -170,7 +189,7 @@ def _plan_set(source, index, data, folder, config, plan):
     if own != "hard" and "hard" in plan.labels and not no_classes:
         kinds.append("hard")
     for kind, i in itertools.product(kinds, range(plan.num_eval)):
-        method = f"{source.method}-hard" if kind != own else source.method
+        method = f"{source.method}{HARD}" if kind != own else source.method
         name = f"{method}_{source.model}_{data.name}_{ipc}_None_{index}-{i}.pth"
         # Both kinds of labels start from the same network: the key has the method of the file.
         key = "evaluate", source.method, ipc, index, "None", i

@@ -3,11 +3,13 @@ import json
 from pathlib import Path
 
 from reporting.plots import new_figure
-from reporting.records import check, is_number, is_text, read_results, refuse_damaged
+from reporting.records import (check, find_results, is_number, is_text, read_results,
+                               refuse_damaged)
 from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, robust_cells,
                                   set_means)
 from reporting.tables import Table, lay_out
 from runtime.measures import KILOBYTES, kilobytes
+from runtime.safe_io import InputError
 
 BYTES = ("images", "labels", "labellers")
 MARKS = {"none": "s", "hard": "o", "stored": "^", "online": "D"}  # of labels, in the figure
@@ -15,10 +17,16 @@ CLEAN, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
 MEASURED = {**dict.fromkeys(("name", "set", "network", "folder"), is_text),
             "labels": lambda v: v in MARKS,
             "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
-            "results": lambda v: len(v) > 0 and all(map(is_text, v))}
+            "results": lambda v: isinstance(v, list) and v and all(map(is_pattern, v))}
 PRINTED = {**dict.fromkeys(("name", "network", "training", "source"), is_text),
            "ipc": lambda v: is_number(v, 1, kinds=[int]),
            "figures": lambda v: all(is_text(k) and is_number(x, 0, 100) for k, x in v.items())}
+
+
+def is_pattern(text):
+    """Of folders below that of the leaderboard.json."""
+    parts = Path(text).parts
+    return parts and not {"..", "/"} & {*parts} and str(Path(text)) == text
 
 
 def read_leaderboard(path):
@@ -43,8 +51,14 @@ def add_accuracies(entry, root):
     """Read the results of an entry, below `root`. Raises InputError where its figures are missing.
     """
     folders = [str(folder) for pattern in entry["results"] for folder in sorted(root.glob(pattern))]
-    pools, runs, _ = read_results(folders)
+    if not folders:
+        raise InputError(f"{entry['name']}: there is no {', '.join(entry['results'])} in {root}")
+    pools, runs, refused = read_results(folders)
     rows = [row for pool in pools.values() for row in pool]
+    wrong = refused + [f"{data} is not CIFAR10" for data, _ in pools if data != "CIFAR10"]
+    if wrong:
+        raise InputError(f"{entry['name']}: {'; '.join(wrong)}")
+    entry["autoattack"] = autoattack_of(find_results(folders))
     group = entry["set"], entry["network"], entry["ipc"]
     with refuse_damaged(f"{root / entry['folder']}", f"result of {' '.join(map(str, group))}"):
         accuracies, counts = accuracies_by_set(rows, runs)
@@ -53,6 +67,19 @@ def add_accuracies(entry, root):
         entry["counts"] = {name: counts[name][group] for name in entry["accuracies"]}
         entry["bytes"] = bytes_of_sets(rows, runs).get(group, entry.get("bytes"))  # older results
         mean_of(entry, CLEAN), mean_of(entry, HEADLINE)
+
+
+def autoattack_of(paths):
+    """'5000' queries of Square, of results.json. Raises InputError if AutoAttack was shortened."""
+    queries = set()
+    for path in paths:
+        flags = json.loads(path.read_text())["flags"] if path.name == "results.json" else {}
+        if "AA" in flags.get("attacks", []):
+            if flags.get("quick") or flags["aa_iterations"] < 100:
+                raise InputError(f"{path}: a leaderboard is not for --quick, nor for an AutoAttack "
+                                 f"of {flags['aa_iterations']} iterations")
+            queries.add(flags["queries"])
+    return ", ".join(map(str, sorted(queries)))
 
 
 def mean_of(entry, measure):
@@ -65,14 +92,23 @@ def table_measured(entries):
     for rank, entry in enumerate(entries, 1):
         row = robust_cells(entry["accuracies"], entry["counts"])
         row["kB"] = kilobytes(entry["bytes"])
+        row["images"] = spread(entry["counts"][CLEAN])
+        row["of AutoAttack"] = spread(entry["counts"][HEADLINE])
+        row["queries"] = entry["autoattack"]
         row["results"] = f"[{entry['folder']}](../experiments/{entry['folder']})"
         cells[rank, entry["name"], entry["labels"], entry["network"], entry["ipc"] or ""] = row
     return Table(
         "leaderboard", "Distilled sets of CIFAR-10 under the valid threat model `pixel` (percent; "
         "mean +- standard deviation over sets; of AutoAttack the binomial 95 % interval)",
         *lay_out(("#", "set", "labels", "network", "ipc"), cells,
-                 (*ROBUST.values(), "sets", "kB", "results")),
-        [f"kB: {KILOBYTES.removeprefix('kB: ')}. A constant classifier has 10 % everywhere."])
+                 (*ROBUST.values(), "sets", "images", "of AutoAttack", "queries", "kB", "results")),
+        [f"kB: {KILOBYTES.removeprefix('kB: ')}. images: of the test set; of AutoAttack, at 2/255; "
+         "queries: of Square in it. A constant classifier has 10 % everywhere."])
+
+
+def spread(numbers):
+    """'500 to 1000' of {500, 1000}."""
+    return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))
 
 
 def leaderboard_json(measured, printed):

@@ -1,6 +1,6 @@
 """results.md: what evaluate.py found, for a reader."""
 from reporting.metrics import transfer_means
-from reporting.records import CLEAN, chance, mean_of, white_box_groups
+from reporting.records import CLEAN, chance, group_by, mean_of, white_box_groups
 from reporting.statistics import ROBUST, table_robust, tables_of_references
 from reporting.tables import table_accuracy, table_metrics, wilson
 from runtime.measures import FORMS, attack_label
@@ -11,11 +11,13 @@ def results_markdown(content):
     if not content["rows"]:
         return "# Robustness\n\nNo result yet.\n"
     rows = [{**row, "num_classes": content.get("num_classes")} for row in content["rows"]]
-    dataset, n = rows[0]["dataset"], rows[0]["n"]
+    dataset = rows[0]["dataset"]
     entries = content["metrics"] + transfer_means(content["transfer"])
     tables = [table_robust(dataset, rows, []), *tables_of_references(dataset, rows)]
     if not all(in_table_robust(row) for row in rows):
-        tables += [table_accuracy(dataset, n, rows), table_metrics(dataset, n, entries)]
+        numbers = group_by(rows, lambda row: row["n"])
+        tables += [table_accuracy(dataset, n, of_n) for n, of_n in numbers.items()]
+        tables.append(table_metrics(dataset, max(numbers), entries))
     lines = ["# Robustness", "", *introduction(content), ""]
     if not any((row["attack"], row["threat_model"]) == ("AA", "pixel") for row in rows):
         lines += ["AutoAttack under the valid threat model, the figure to quote, was not measured: "
@@ -33,17 +35,26 @@ def in_table_robust(row):
 
 
 def introduction(content):
-    first = content["rows"][0]
+    first, flags = content["rows"][0], content["flags"]
     text = (f"{first['dataset']}, {first['n']} test images, seed {first['seed']}, "
-            f"{content['device']}, torch {content['versions']['torch']}. Accuracy in percent; mean "
-            "+- standard deviation over networks; in brackets the binomial 95 % interval for that "
-            "many images. Attacks are bounded by eps; those of minimum norm are not.")
-    if content["flags"].get("attack_precision") == "bf16":
+            f"{content['device']}, torch {content['versions']['torch']}. Accuracy in percent. "
+            "Attacks are bounded by eps; those of minimum norm are not.")
+    if any(row["attack"] == "AA" for row in content["rows"]):
+        text += (f" AutoAttack: {flags['aa_iterations']} iterations, {flags['queries']} queries of "
+                 f"Square{'' if is_standard(flags) else ', fewer than its standard: 100, 5000'}.")
+    if flags.get("quick"):
+        text += " `--quick`: networks trained for less than their set says."
+    if flags.get("attack_precision") == "bf16":
         text += (" Attacks computed in bf16, and images that were wrong in bf16 alone attacked "
                  "again; judged in fp32.")
     inputs = [f"- {path} taken as: {about['taken_as']}"
               for path, about in content.get("inputs", {}).items()]
     return [text, "", *inputs] if inputs else [text]
+
+
+def is_standard(flags):
+    """Whether AutoAttack is as its authors have it."""
+    return flags["aa_iterations"] >= 100 and flags["queries"] >= 5000
 
 
 def warnings_of(content):

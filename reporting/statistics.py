@@ -11,7 +11,8 @@ from formats.inputs import NETWORK_NAME
 from reporting.metrics import metrics_of
 from reporting.records import attacked_itself, chance, check, group_by, refuse_damaged
 from reporting.tables import Table, lay_out, mean_std, turned, wilson, with_interval
-from runtime.measures import COLUMNS, FORMS, FULL, KILOBYTES, RANDOM, attack_label, kilobytes
+from runtime.measures import (COLUMNS, FORMS, FULL, HARD, KILOBYTES, RANDOM, attack_label,
+                              kilobytes)
 
 SET_NUMBER = re.compile(r"_(\d+)-\d+\.pth$")  # which set of its file evaluate.py trained it on
 ROBUST = {"pixel: Clean": "clean",
@@ -90,7 +91,7 @@ def bytes_of_sets(rows, runs):
 def names_of_run(run):
     """{set of a run: its name in tables}."""
     method = run.flags["method"] + ("-pixel" if run.flags["threat_model"] == "pixel" else "")
-    return {run.flags["method"]: method, f"{run.flags['method']}, hard labels": f"{method}-hard"}
+    return {run.flags["method"]: method, f"{run.flags['method']}, hard labels": f"{method}{HARD}"}
 
 
 def set_means(of_sets):
@@ -158,7 +159,7 @@ def tables_of_references(dataset, rows):
     accuracies, counts = accuracies_by_set(rows, [])
     full = {group_of(row)[1]: group_of(row) for row in rows
             if row["method"] == FULL and trained_without_attack(row["evaluated_on"])}
-    random = {group: (group[0] + RANDOM, *group[1:]) for group in accuracies}
+    random = {group: (random_method(group[0]), *group[1:]) for group in accuracies}
     real = {group: full.get(group[1]) for group in accuracies if group[0] != FULL}
     tables = [
         table_above(f"control_{dataset}", "Above random real images of the same number, with the "
@@ -168,6 +169,12 @@ def tables_of_references(dataset, rows):
                     "(percentage points: DD-Ranking's HLR with the other sign; likewise)", real,
                     accuracies, counts)]
     return list(filter(None, tables))
+
+
+def random_method(method):
+    """Of the control of a method: 'ROME-random-hard' of 'ROME-hard'."""
+    base = method.removesuffix(HARD)
+    return base + RANDOM + method[len(base):]
 
 
 def trained_without_attack(file):

@@ -11,6 +11,7 @@ HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table 
 KILOBYTES = "kB: images + labels + labellers"  # the heading of what `kilobytes` says
 FULL = "full"  # the method of networks of pretrain.py: all real images
 RANDOM = "-random"  # behind a method: random images in place of those of its set
+HARD = "-hard"  # behind both: the classes alone, where the set has other labels
 FORMS = {True: "targeted", False: "untargeted"}
 
 

@@ -92,7 +92,9 @@ def test_a_control_is_like_the_set(digits):
         file = SynsetFile("set.pt", [one], {}, [], 2, False, [])
         source = Input("set.pt", "ROME", {}, synset=file)
         made = target_models.control_of(source, digits, teachers, 0)
-        assert (made.method, made.control, made.synset.pack) == ("ROME-random", True, 2)
+        hard = one.soft_labels is not None and not teachers
+        assert made.method == ("ROME-random-hard" if hard else "ROME-random")
+        assert (made.control, made.synset.pack) == (True, 2)
         return made.synset.sets[0], source.warnings
     made, warnings = control(stored, [net])
     assert made.images.shape == images.shape and torch.equal(made.labels, stored.labels)
@@ -101,6 +103,13 @@ def test_a_control_is_like_the_set(digits):
     assert made.soft_labels is None and "--control_labels" in warnings[0]
     made, warnings = control(labelled, [])
     assert made.labellers == labelled.labellers and not warnings
+    uneven = stored._replace(images=images[:3], labels=torch.tensor([7, 0, 7]), soft_labels=None)
+    made, _ = control(uneven, [])
+    assert made.labels.tolist() == [7, 0, 7] and made.images.shape == (3, 3, 32, 32)
+    assert made.images.flatten(1).norm(dim=1).min() > 1
+    with pytest.raises(InputError, match="--no_control"):
+        control(stored._replace(images=torch.zeros(400, 3, 32, 32), soft_labels=None,
+                                labels=torch.arange(10).repeat_interleave(40)), [])
 
 
 def network(path):

@@ -40,17 +40,33 @@ def test_rows_are_the_results_best_first(listed, tmp_path, capsys):
     assert f"| {100 * accuracy:.1f} [" in lines[1] and "307 + 0.1 + 0" in lines[1]
     assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 5000
     assert "better" in (tmp_path / "out" / "leaderboard.csv").read_text()
-    listed_best = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["measured"][0]
+    listed_best = json.loads((tmp_path / "out" / "accuracies.json").read_text())["measured"][0]
     (values,) = listed_best["accuracies"]["pixel: AA untargeted 2/255"].values()
     assert values == pytest.approx([100 * accuracy])
 
 
 @pytest.mark.parametrize("change", [
     {"set": "no such set"}, {"ipc": "50"}, {"results": []}, {"results": ["nowhere"]},
+    {"results": "released"}, {"results": ["/released"]}, {"results": ["."]},
     {"name": None}, {"labels": "guessed"}, {"bytes": {"images": 1}}])
 def test_an_entry_without_results_is_refused(listed, change):
     with pytest.raises(InputError):
         read_leaderboard(listed(entry(**change)))
+
+
+@pytest.mark.parametrize("flag, value", [("quick", True), ("aa_iterations", 10)])
+def test_a_shortened_autoattack_is_refused(listed, tmp_path, flag, value):
+    path = listed(entry(results=["short"]))
+    content = json.loads((tmp_path / "released" / "results.json").read_text())
+    content["flags"][flag] = value
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "results.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not for --quick"):
+        read_leaderboard(path)
+    with pytest.raises(InputError, match="different figures"):
+        content["rows"][0]["accuracy"] = 0.123
+        (tmp_path / "short" / "results.json").write_text(json.dumps(content))
+        read_leaderboard(listed(entry(results=["released", "short"])))
 
 
 def test_what_others_print_is_checked(listed):
