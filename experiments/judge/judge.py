@@ -77,11 +77,12 @@ def main():
     data = load_dataset("CIFAR10", given.data_path)
     threat, targets = get_threat_model("pixel", data), load_targets(given.networks, data)
     args = evaluate.parse_args([
-        "--networks", *given.networks, "--threat_model", "pixel", "--untargeted", "--attacks",
-        "PGD20", "AA", "--eps", "2", "8", "--limit", str(given.images), "--no_compile", "--out",
-        given.out, "--resume"])
+        "--networks", *given.networks, "--dataset", data.name, "--threat_model", "pixel",
+        "--untargeted", "--attacks", "PGD20", "AA", "--eps", "2", "8", "--limit",
+        str(given.images), "--no_compile", "--out", given.out, "--resume"])
     with closing(Results(args.out, vars(args), data.device, True, evaluate.MAY_CHANGE,
                          lambda rows: None)) as results:
+        results.content |= {"num_classes": data.num_classes, "data": data.describe()}
         evaluate.evaluate(args, targets, {"pixel": threat}, data, 256, results)
         args.attacks, args.eps = ["torchattacks:AutoAttack"], [COMPARED]
         evaluate.evaluate(args, targets, {"pixel": threat}, data, 256, results)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The judge before networks of known robustness (README.md), from the root of the repository. 40 minutes of one thread.
+# The judge before networks of known robustness (README.md), from the root of the repository. An hour of one thread.
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH=.
 python="${PYTHON:-python3}" out="${OUT:-result/judge}" data_path="${DATA:-./data}"
