@@ -17,8 +17,8 @@ def torchattacks_class(name):
     try:
         import torchattacks
     except ImportError:
-        raise InputError(f"torchattacks:{name} needs the package torchattacks: pip install --no-deps "
-                         "torchattacks==3.5.1") from None
+        raise InputError(f"torchattacks:{name} needs the package torchattacks: pip install "
+                         "--no-deps torchattacks==3.5.1") from None
     known = {key: value for key, value in vars(torchattacks).items()
              if inspect.isclass(value) and _needs_a_model_alone(value)}
     if name not in known:
