@@ -73,8 +73,9 @@ def autoattack_of(paths):
     """'5000' queries of Square, of results.json. Raises InputError if AutoAttack was shortened."""
     queries = set()
     for path in paths:
-        flags = json.loads(path.read_text())["flags"] if path.name == "results.json" else {}
-        if "AA" in flags.get("attacks", []):
+        content = json.loads(path.read_text()) if path.name == "results.json" else {"rows": []}
+        if any(row["attack"] == "AA" for row in content["rows"]):
+            flags = content["flags"]
             if flags.get("quick") or flags["aa_iterations"] < 100:
                 raise InputError(f"{path}: a leaderboard is not for --quick, nor for an AutoAttack "
                                  f"of {flags['aa_iterations']} iterations")
