@@ -75,7 +75,7 @@ def autoattack_of(paths):
     for path in paths:
         content = json.loads(path.read_text()) if path.name == "results.json" else {"rows": []}
         if any(row["attack"] == "AA" for row in content["rows"]):
-            flags = content["flags"]
+            flags = {"aa_iterations": 0, "queries": 0, **content.get("flags", {})}
             if flags.get("quick") or flags["aa_iterations"] < 100:
                 raise InputError(f"{path}: a leaderboard is not for --quick, nor for an AutoAttack "
                                  f"of {flags['aa_iterations']} iterations")
