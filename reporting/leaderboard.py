@@ -13,7 +13,7 @@ from runtime.safe_io import InputError
 
 BYTES = ("images", "labels", "labellers")
 MARKS = {"none": "s", "hard": "o", "stored": "^", "online": "D"}  # of labels, in the figure
-CLEAN, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
+CLEAN_MEASURE, HEADLINE = "pixel: Clean", "pixel: AA untargeted 2/255"
 MEASURED = {**dict.fromkeys(("name", "set", "network", "folder"), is_text),
             "labels": lambda v: v in MARKS,
             "ipc": lambda v: v is None or is_number(v, 1, kinds=[int]),
@@ -43,7 +43,7 @@ def read_leaderboard(path):
             check(entry, PRINTED)
     for entry in content["measured"]:
         add_accuracies(entry, path.parent)
-    return (sorted(content["measured"], key=lambda entry: -mean_of(entry, HEADLINE)),
+    return (sorted(content["measured"], key=lambda entry: -mean_percent(entry, HEADLINE)),
             content["printed"])
 
 
@@ -66,7 +66,7 @@ def add_accuracies(entry, root):
                                if name in accuracies[group]}
         entry["counts"] = {name: counts[name][group] for name in entry["accuracies"]}
         entry["bytes"] = bytes_of_sets(rows, runs).get(group, entry.get("bytes"))  # older results
-        mean_of(entry, CLEAN), mean_of(entry, HEADLINE)
+        mean_percent(entry, CLEAN_MEASURE), mean_percent(entry, HEADLINE)
 
 
 def autoattack_of(paths):
@@ -83,7 +83,7 @@ def autoattack_of(paths):
     return ", ".join(map(str, sorted(queries)))
 
 
-def mean_of(entry, measure):
+def mean_percent(entry, measure):
     """Percent, over the sets."""
     return set_means(entry["accuracies"][measure]).mean()
 
@@ -93,7 +93,7 @@ def table_measured(entries):
     for rank, entry in enumerate(entries, 1):
         row = robust_cells(entry["accuracies"], entry["counts"])
         row["kB"] = kilobytes(entry["bytes"])
-        row["images"] = spread(entry["counts"][CLEAN])
+        row["images"] = spread(entry["counts"][CLEAN_MEASURE])
         row["of AutoAttack"] = spread(entry["counts"][HEADLINE])
         row["queries"] = entry["autoattack"]
         row["results"] = f"[{entry['folder']}](../experiments/{entry['folder']})"
@@ -132,12 +132,12 @@ def figure_leaderboard(entries):
         if same:
             sizes = [20 + sum(entry["bytes"].values()) / 5e3 if entry["bytes"] else 20
                      for _, entry in same]
-            ax.scatter([mean_of(entry, CLEAN) for _, entry in same],
-                       [mean_of(entry, HEADLINE) for _, entry in same], sizes, marker=marker,
-                       alpha=0.6, label=f"labels: {labels}")
-        for rank, entry in same:
-            ax.annotate(str(rank), (mean_of(entry, CLEAN), mean_of(entry, HEADLINE)),
-                        xytext=(5, 4), textcoords="offset points", fontsize=8)
+            points = [[mean_percent(entry, measure) for measure in (CLEAN_MEASURE, HEADLINE)]
+                      for _, entry in same]
+            ax.scatter(*zip(*points), sizes, marker=marker, alpha=0.6, label=f"labels: {labels}")
+            for (rank, _), point in zip(same, points):
+                ax.annotate(str(rank), point, xytext=(5, 4), textcoords="offset points",
+                            fontsize=8)
     ax.axhline(10, color="grey", linestyle=":", label="constant classifier")
     ax.set(xlabel="clean accuracy (%)", ylabel="AutoAttack at 2/255 (%)", ylim=(0, None))
     ax.legend()

@@ -38,7 +38,7 @@ def introduction(content):
     first, flags = content["rows"][0], content["flags"]
     text = (f"{first['dataset']}, {first['n']} test images, seed {first['seed']}, "
             f"{content['device']}, torch {content['versions']['torch']}. Accuracy in percent. "
-            "Attacks are bounded by eps; those of minimum norm are not.")
+            "Attacks are bounded by eps where one stands behind them.")
     if any(row["attack"] == "AA" for row in content["rows"]):
         text += (f" AutoAttack: {flags['aa_iterations']} iterations, {flags['queries']} queries of "
                  f"Square{'' if is_standard(flags) else ', fewer than its standard: 100, 5000'}.")

@@ -248,7 +248,7 @@ def table_differences(asked, accuracies):
         if not found:
             missing.append(f"no results: {label}")
             continue
-        row = {name: difference_text(one[name], other[name], claim) for name in found}
+        row = {name: difference_with_interval(one[name], other[name], claim) for name in found}
         row["sets"] = count_text([cell[name] for name in found for cell in (one, other)])
         cells[(f"{claim} ({label})" if claim else label,)] = row
     return Table(
@@ -257,7 +257,7 @@ def table_differences(asked, accuracies):
     ) if cells else None
 
 
-def difference_text(one, other, claim=None):
+def difference_with_interval(one, other, claim=None):
     """'+9.0 [5.1, 12.9]: supported' of two {set: [percent]}, with Welch's interval; a verdict for a
     claim, no interval for single sets."""
     one, other = set_means(one), set_means(other)

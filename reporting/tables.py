@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
+from attacks import TORCHATTACKS
 from reporting.records import group_by, mean_of, white_box_groups
 from runtime.measures import COLUMNS, CONTROLS, FORMS, attack_label, percent
 
@@ -84,9 +85,11 @@ def accuracy_text(rows):
 
 
 def attack_name(attack):
-    """'CW targeted (minimum norm)' of (attack, targeted, eps)."""
+    """'CW targeted (minimum norm)' of (attack, targeted, eps); of torchattacks, whose attacks
+    without a radius are of many kinds, '(no radius)'."""
     bounded = attack[0] in CONTROLS or attack[2] is not None
-    return attack_label(*attack) + ("" if bounded else " (minimum norm)")
+    unbounded = " (no radius)" if attack[0].startswith(TORCHATTACKS) else " (minimum norm)"
+    return attack_label(*attack) + ("" if bounded else unbounded)
 
 
 def table_accuracy(dataset, n, rows):

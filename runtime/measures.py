@@ -7,7 +7,6 @@ COLUMNS = {"clean_acc": "clean", "clamp_acc": "clamp-only", "robust_2_acc": "rob
            "robust_4_acc": "robust 4/255", "robust_acc": "robust 8/255"}
 ACCURACIES = ("clean_acc", "clamp_acc", "robust_acc")  # those that every row has
 CONTROLS = ("Clean", "Clamp-only")
-HEADLINE_EPS = (2 / 255, 4 / 255, 8 / 255)  # of AutoAttack, in the first table of a report
 KILOBYTES = "kB: images + labels + labellers"  # the heading of what `kilobytes` says
 FULL = "full"  # the method of networks of pretrain.py: all real images
 RANDOM = "-random"  # behind a method: random images in place of those of its set
