@@ -26,7 +26,7 @@ GRIDS = {  # what flags are where they are not given
         "attacks": [TORCHATTACKS + name for name in ("FGSM", "PGD", "CW", "VMIFGSM", "Jitter")]},
 }
 QUICK = {"num_eval": 1, "limit": 200, "queries": 500, "sanity": False}
-QUICK_EPS = {"headline": {"eps": [2.0, 8.0]}}
+QUICK_EPS = [2.0, 8.0]  # of the headline
 QUICK_TRAINING = 50_000  # images that a network sees with --quick
 
 

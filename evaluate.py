@@ -67,7 +67,9 @@ def parse_args(argv=None):
     grid = first.grid or ("white-box" if first.attacks or first.threat_model else "headline")
     parser.set_defaults(**GRIDS[grid])
     if first.quick:
-        parser.set_defaults(**QUICK, **QUICK_EPS.get(grid, {}))
+        parser.set_defaults(**QUICK)
+        if grid == "headline":
+            parser.set_defaults(eps=QUICK_EPS)
     args = parser.parse_args(argv)
     files = args.synset + args.networks
     if not files:

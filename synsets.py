@@ -187,8 +187,21 @@ def initial_set(data, ipc, pack_by, init, generator, exp=0):
     if init == "noise":
         shape = (len(label_syn), data.channel, *data.size)
         return torch.randn(shape, generator=generator).to(data.device), label_syn
-    images = [data.sample_class(c, ipc * pack_by**2, generator) for c in range(data.num_classes)]
-    return torch.cat([pack(img_c, pack_by) for img_c in images]), label_syn
+    return random_images(data, label_syn, pack_by, generator), label_syn
+
+
+def random_images(data, classes, pack_by, generator):
+    """Random training images of these classes, (N,), pack_by * pack_by in each stored one:
+    (N, C, H, W). Raises InputError if a class has too few."""
+    found = torch.empty(len(classes), data.channel, *data.size, device=data.device)
+    for c, count in enumerate(torch.bincount(classes.cpu(), minlength=data.num_classes).tolist()):
+        images = data.sample_class(c, count * pack_by**2, generator)
+        if len(images) < count * pack_by**2:
+            raise InputError(f"{count * pack_by**2} random images of class {c} are needed, "
+                             f"{data.name} has {len(images)} (evaluate.py: --no_control)")
+        if count:
+            found[classes == c] = pack(images, pack_by)
+    return found
 
 
 def load_initial_sets(path, data, ipc, pack_by):

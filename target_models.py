@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 import utils
-from augment import pack as pack_images
 from augment import unpack
 from formats.inputs import read_input
 from formats.network_file import load_into
@@ -22,7 +21,8 @@ from runtime.measures import HARD, RANDOM
 from runtime.safe_io import InputError, sha256, sha256_of_tensors, write_json, write_tensors
 from runtime.seeding import derive_seed, make_generator
 from runtime.training import require_finite
-from synsets import TrainConfig, build_labellers, soft_labels, stored_labellers, training_set
+from synsets import (TrainConfig, build_labellers, random_images, soft_labels, stored_labellers,
+                     training_set)
 
 OTHER_NORMALISATIONS = ((0.0, 1.0), (0.5, 0.5))  # common ones: pixels in [0, 1], in [-1, 1]
 NORMALISATION_IMAGES = 512
@@ -76,11 +76,11 @@ def control_of(source, data, teachers, seed):
     file, sets = source.synset, []
     for index, synset in enumerate(file.sets):
         generator = make_generator(seed, "control", index)
-        images, classes = random_images(data, synset.labels, file.pack, generator)
+        images = random_images(data, synset.labels, file.pack, generator)
         soft = None
         if synset.soft_labels is not None and teachers:
             soft = soft_labels(teachers, unpack(images, file.pack))
-        sets.append(SyntheticSet(images, classes, soft, synset.labellers))
+        sets.append(SyntheticSet(images, synset.labels, soft, synset.labellers))
     method = f"{source.method}{RANDOM}"
     if file.sets[0].soft_labels is not None and not teachers:
         method += HARD
@@ -89,21 +89,6 @@ def control_of(source, data, teachers, seed):
         distributed.print_rank0(f"warning: {source.warnings[-1]}")
     return replace(source, method=method, control=True, warnings=[],
                    synset=replace(file, sets=sets, labels_from_soft=False))
-
-
-def random_images(data, classes, pack, generator):
-    """Random real images of these classes, (N,), each of pack x pack: (N, C, H, W) and `classes`.
-    """
-    found = torch.empty(len(classes), data.channel, *data.size, device=data.device)
-    for c, count in enumerate(torch.bincount(classes.cpu(), minlength=data.num_classes).tolist()):
-        images = data.sample_class(c, count * pack**2, generator)
-        if len(images) < count * pack**2:
-            raise InputError(f"random images in place of the set's: {count * pack**2} of class {c} "
-                             f"are needed, {data.name} has {len(images)}: leave out --control, or "
-                             "give --no_control")
-        if count:
-            found[classes == c] = pack_images(images, pack)
-    return found, classes
 
 
 def target_from_network(source, data):

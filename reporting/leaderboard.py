@@ -5,8 +5,8 @@ from pathlib import Path
 from reporting.plots import new_figure
 from reporting.records import (check, find_results, is_number, is_text, read_results,
                                refuse_damaged)
-from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, robust_cells,
-                                  set_means)
+from reporting.statistics import (ROBUST, accuracies_by_set, bytes_of_sets, range_text,
+                                  robust_cells, set_means)
 from reporting.tables import Table, lay_out
 from runtime.measures import KILOBYTES, kilobytes
 from runtime.safe_io import InputError
@@ -93,8 +93,8 @@ def table_measured(entries):
     for rank, entry in enumerate(entries, 1):
         row = robust_cells(entry["accuracies"], entry["counts"])
         row["kB"] = kilobytes(entry["bytes"])
-        row["images"] = spread(entry["counts"][CLEAN_MEASURE])
-        row["of AutoAttack"] = spread(entry["counts"][HEADLINE])
+        row["images"] = range_text(entry["counts"][CLEAN_MEASURE])
+        row["of AutoAttack"] = range_text(entry["counts"][HEADLINE])
         row["queries"] = entry["autoattack"]
         row["results"] = f"[{entry['folder']}](../experiments/{entry['folder']})"
         cells[rank, entry["name"], entry["labels"], entry["network"], entry["ipc"] or ""] = row
@@ -105,11 +105,6 @@ def table_measured(entries):
                  (*ROBUST.values(), "sets", "images", "of AutoAttack", "queries", "kB", "results")),
         [f"kB: {KILOBYTES.removeprefix('kB: ')}. images: of the test set; of AutoAttack, at 2/255; "
          "queries: of Square in it. A constant classifier has 10 % everywhere."])
-
-
-def spread(numbers):
-    """'500 to 1000' of {500, 1000}."""
-    return " to ".join(map(str, dict.fromkeys((min(numbers), max(numbers)))))
 
 
 def leaderboard_json(measured, printed):

@@ -101,7 +101,12 @@ def set_means(of_sets):
 
 def count_text(cells):
     """How many sets stand behind cells: '1 to 3', or '3' where they are all the same."""
-    numbers = sorted({*map(len, cells)})
+    return range_text(map(len, cells))
+
+
+def range_text(numbers):
+    """'500 to 1000' of the numbers 1000, 500 and 700."""
+    numbers = sorted(numbers)
     return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
 
 
